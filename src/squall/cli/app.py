@@ -1,0 +1,73 @@
+"""The table of verbs, and the frame around each call: errors become one sentence and an exit code."""
+
+import os
+import sys
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError, Group
+
+from squall import __version__
+from squall.errors import SquallError
+
+# Verb -> (one line of help, group). The function is squall.cli.<verb>:<verb>, imported when it is called.
+VERBS = {
+    "demo": ("The main job end to end, on embedded defaults or on a TRACE of yours.", "Start here"),
+    "validate": ("Everything that is wrong or odd with a trace file, with row numbers.", "Traces"),
+    "convert": ("Convert a trace between formats; filter and scale it on the way.", "Traces"),
+    "characterize": ("What is in a trace: concurrency, conversations, lengths, failures.", "Traces"),
+    "fit": ("Fit a workload model to a trace.", "Workloads"),
+    "generate": ("Draw a new trace from a workload model.", "Workloads"),
+    "replay": ("Send a trace to a live endpoint, open loop.", "Experiments"),
+    "simulate": ("Run a trace through a modelled cluster.", "Experiments"),
+    "calibrate": ("Fit the simulator's step time to a recorded run.", "Experiments"),
+    "local": ("Start a real llama.cpp server with a small model on this machine.", "Experiments"),
+    "metrics": ("Efficiency, stability and reliability of a run.", "Results"),
+    "report": ("One self-contained HTML page from traces and runs.", "Results"),
+}
+
+EPILOGUE = "Exit codes: 0 done, 1 the job failed, 2 the call or the input is wrong, 3 the result must not be trusted, 4 not met, 130 interrupted."
+
+
+def build() -> App:
+    """The application, with every verb registered by name only: its module is imported when it is called."""
+    app = App(
+        name="squall",
+        help="Test LLM serving under load as real users make it.",
+        help_epilogue=EPILOGUE,
+        version=__version__,
+        version_flags=["--version"],
+        help_format="plaintext",
+    )
+    groups = {name: Group.create_ordered(name) for _, name in VERBS.values()}
+    for verb, (line, group) in VERBS.items():
+        app.command(f"squall.cli.{verb}:{verb}", name=verb, help=line, group=groups[group])
+    return app
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code; no traceback for what the user can mend."""
+    try:
+        code = build()(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _complain(f"{' '.join(str(error).split())} See `squall {' '.join(error.command_chain or [])} --help`.")
+        code = 2
+    except SquallError as error:
+        _complain(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`squall … | head`): nothing is wrong, but the last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        _complain(f"{error.filename or 'system'}: {error.strerror or error}.")
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    from squall.progress import printable
+
+    print(f"squall: {printable(text)}", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""Terminal tables and small plots, shared by all verbs that print for people."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from squall.progress import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def console() -> "Console":
+    """Standard output for people: coloured on a terminal, plain in a pipe, never wider than 120 columns."""
+    from rich.console import Console
+
+    probe = Console(highlight=False)
+    return Console(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
+
+
+def table(title: str, *columns: str) -> "Table":
+    """An empty table; the first column is left-aligned text, the others are numbers. Add rows with `row`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    for position, name in enumerate(columns):
+        result.add_column(name, justify="left" if position == 0 else "right", no_wrap=position > 0)
+    return result
+
+
+def row(into: "Table", *cells: object) -> None:
+    """Add a row of plain text: control characters and markup in untrusted names are shown, not obeyed."""
+    from rich.text import Text
+
+    into.add_row(*(Text(printable(number(cell) if isinstance(cell, float) else str(cell))) for cell in cells))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: `1,155`, `0.0272`, `-` for what is not known."""
+    if value is None or value != value:
+        return "-"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share as `12.3 %`; `-` for what is not known."""
+    return "-" if share is None or share != share else f"{100 * share:.3g} %"
+
+
+def sparkline(values: Sequence[float] | np.ndarray, width: int = 60) -> str:
+    """`values` as one line of blocks from 0 to their maximum, averaged down to `width` columns; nan is a blank."""
+    series = np.asarray(values, dtype=float)
+    if series.size == 0:
+        return ""
+    if series.size > width:
+        edges = np.linspace(0, series.size, width + 1).astype(int)
+        series = np.array([np.nanmean(part) if np.isfinite(part).any() else np.nan for part in np.split(series, edges[1:-1])])
+    finite = series[np.isfinite(series)]
+    top = finite.max() if finite.size else 0.0
+    if top <= 0:
+        return "".join(" " if v != v else _LEVELS[1] for v in series)
+    # Anything above zero gets at least the lowest block, so that rare events stay visible.
+    levels = np.where(series > 0, np.ceil(series / top * (len(_LEVELS) - 1)), 0)
+    return "".join(" " if v != v else _LEVELS[int(level)] for v, level in zip(series, np.nan_to_num(levels), strict=True))
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A horizontal bar for a share of 1."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return "█" * filled + "░" * (width - filled)

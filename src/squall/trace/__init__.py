@@ -1,0 +1,21 @@
+"""What was asked: the Trace table, its file formats, filters and scaling."""
+
+from squall.trace.files import convert, open_trace, read_trace, write_trace
+from squall.trace.select import TraceOptions
+from squall.trace.table import SCHEMA, Trace, TraceMeta, TraceSource
+from squall.trace.validate import Finding, Validation, validate
+
+__all__ = [
+    "SCHEMA",
+    "Finding",
+    "Trace",
+    "TraceMeta",
+    "TraceOptions",
+    "TraceSource",
+    "Validation",
+    "convert",
+    "open_trace",
+    "read_trace",
+    "validate",
+    "write_trace",
+]
