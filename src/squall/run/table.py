@@ -81,7 +81,7 @@ class RunMeta(msgspec.Struct, kw_only=True, frozen=True):
     """`complete`, `interrupted` or `failed`."""
     open_loop: bool = True
     verdict: str = "VALID"
-    """`VALID` or `CLIENT-LIMITED`."""
+    """`VALID`, `CLIENT-LIMITED`, or `UNCHECKED` (recorded elsewhere)."""
     verdict_reasons: list[str] = []
     notes: list[str] = []
 
@@ -95,7 +95,12 @@ class Run:
     series: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=SERIES))
 
     @classmethod
-    def of(cls, columns: "dict[str, Any] | pl.DataFrame", meta: RunMeta, series: "dict[str, Any] | pl.DataFrame | None" = None) -> "Run":
+    def of(
+        cls,
+        columns: "dict[str, Any] | pl.DataFrame",
+        meta: RunMeta,
+        series: "dict[str, Any] | pl.DataFrame | None" = None,
+    ) -> "Run":
         """A run from the columns that are known; the others become null. Unknown columns are an error."""
         return cls(_conform(columns, SCHEMA), meta, _conform({} if series is None else series, SERIES))
 

@@ -1,0 +1,478 @@
+"""What a run was worth: efficiency, stability, reliability, and goodput under an SLO.
+
+Definitions, per request (a request's latency spans its attempts):
+
+    TTFT = first token of the last attempt − scheduled time of the first     (what a user feels; the headline)
+    E2E  = last token of the last attempt − scheduled time of the first      (an empty answer: its end)
+    TPOT = (last token − first token) / (tokens − 1)                         so that E2E = TTFT + (tokens − 1) TPOT
+    ITL  = gap between two reads of the stream / tokens per read, each gap counted as often as tokens came with it
+    jitter = mean |difference| of consecutive such gaps
+    lateness = sent − scheduled of the first attempt
+
+`from_send` holds TTFT and E2E from the last attempt's own send. Latencies are those of requests that succeeded;
+failures stay in the denominators of every share, and `of_offered` gives percentiles in which a failed request counts as
+never answered. The names efficiency, stability and reliability are the BurstGPT paper's (Wang et al., KDD'25); it gives
+no formulas, these are ours.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall.errors import InputError
+from squall.run.files import read_run
+from squall.run.slo import SLO, parse_slo
+from squall.run.table import Run, RunSource
+from squall.units import Duration, seconds
+
+PERCENTILES = (50, 90, 95, 99)
+MOST_WINDOWS = 100_000
+_NAN = float("nan")
+
+
+class Statistic(msgspec.Struct, frozen=True, kw_only=True):
+    """A sample of `n` values, in seconds. Null: unknown.
+
+    A percentile is null unless at least one value is expected above it, n (1 − p) ≥ 1: p50 needs 2 values, p90 10,
+    p95 20, p99 100. Between order statistics it is interpolated linearly. `std` (n − 1) needs 2 values.
+    """
+
+    n: int = 0
+    mean: float | None = None
+    std: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Percentiles over all `n` requests offered, a failed one counting as never answered. Null: too few, or that."""
+
+    n: int = 0
+    p50: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class FromSend(msgspec.Struct, frozen=True, kw_only=True):
+    """Latencies from the moment the last attempt was sent: what the server did, without the client's lateness."""
+
+    ttft: Statistic
+    e2e: Statistic
+    goodput: float | None
+    goodput_share: float | None
+
+
+class OfOffered(msgspec.Struct, frozen=True, kw_only=True):
+    """Percentiles that failures cannot make rosier."""
+
+    ttft: Quantiles
+    e2e: Quantiles
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that failed in the same way; `message` is the first one's."""
+
+    status: str
+    reason: str | None
+    http_status: int | None
+    requests: int
+    share: float
+    """Of the requests offered."""
+    message: str | None
+    example: int
+    """A request (row of the trace) that failed so."""
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """The requests scheduled in [start, start + window)."""
+
+    start: float
+    offered: int
+    succeeded: int
+    failed: int
+    rate: float
+    """Requests scheduled per second."""
+    throughput: float
+    """Requests that ended well within this window, whenever they were scheduled, per second."""
+    output_token_throughput: float
+    """Their tokens per second."""
+    ttft_mean: float | None
+    ttft_p50: float | None
+    ttft_p99: float | None
+    e2e_mean: float | None
+    e2e_p50: float | None
+    e2e_p99: float | None
+
+
+class KVCache(msgspec.Struct, frozen=True, kw_only=True):
+    """Share of KV blocks in use (0 to 1): time-weighted mean and highest sample, over all replicas. Null: unknown."""
+
+    mean: float | None = None
+    peak: float | None = None
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of `metrics`. Times in seconds, rates per second, shares of 1; null = not known."""
+
+    kind: str
+    title: str
+    state: str
+    verdict: str
+    verdict_reasons: list[str]
+    step_time: str | None
+    """Simulations: how the step time was found (`uncalibrated roofline`)."""
+    requests: int
+    """Requests offered: those in the table, or the plan's number if it is higher (an interrupted run)."""
+    succeeded: int
+    failed: int
+    empty: int
+    """Succeeded without a single token; they count as succeeded and never as goodput."""
+    attempts: int
+    errors: dict[str, int]
+    """Failed requests by status; `unrecorded` are offered ones without a row."""
+    failures: list[Failure]
+    duration: float | None
+    """From the first scheduled time to the last end."""
+    offered_rate: float | None
+    """(n − 1) / (last − first scheduled time)."""
+    throughput: float | None
+    """Requests that succeeded / duration."""
+    input_token_throughput: float | None
+    output_token_throughput: float | None
+    """Tokens of requests that succeeded / duration."""
+    slo: dict[str, float] | None
+    goodput: float | None
+    """Requests that met the whole SLO / duration."""
+    goodput_share: float | None
+    """Requests that met the whole SLO / requests offered."""
+    ttft: Statistic
+    tpot: Statistic
+    itl: Statistic
+    """Over token gaps; n counts the gaps between reads that were observed. Simulations record no reads: n = 0."""
+    e2e: Statistic
+    from_send: FromSend
+    of_offered: OfOffered
+    lateness: Statistic
+    jitter: Statistic
+    """Over requests with at least three reads."""
+    tokens_per_read: float | None
+    """Above 1, several tokens share one time stamp, and ITL and jitter are those of reads spread over their tokens."""
+    window: float
+    windows: list[Window]
+    window_jitter: dict[str, float | None]
+    """Mean |difference| of the mean TTFT and E2E of consecutive windows: drift and bursts, not single requests."""
+    kv_cache: KVCache
+    preemptions: int | None
+    notes: list[str]
+
+
+def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s") -> Metrics:
+    """Efficiency, stability and reliability of `run`, and its goodput under `slo` (like `ttft=1s,tpot=100ms,e2e=30s`).
+
+    `window` is the length of the windows of the per-window series. An empty run or one in which all requests failed
+    gives nulls. Raises InputError if the run cannot be read, or the SLO or the window make no sense.
+    """
+    run = read_run(run)
+    limits = parse_slo(slo) if slo is not None else None
+    width = seconds(window, "--window")
+    requests = _per_request(run.table)
+    offered = max(run.meta.offered, len(requests))
+    latency = _latencies(requests)
+    good, tokens = latency["ok"], latency["tokens"]
+    succeeded = int(good.sum())
+    ends = np.fmax(latency["ended"], latency["end"])
+    scheduled = latency["scheduled"]
+    duration = _positive(np.nanmax(ends) - np.nanmin(scheduled)) if np.isfinite(ends).any() else None
+    met, met_from_send = (
+        _met(latency, limits, ttft, e2e) for ttft, e2e in (("ttft", "e2e"), ("sent_ttft", "sent_e2e"))
+    )
+    gaps = _token_gaps(run.table)
+    windows = _windows(latency, ends, width)
+    ttft, e2e = statistic(latency["ttft"][good]), statistic(latency["e2e"][good])
+
+    def rate(count: float | None) -> float | None:
+        return None if duration is None or count is None else float(count) / duration
+
+    def share(count: int | None) -> float | None:
+        return None if count is None or not offered else count / offered
+
+    return Metrics(
+        kind=run.meta.kind,
+        title=run.meta.title,
+        state=run.meta.state,
+        verdict=run.meta.verdict,
+        verdict_reasons=run.meta.verdict_reasons,
+        step_time=run.meta.step_time,
+        requests=offered,
+        succeeded=succeeded,
+        failed=offered - succeeded,
+        empty=int((good & ~(tokens > 0)).sum()),
+        attempts=len(run.table),
+        errors=_errors(requests, offered),
+        failures=_failures(requests, offered),
+        duration=duration,
+        offered_rate=_rate(scheduled),
+        throughput=rate(succeeded),
+        input_token_throughput=rate(_total(latency["input_tokens"][good])),
+        output_token_throughput=rate(_total(tokens[good])),
+        slo=limits.limits if limits else None,
+        goodput=rate(met),
+        goodput_share=share(met),
+        ttft=ttft,
+        tpot=statistic(latency["tpot"][good]),
+        itl=gaps.itl,
+        e2e=e2e,
+        from_send=FromSend(
+            ttft=statistic(latency["sent_ttft"][good]),
+            e2e=statistic(latency["sent_e2e"][good]),
+            goodput=rate(met_from_send),
+            goodput_share=share(met_from_send),
+        ),
+        of_offered=OfOffered(
+            ttft=_quantiles(latency["ttft"][good], offered), e2e=_quantiles(latency["e2e"][good], offered)
+        ),
+        lateness=statistic(latency["lateness"]),
+        jitter=gaps.jitter,
+        tokens_per_read=gaps.tokens_per_read,
+        window=width,
+        windows=windows,
+        window_jitter={
+            "ttft": _mean_step([w.ttft_mean for w in windows]),
+            "e2e": _mean_step([w.e2e_mean for w in windows]),
+        },
+        kv_cache=_kv_cache(run.series),
+        preemptions=_preemptions(run),
+        notes=run.meta.notes,
+    )
+
+
+def statistic(values: np.ndarray, weights: np.ndarray | None = None) -> Statistic:
+    """The Statistic of the finite `values`; with `weights` each counts that often (n stays the number of values)."""
+    finite = np.isfinite(values)
+    values = values[finite]
+    n = len(values)
+    if not n:
+        return Statistic()
+    levels = [p for p in PERCENTILES if n * (100 - p) >= 100]
+    if weights is None:
+        mean = float(values.mean())
+        std = float(values.std(ddof=1)) if n > 1 else None
+        found = np.percentile(values, levels)
+    else:
+        weights = weights[finite]
+        mean = float(np.average(values, weights=weights))
+        std = float(np.sqrt(np.average((values - mean) ** 2, weights=weights) * n / (n - 1))) if n > 1 else None
+        order = np.argsort(values)
+        reach = np.cumsum(weights[order])
+        found = values[order][np.searchsorted(reach, np.array(levels) / 100 * reach[-1]).clip(max=n - 1)]
+    percentiles = {f"p{p}": float(value) for p, value in zip(levels, found, strict=True)}
+    return Statistic(n=n, mean=mean, std=std, max=float(values.max()), **percentiles)
+
+
+def _quantiles(answered: np.ndarray, offered: int) -> Quantiles:
+    """Percentiles of `answered` and, above it, as many infinities as there were requests without an answer."""
+    values = np.sort(answered[np.isfinite(answered)])
+    found = {}
+    for p in PERCENTILES:
+        place = p / 100 * (offered - 1)
+        if offered * (100 - p) >= 100 and int(np.ceil(place)) < len(values):
+            found[f"p{p}"] = float(np.interp(place, np.arange(len(values)), values))
+    return Quantiles(n=offered, **found)
+
+
+def _per_request(table: pl.DataFrame) -> pl.DataFrame:
+    """One row per request, in order: its last attempt, with `first_scheduled` and `first_sent` of its first."""
+    first = {"first_scheduled": pl.col("scheduled"), "first_sent": pl.col("sent")}
+    if table["request"].n_unique() == len(table):
+        return table.with_columns(**first)
+    ordered = table.sort("request", "attempt", maintain_order=True)
+    firsts = {name: moment.first().over("request") for name, moment in first.items()}
+    return ordered.with_columns(**firsts).unique("request", keep="last", maintain_order=True)
+
+
+def _latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Columns by request, seconds or tokens, nan where unknown; `ok` says which succeeded."""
+
+    def column(name: str) -> np.ndarray:
+        return requests[name].cast(pl.Float64).fill_null(_NAN).to_numpy()
+
+    scheduled, sent = column("first_scheduled"), column("sent")
+    first, last, tokens = column("first_token"), column("last_token"), column("response_tokens")
+    end = requests.select(pl.coalesce("last_token", "done", "ended").fill_null(_NAN)).to_series().to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tpot = np.where(tokens > 1, (last - first) / (tokens - 1), _NAN)
+    return {
+        "ok": (requests["status"] == "ok").fill_null(False).to_numpy(),
+        "tokens": tokens,
+        "input_tokens": column("request_tokens"),
+        "scheduled": scheduled,
+        "end": end,
+        "ended": column("ended"),
+        "ttft": first - scheduled,
+        "e2e": end - scheduled,
+        "tpot": tpot,
+        "sent_ttft": first - sent,
+        "sent_e2e": end - sent,
+        "lateness": column("first_sent") - scheduled,
+    }
+
+
+def _met(latency: dict[str, np.ndarray], slo: SLO | None, ttft: str, e2e: str) -> int | None:
+    """How many requests succeeded with a token and within all limits. One token has no gaps and so meets any TPOT."""
+    if slo is None:
+        return None
+    met = latency["ok"] & np.isfinite(latency["ttft"])
+    for limit, values in ((slo.ttft, latency[ttft]), (slo.e2e, latency[e2e])):
+        if limit is not None:
+            met &= values <= limit
+    if slo.tpot is not None:
+        met &= (latency["tpot"] <= slo.tpot) | (latency["tokens"] == 1)
+    return int(met.sum())
+
+
+class _Gaps(msgspec.Struct, frozen=True):
+    itl: Statistic
+    jitter: Statistic
+    tokens_per_read: float | None
+
+
+def _token_gaps(table: pl.DataFrame) -> _Gaps:
+    """ITL and jitter from the times at which the streams of successful attempts were read."""
+    streams = table.filter((pl.col("status") == "ok") & (pl.col("chunks").list.len() > 1)).select(
+        "chunks", "response_tokens"
+    )
+    if streams.is_empty():
+        return _Gaps(Statistic(), Statistic(), None)
+    reads = streams["chunks"].list.len().cast(pl.Int64).to_numpy()
+    tokens = streams["response_tokens"].cast(pl.Float64).fill_null(_NAN).to_numpy()
+    # Tokens are taken as evenly spread over the reads after the first; unknown or fewer than two count as one per read.
+    per_read = np.where(tokens > 1, (tokens - 1) / (reads - 1), 1.0)
+    ends = np.cumsum(reads)
+    inside = np.ones(ends[-1] - 1, dtype=bool)
+    inside[ends[:-1] - 1] = False  # the step from one stream's last read to the next one's first is no gap
+    of_gap = np.repeat(per_read, reads - 1)
+    gaps = np.diff(streams["chunks"].explode().to_numpy())[inside] / of_gap
+    change = np.abs(np.diff(gaps))
+    stream = np.repeat(np.arange(len(reads)), reads - 1)
+    same = stream[1:] == stream[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        jitter = np.bincount(stream[1:][same], change[same], len(reads)) / (reads - 2)
+    return _Gaps(statistic(gaps, of_gap), statistic(jitter), float(of_gap.mean()))
+
+
+def _errors(requests: pl.DataFrame, offered: int) -> dict[str, int]:
+    counts = (
+        requests.filter(pl.col("status") != "ok")["status"]
+        .cast(pl.String)
+        .value_counts(sort=True)
+        .sort("count", "status", descending=[True, False])
+    )
+    errors = dict(counts.iter_rows())
+    return {**errors, "unrecorded": offered - len(requests)} if offered > len(requests) else errors
+
+
+def _failures(requests: pl.DataFrame, offered: int) -> list[Failure]:
+    kinds = (
+        requests.filter(pl.col("status") != "ok")
+        .group_by("status", "reason", "http_status", maintain_order=True)
+        .agg(requests=pl.len(), message=pl.col("message").drop_nulls().first(), example=pl.col("request").first())
+        .sort("requests", descending=True, maintain_order=True)
+    )
+    return [Failure(**kind, share=kind["requests"] / offered) for kind in kinds.iter_rows(named=True)]
+
+
+def _windows(latency: dict[str, np.ndarray], ends: np.ndarray, width: float) -> list[Window]:
+    """Consecutive windows from the first scheduled time to the last end, empty ones included."""
+    if width <= 0:
+        raise InputError("--window: it must be longer than 0; give a length such as 60s.")
+    known = np.isfinite(latency["scheduled"])
+    if not known.any():
+        return []
+    zero = latency["scheduled"][known].min()
+    count = int((np.nanmax(np.append(ends, latency["scheduled"][known])) - zero) // width) + 1
+    if count > MOST_WINDOWS:
+        raise InputError(f"--window: {width:g} s would make {count:,} windows; give a longer one.")
+    ok, of_end = latency["ok"], (ends - zero) // width
+    frame = pl.DataFrame(
+        {
+            "window": ((latency["scheduled"][known] - zero) // width).astype(np.int64),
+            "ok": ok[known],
+            "ttft": np.where(ok, latency["ttft"], _NAN)[known],
+            "e2e": np.where(ok, latency["e2e"], _NAN)[known],
+        }
+    ).with_columns(pl.col("ttft", "e2e").fill_nan(None))
+    columns = [pl.len().alias("offered"), pl.col("ok").sum().alias("succeeded")]
+    for name in ("ttft", "e2e"):
+        value = pl.col(name)
+        columns += [value.mean().alias(f"{name}_mean"), value.count().alias(f"{name}_n")]
+        columns += [value.quantile(p / 100, "linear").alias(f"{name}_p{p}") for p in (50, 99)]
+    rows = {row["window"]: row for row in frame.group_by("window").agg(columns).iter_rows(named=True)}
+    done = ok & np.isfinite(of_end)
+    completed = np.bincount(of_end[done].astype(np.int64), minlength=count)
+    tokens = np.bincount(of_end[done].astype(np.int64), np.nan_to_num(latency["tokens"])[done], minlength=count)
+    return [_window(rows.get(k, {}), zero + k * width, width, completed[k], tokens[k]) for k in range(count)]
+
+
+def _window(row: dict[str, float], start: float, width: float, completed: int, tokens: float) -> Window:
+    offered, succeeded = int(row.get("offered", 0)), int(row.get("succeeded", 0))
+    found = {f"{name}_mean": row.get(f"{name}_mean") for name in ("ttft", "e2e")}
+    for name in ("ttft", "e2e"):
+        for p in (50, 99):
+            found[f"{name}_p{p}"] = row.get(f"{name}_p{p}") if row.get(f"{name}_n", 0) * (100 - p) >= 100 else None
+    return Window(
+        start=float(start),
+        offered=offered,
+        succeeded=succeeded,
+        failed=offered - succeeded,
+        rate=offered / width,
+        throughput=float(completed) / width,
+        output_token_throughput=float(tokens) / width,
+        **found,
+    )
+
+
+def _mean_step(values: Sequence[float | None]) -> float | None:
+    """Mean |difference| of consecutive values, over the steps at which both are known."""
+    known = np.array([_NAN if value is None else value for value in values], dtype=float)
+    steps = np.abs(np.diff(known))
+    return float(np.nanmean(steps)) if np.isfinite(steps).any() else None
+
+
+def _kv_cache(series: pl.DataFrame) -> KVCache:
+    samples = series.drop_nulls(["time", "kv_used"])
+    if samples.is_empty():
+        return KVCache()
+    # A sample covers the time since the one before it on its replica; the first ones get the usual length.
+    covered = samples.sort("time").with_columns(covers=pl.col("time").diff().over("replica"))
+    weights = covered["covers"].fill_null(covered["covers"].median() or 1.0).to_numpy()
+    used = covered["kv_used"].to_numpy()
+    mean = np.average(used, weights=weights) if weights.sum() > 0 else used.mean()
+    return KVCache(mean=float(mean), peak=float(used.max()))
+
+
+def _preemptions(run: Run) -> int | None:
+    for counts in (run.table["preemptions"], run.series["preemptions"]):
+        if counts.null_count() < len(counts):
+            return int(counts.sum())
+    return None
+
+
+def _rate(scheduled: np.ndarray) -> float | None:
+    known = scheduled[np.isfinite(scheduled)]
+    span = _positive(np.ptp(known)) if len(known) > 1 else None
+    return None if span is None else (len(known) - 1) / span
+
+
+def _total(values: np.ndarray) -> float | None:
+    """Sum of what is known; None if nothing is."""
+    return float(np.nansum(values)) if np.isfinite(values).any() else None
+
+
+def _positive(value: float) -> float | None:
+    return float(value) if value > 0 else None
