@@ -28,7 +28,7 @@ _VERBS = {
     "validate": "trace",
 }
 
-__all__ = ["__version__", *_VERBS]  # noqa: PLE0604
+__all__ = ["__version__", *_VERBS]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What can go wrong, as the user sees it: one sentence that names the file, row or flag, what is wrong, and what to do."""
+"""What can go wrong, as the user sees it: one sentence with the file, row or flag, what is wrong, and what to do."""
 
 
 class SquallError(Exception):

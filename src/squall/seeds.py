@@ -1,4 +1,4 @@
-"""One seed for everything: every random stream is derived from (seed, purpose, index) and so independent of all others."""
+"""One seed for everything: each random stream is derived from (seed, purpose, index), independent of all others."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""Makes a room callable that is named like its verb, so that `squall.simulate(...)` works beside `squall.simulate.gpus`."""
+"""Makes a room callable that is named like its verb: `squall.simulate(...)` works beside `squall.simulate.kernel`."""
 
 import sys
 from types import ModuleType

@@ -25,7 +25,10 @@ VERBS = {
     "report": ("One self-contained HTML page from traces and runs.", "Results"),
 }
 
-EPILOGUE = "Exit codes: 0 done, 1 the job failed, 2 the call or the input is wrong, 3 the result must not be trusted, 4 not met, 130 interrupted."
+EPILOGUE = (
+    "Exit codes: 0 done, 1 the job failed, 2 the call or the input is wrong, 3 the result must not be trusted, "
+    "4 not met, 130 interrupted."
+)
 
 
 def build() -> App:
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _complain("interrupted.")
         code = 130
     except BrokenPipeError:
-        # The reader of our output went away (`squall … | head`): nothing is wrong, but the last flush must not complain.
+        # Our reader went away (`squall … | head`): nothing is wrong, but the last flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:

@@ -14,35 +14,34 @@ STATUSES = ("ok", "http_error", "timeout", "refused", "reset", "truncated", "can
 TOKEN_SOURCES = ("server", "client", "chunks")
 
 # All times are seconds (f64) on one monotonic clock whose zero is the run's start; null = never happened, never 0.
-SCHEMA = pl.Schema(
-    {
-        "request": pl.Int64,  # row of the Trace
-        "attempt": pl.Int32,  # 1 is the first
-        "scheduled": pl.Float64,
-        "sent": pl.Float64,
-        "first_byte": pl.Float64,
-        "first_token": pl.Float64,
-        "last_token": pl.Float64,
-        "done": pl.Float64,  # terminal event seen; null for a truncated stream
-        "ended": pl.Float64,  # the outcome was decided
-        "status": pl.Enum(STATUSES),
-        "reason": pl.String,  # refines the status: `in_band`, `no_prompt`, `queue_full`, `unservable`, …
-        "http_status": pl.Int32,
-        "message": pl.String,  # what the server or the exception said, at most 200 characters
-        "request_tokens": pl.Int32,
-        "response_tokens": pl.Int32,
-        "asked_request_tokens": pl.Int32,
-        "asked_response_tokens": pl.Int32,
-        "token_source": pl.Enum(TOKEN_SOURCES),
-        "chunks": pl.List(pl.Float64),  # seconds from first_token to each content read; the first is 0
-        "replica": pl.Int32,
-        "preemptions": pl.Int32,
-        "cached_tokens": pl.Int32,
-        "service": pl.Enum(SERVICES),  # carried through from the trace
-        "model": pl.String,
-        "failed": pl.Boolean,  # the trace's recorded failure
-    }
-)
+_COLUMNS: dict[str, Any] = {
+    "request": pl.Int64,  # row of the Trace
+    "attempt": pl.Int32,  # 1 is the first
+    "scheduled": pl.Float64,
+    "sent": pl.Float64,
+    "first_byte": pl.Float64,
+    "first_token": pl.Float64,
+    "last_token": pl.Float64,
+    "done": pl.Float64,  # terminal event seen; null for a truncated stream
+    "ended": pl.Float64,  # the outcome was decided
+    "status": pl.Enum(STATUSES),
+    "reason": pl.String,  # refines the status: `in_band`, `no_prompt`, `queue_full`, `unservable`, …
+    "http_status": pl.Int32,
+    "message": pl.String,  # what the server or the exception said, at most 200 characters
+    "request_tokens": pl.Int32,
+    "response_tokens": pl.Int32,
+    "asked_request_tokens": pl.Int32,
+    "asked_response_tokens": pl.Int32,
+    "token_source": pl.Enum(TOKEN_SOURCES),
+    "chunks": pl.List(pl.Float64),  # seconds from first_token to each content read; the first is 0
+    "replica": pl.Int32,
+    "preemptions": pl.Int32,
+    "cached_tokens": pl.Int32,
+    "service": pl.Enum(SERVICES),  # carried through from the trace
+    "model": pl.String,
+    "failed": pl.Boolean,  # the trace's recorded failure
+}
+SCHEMA = pl.Schema(_COLUMNS)
 
 # One row per sample; a sample covers the time since the one before it. Columns that a source lacks are null.
 SERIES = pl.Schema(

@@ -1,9 +1,10 @@
 """What was asked: the Trace table, its file formats, filters and scaling."""
 
 from squall.trace.files import convert, open_trace, read_trace, write_trace
+from squall.trace.formats import Finding
 from squall.trace.select import TraceOptions
 from squall.trace.table import SCHEMA, Trace, TraceMeta, TraceSource
-from squall.trace.validate import Finding, Validation, validate
+from squall.trace.validate import Validation, validate
 
 __all__ = [
     "SCHEMA",

@@ -1,26 +1,243 @@
 """Reading and writing trace files: which format a file has, and the one way into squall for every verb."""
 
+import gzip
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from squall.trace.table import Trace, TraceSource
+import msgspec
+import polars as pl
+
+from squall.errors import InputError
+from squall.progress import note, progress
+from squall.trace.formats import FORMATS, Finding, Format, Parsed
+from squall.trace.select import TraceOptions, select
+from squall.trace.table import Trace, TraceMeta, TraceSource
+
+# Sources that are drawn, not read. Named by text and imported when asked for: the rooms that draw lie above this one.
+_SCHEMES = {"burstgpt": "squall.workload.profiles:draw"}
+
+_SUFFIXES = {".parquet": "squall", ".jsonl": "mooncake", ".csv": "burstgpt"}
 
 
 def open_trace(source: TraceSource, **options: Any) -> Trace:
-    """The trace that `source` names, with the fields of TraceOptions given as `options` applied."""
-    raise NotImplementedError
+    """The trace that `source` names, with `options` (the fields of TraceOptions) applied.
+
+    `source` is a Trace, a file, `-` for standard input, or a built-in profile such as `burstgpt://chatgpt-api`.
+    Raises InputError with one sentence: the file, the row or the option, what is wrong, what to do.
+    """
+    known = {field.name for field in fields(TraceOptions)}
+    for name in options:
+        if name not in known:
+            raise InputError(f"{name}: there is no such option; the trace options are {', '.join(sorted(known))}.")
+    chosen = TraceOptions(**options)
+    if isinstance(source, Trace):
+        return select(source, chosen)
+    scheme, found, name = str(source).partition("://")
+    if found:
+        if scheme not in _SCHEMES:
+            names = ", ".join(f"{known}://NAME" for known in _SCHEMES)
+            raise InputError(f"{source}: no such kind of source; a TRACE is a file, - or {names}.")
+        module, _, function = _SCHEMES[scheme].partition(":")
+        return select(getattr(importlib.import_module(module), function)(name, chosen.seed), chosen)
+    return select(read_trace(source, chosen.format), chosen)
 
 
 def read_trace(source: str | Path, format: str | None = None) -> Trace:
-    """The whole trace in a file, unfiltered."""
-    raise NotImplementedError
+    """The whole trace in a file, unfiltered. `format` overrides the detection.
+
+    Rows out of order are sorted (stable) with a note. Raises InputError for the first thing wrong with the file.
+    """
+    data, form = _open(source, format)
+    with progress(f"Reading {Path(str(source)).name}"):
+        parsed = _parse(source, data, form)
+    for finding in parsed.findings:
+        if finding.severity == "error":
+            raise InputError(f"{source}: {where(finding)}: {finding.message}. `squall validate` lists all findings.")
+    return _trace(source, data, form, parsed)
+
+
+def examine(source: str | Path, format: str | None = None) -> tuple[Parsed, Format, str]:
+    """What a file's rows are and everything its parser found, good or bad; with its format and sha256."""
+    data, form = _open(source, format)
+    return _parse(source, data, form), form, hashlib.sha256(data).hexdigest()
+
+
+def where(finding: Finding) -> str:
+    """The rows of a finding for people: `row 3`, `rows 3, 8, … (12 in all)`, `the file`."""
+    if not finding.rows:
+        return "the file"
+    if finding.count == 1:
+        return f"row {finding.rows[0]}"
+    shown = ", ".join(map(str, finding.rows[:3]))
+    return f"rows {shown}{', …' if finding.count > 3 else ''} ({finding.count:,} in all)"
+
+
+def _open(source: str | Path, format: str | None) -> tuple[bytes, Format]:
+    if format is not None and format not in FORMATS:
+        raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
+    if str(source) == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(source)
+        if path.is_dir():
+            raise InputError(f"{source}: it is a directory; name a trace file in it.")
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                f"{source}: there is no such file. A TRACE is a file, - or a profile such as burstgpt://all."
+            ) from None
+        except OSError as error:
+            raise InputError(f"{source}: it cannot be read: {error.strerror}.") from error
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise InputError(
+                f"{source}: the gzip data are damaged or cut short ({error}); fetch the file again."
+            ) from error
+    if not data.strip():
+        raise InputError(f"{source}: the file is empty.")
+    return data, _demand_columns(source, data, FORMATS[format]) if format else _detect(source, data)
+
+
+def _detect(source: str | Path, data: bytes) -> Format:
+    if data[:4] == b"PAR1":
+        return FORMATS["squall"]
+    line, names = _header(data)
+    if line.startswith("{"):
+        return FORMATS["mooncake"]
+    for form in FORMATS.values():
+        if form.kind == "csv" and set(form.required) <= names:
+            return form
+    # Nearly a known format: say what is missing, not merely that it is unknown.
+    best = max(
+        (form for form in FORMATS.values() if form.kind == "csv"), key=lambda form: len(set(form.required) & names)
+    )
+    if set(best.required) & names:
+        return _demand_columns(source, data, best)
+    titles = ", ".join(form.title for form in FORMATS.values())
+    raise InputError(f"{source}: not a trace format that squall knows ({titles}); it begins {line[:60]!r}.")
+
+
+def _demand_columns(source: str | Path, data: bytes, form: Format) -> Format:
+    if form.kind == "csv":
+        missing = [name for name in form.required if name not in _header(data)[1]]
+        if missing:
+            raise InputError(
+                f"{source}: the column {missing[0]!r} is missing; a {form.title} file has {', '.join(form.required)}."
+            )
+    elif (form.kind == "parquet") != (data[:4] == b"PAR1"):
+        raise InputError(f"{source}: this is not a {form.title} file; leave --format out to have the format detected.")
+    return form
+
+
+def _header(data: bytes) -> tuple[str, set[str]]:
+    line = data.split(b"\n", 1)[0].decode("utf-8", "replace").strip().removeprefix("\ufeff").strip()
+    return line, {name.strip() for name in line.split(",")}
+
+
+def _parse(source: str | Path, data: bytes, form: Format) -> Parsed:
+    try:
+        return form.parse(data)
+    except InputError as error:
+        raise InputError(f"{source}: {error}".rstrip(".") + ".") from error
+
+
+def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Trace:
+    known, notes = dict(parsed.meta), []
+    kept: TraceMeta | None = known.pop("kept", None)
+    columns = parsed.columns
+    if columns.is_empty():
+        raise InputError(f"{source}: there is no request in it, only a header.")
+    drops = columns["arrival"].diff() < 0
+    if drops.any():
+        notes.append(
+            f"row {int(drops.arg_true()[0]) + 1} is earlier than the row before it "
+            f"({int(drops.sum()):,} such rows): sorted by time, ties in file order"
+        )
+        note(f"{source}: {notes[-1]}.")
+        columns = columns.sort("arrival", maintain_order=True)
+    if kept is not None:
+        return Trace.of(columns, kept)
+    columns = columns.with_columns(pl.col("arrival") - pl.col("arrival").min())
+    meta = TraceMeta(
+        source=str(source),
+        format=form.name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows=len(columns),
+        notes=notes,
+        **{"tick": tick_of(columns["arrival"])} | known,
+    )
+    return Trace.of(columns, meta)
+
+
+def tick_of(arrival: pl.Series) -> float | None:
+    """The resolution of recorded times where many requests share one: the 5 % quantile of the positive gaps; else None.
+
+    With fewer than a fifth of the gaps at zero, ties are chance and the clock is fine enough.
+    """
+    gaps = arrival.diff().drop_nulls()
+    positive = gaps.filter(gaps > 0)
+    if len(positive) < 2 or len(positive) > 0.8 * len(gaps):
+        return None
+    return float(positive.quantile(0.05) or 0) or None
 
 
 def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> None:
-    """Write `trace`; the suffix says how."""
-    raise NotImplementedError
+    """Write `trace`; the suffix says how: .parquet squall, .jsonl Mooncake, .csv BurstGPT (or Azure, if read as such).
+
+    Written to a temporary file beside `path` first, so that a failure leaves no half a file. `-` is standard output.
+    """
+    path = Path(path)
+    name = format or _SUFFIXES.get(path.suffix)
+    if str(path) == "-":
+        name = format or "burstgpt"
+    if path.suffix == ".csv" and format is None and trace.meta.format == "azure":
+        name = "azure"
+    if name is None or name not in FORMATS:
+        what = f"--to {format}: no such format" if format else f"{path}: the suffix {path.suffix!r} names no format"
+        known = "|".join(FORMATS)
+        raise InputError(f"{what}; use .parquet (squall), .csv (BurstGPT or Azure), .jsonl (Mooncake) or --to {known}.")
+    data = FORMATS[name].write(trace.table, trace.meta)
+    if str(path) == "-":
+        sys.stdout.buffer.write(data)
+        return
+    replace_file(path, data)
 
 
-def convert(source: TraceSource, out: str | Path, **options: Any) -> Trace:
-    """Read, select, write; returns what was written."""
-    raise NotImplementedError
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the directory {path.parent} does not exist; create it first.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:
+    """Read `source`, apply the trace `options`, write to `out` (format by suffix or `to`); returns what was written."""
+    trace = open_trace(source, **options)
+    write_trace(trace, out, to)
+    return trace
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """The rows of a trace in numbers, with its metadata, as JSON data."""
+    return {"requests": len(trace), "span": trace.span, "rate": trace.rate, **msgspec.to_builtins(trace.meta)}

@@ -1,11 +1,17 @@
 """The trace options: which rows of a trace, at which load. The same on every verb that reads a TRACE."""
 
+import importlib
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from squall.seeds import DEFAULT_SEED
+import polars as pl
+
+from squall.errors import InputError
+from squall.progress import note
+from squall.seeds import DEFAULT_SEED, stream
 from squall.trace.table import Trace
-from squall.units import Duration
+from squall.units import seconds
 
 ScaleMethod = Literal["compress", "thin", "superpose", "model"]
 OverLimit = Literal["drop", "clip", "keep"]
@@ -16,13 +22,13 @@ class TraceOptions:
     """Filters and scaling, applied in the order of these fields."""
 
     format: str | None = None
-    """Format of the input; detected if not given."""
+    """Format of the input (burstgpt, azure, mooncake, squall); detected if not given."""
     service: Literal["conversation", "api"] | None = None
     """Only this service."""
     model_name: str | None = None
     """Only requests to this recorded model (ChatGPT, GPT-4)."""
     between: str | None = None
-    """Only START:END of the trace, in its own time from its start: 8h:9h, 90:, :2d."""
+    """Only START:END of the trace, in time from its start: 8h:9h, 90:, :2d."""
     head: int | None = None
     """Only the first N rows."""
     drop_failed: bool = False
@@ -32,19 +38,191 @@ class TraceOptions:
     max_response_tokens: int | None = None
     """Limit of the response length; see --over-limit."""
     over_limit: OverLimit = "drop"
-    """What to do with longer requests: drop, clip or keep (and count) them."""
+    """What to do with longer requests: drop, clip, or keep them; their number is always told."""
     sample: float | None = None
-    """Keep each request with this probability (0 to 1)."""
+    """Keep each request with this probability (above 0, to 1)."""
     rate: float | None = None
     """Rescale to this mean rate in requests/s by --scale-method."""
-    speed: float | None = None
-    """Divide all gaps by this factor."""
     scale_method: ScaleMethod = "compress"
     """How --rate is reached: compress time, thin out, superpose shifted copies, or fit a model and draw."""
+    speed: float | None = None
+    """Divide all gaps by this factor."""
     seed: int = DEFAULT_SEED
     """Seed of every random choice."""
 
 
 def select(trace: Trace, options: TraceOptions) -> Trace:
-    """`trace` with `options` applied in the order of the fields; each step is noted in the metadata."""
-    raise NotImplementedError
+    """`trace` with `options` applied in the order of their fields; every step is noted in the metadata.
+
+    The result starts at arrival 0: START of `between`, else its first request. Raises InputError if nothing is left.
+    """
+    if options.rate is not None and options.speed is not None:
+        raise InputError("--rate and --speed both set the load; give one of them.")
+    if options.seed < 0:
+        raise InputError(f"--seed {options.seed}: a seed is a whole number from 0.")
+    trace = _filter(trace, options)
+    trace = _limit(trace, options)
+    if options.sample is not None:
+        if not 0 < options.sample <= 1:
+            raise InputError(f"--sample {options.sample}: a probability above 0 and at most 1 is needed.")
+        kept = stream(options.seed, "sample").random(len(trace)) < options.sample
+        trace = _kept(trace, pl.Series(kept), f"--sample {options.sample:g} --seed {options.seed}")
+    if options.between is None:
+        trace = _rebase(trace, float(trace.table["arrival"][0]))
+    if options.speed is not None:
+        _positive("--speed", options.speed)
+        trace = _compress(trace, options.speed, f"--speed {options.speed:g}")
+    if options.rate is not None:
+        trace = _scale(trace, options)
+    return trace
+
+
+def _filter(trace: Trace, options: TraceOptions) -> Trace:
+    if options.service is not None:
+        if trace.table["service"].null_count() == len(trace):
+            raise InputError(
+                f"--service {options.service}: {trace.meta.source} does not record services; leave the flag out."
+            )
+        trace = _kept(trace, trace.table["service"] == options.service, f"--service {options.service}")
+    if options.model_name is not None:
+        names = trace.table["model"].drop_nulls().unique().sort().to_list()
+        if options.model_name not in names:
+            have = f"it records {', '.join(names[:8])}" if names else "it records no models"
+            raise InputError(f"--model-name {options.model_name}: no such model in {trace.meta.source}; {have}.")
+        trace = _kept(trace, trace.table["model"] == options.model_name, f"--model-name {options.model_name}")
+    if options.between is not None:
+        start, end = _window(options.between)
+        arrival = trace.table["arrival"]
+        trace = _kept(trace, (arrival >= start) & (arrival < end), f"--between {options.between}")
+        trace = _rebase(trace, start)
+    if options.head is not None:
+        if options.head < 1:
+            raise InputError(f"--head {options.head}: at least one row is needed.")
+        trace = _kept(trace, pl.int_range(len(trace), eager=True) < options.head, f"--head {options.head}")
+    if options.drop_failed:
+        trace = _kept(trace, ~trace.table["failed"], "--drop-failed")
+    return trace
+
+
+def _window(text: str) -> tuple[float, float]:
+    left, colon, right = text.partition(":")
+    if not colon:
+        raise InputError(f"--between {text}: write START:END, such as 8h:9h, 90: or :2d.")
+    start = seconds(left, "--between") if left else 0.0
+    end = seconds(right, "--between") if right else math.inf
+    if end <= start:
+        raise InputError(f"--between {text}: the end is not after the start.")
+    return start, end
+
+
+def _limit(trace: Trace, options: TraceOptions) -> Trace:
+    for column, limit in (
+        ("request_tokens", options.max_request_tokens),
+        ("response_tokens", options.max_response_tokens),
+    ):
+        if limit is None:
+            continue
+        flag = f"--max-{column.replace('_', '-')}"
+        if limit < 1:
+            raise InputError(f"{flag} {limit}: at least one token is needed.")
+        over = trace.table[column] > limit
+        count = int(over.sum())
+        step = f"{flag} {limit} --over-limit {options.over_limit}"
+        if count:
+            note(f"{step}: {count:,} of {len(trace):,} requests are longer ({options.over_limit}).")
+        if options.over_limit == "drop":
+            trace = _kept(trace, ~over, step)
+        elif options.over_limit == "clip":
+            trace = trace.replace(
+                trace.table.with_columns(pl.col(column).clip(upper_bound=limit)), f"{step} ({count} rows clipped)"
+            )
+        else:
+            trace = trace.replace(trace.table, f"{step} ({count} rows are longer)")
+    return trace
+
+
+def _kept(trace: Trace, keep: pl.Series, step: str) -> Trace:
+    table = trace.table.filter(keep.fill_null(False))
+    if table.is_empty():
+        raise InputError(f"{step}: no request of {trace.meta.source} is left ({len(trace):,} before this step).")
+    return trace.replace(table, f"{step} ({len(table)} of {len(trace)} rows)")
+
+
+def _rebase(trace: Trace, start: float) -> Trace:
+    """Arrival 0 becomes what was `start`; the clocks in the metadata move with it."""
+    if start == 0:
+        return trace
+    meta = trace.meta
+    moved: dict[str, Any] = {"clock": meta.clock + start * meta.speed}
+    if meta.epoch is not None:
+        moved["epoch"] = meta.epoch + round(start * meta.speed * 1e9)
+    if meta.midnight is not None:
+        since = meta.midnight + start * meta.speed
+        moved["midnight"] = since % 86400
+        if meta.weekday is not None:
+            moved["weekday"] = int(meta.weekday + since // 86400) % 7
+    return trace.replace(trace.table.with_columns(pl.col("arrival") - start), **moved)
+
+
+# ------------------------------------------------------------------------------------------------------------- scaling
+
+
+def _positive(flag: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise InputError(f"{flag} {value}: a number above 0 is needed.")
+
+
+def _scale(trace: Trace, options: TraceOptions) -> Trace:
+    rate = options.rate or 0.0
+    _positive("--rate", rate)
+    if not trace.rate > 0 or len(trace) < 2:
+        raise InputError(
+            f"--rate {rate:g}: {trace.meta.source} has no span to rescale ({len(trace)} requests at one time)."
+        )
+    factor = rate / trace.rate
+    step = f"--rate {rate:g} --scale-method {options.scale_method}"
+    if options.scale_method == "compress":
+        return _compress(trace, factor, step)
+    if options.scale_method == "thin":
+        if factor > 1:
+            raise InputError(
+                f"{step}: thinning only lowers a rate, and the trace has {trace.rate:.4g}/s; use compress."
+            )
+        return _kept(
+            trace, pl.Series(stream(options.seed, "thin").random(len(trace)) < factor), f"{step} --seed {options.seed}"
+        )
+    if options.scale_method == "superpose":
+        return _superpose(trace, factor, options.seed, f"{step} --seed {options.seed}")
+    # The model lies in a room above this one, so it is named by text.
+    rescaled: Trace = importlib.import_module("squall.workload").rescale(trace, rate, options.seed)
+    return rescaled.replace(rescaled.table, f"{step} --seed {options.seed}")
+
+
+def _compress(trace: Trace, factor: float, step: str) -> Trace:
+    """Divide all gaps by `factor`: order, lengths and the CV of the gaps stay; every time scale shrinks with it."""
+    meta = {"speed": trace.meta.speed * factor}
+    tick = trace.meta.tick / factor if trace.meta.tick else None
+    return trace.replace(trace.table.with_columns(pl.col("arrival") / factor), step, tick=tick, **meta)
+
+
+def _superpose(trace: Trace, factor: float, seed: int, step: str) -> Trace:
+    """Overlay ceil(factor) copies, each turned around the span by a random shift, then thin to the exact rate.
+
+    Time scales and lengths stay; independent copies smooth the bursts, as more independent clients do.
+    """
+    copies = math.ceil(factor)
+    random = stream(seed, "superpose")
+    period = trace.span * len(trace) / (len(trace) - 1)
+    sessions = (trace.table["session"].max() or 0) + 1  # type: ignore[operator]
+    parts = []
+    for copy in range(copies):
+        shift = random.uniform(0, period) if copy else 0.0
+        part = trace.table.with_columns(
+            arrival=(pl.col("arrival") + shift) % period,
+            session=pl.col("session") + copy * sessions,
+        )
+        parts.append(part.filter(pl.Series(random.random(len(part)) < factor / copies)))
+    table = pl.concat(parts).sort("arrival", maintain_order=True)
+    if table.is_empty():
+        raise InputError(f"{step}: no request is left.")
+    return trace.replace(table, step)

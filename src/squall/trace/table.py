@@ -11,20 +11,19 @@ from squall.errors import InputError
 
 SERVICES = ("conversation", "api")
 
-SCHEMA = pl.Schema(
-    {
-        "arrival": pl.Float64,  # seconds since the trace's start
-        "request_tokens": pl.Int32,
-        "response_tokens": pl.Int32,  # 0 = failed
-        "failed": pl.Boolean,  # the recorded system failed this request
-        "service": pl.Enum(SERVICES),
-        "model": pl.String,
-        "session": pl.Int64,
-        "turn": pl.Int32,  # 1 is the first request of its session
-        "elapsed": pl.Float64,  # recorded end-to-end seconds
-        "prefix": pl.List(pl.Int64),  # block hashes of the prompt
-    }
-)
+_COLUMNS: dict[str, Any] = {
+    "arrival": pl.Float64,  # seconds since the trace's start
+    "request_tokens": pl.Int32,
+    "response_tokens": pl.Int32,  # 0 = failed
+    "failed": pl.Boolean,  # the recorded system failed this request
+    "service": pl.Enum(SERVICES),
+    "model": pl.String,
+    "session": pl.Int64,
+    "turn": pl.Int32,  # 1 is the first request of its session
+    "elapsed": pl.Float64,  # recorded end-to-end seconds
+    "prefix": pl.List(pl.Int64),  # block hashes of the prompt
+}
+SCHEMA = pl.Schema(_COLUMNS)
 REQUIRED = ("arrival", "request_tokens", "response_tokens")
 
 
@@ -41,8 +40,10 @@ class TraceMeta(msgspec.Struct, kw_only=True, frozen=True):
     attribution: str | None = None
     clock: float = 0.0
     """The source's own clock (seconds) at arrival 0; writers put it back."""
+    epoch: int | None = None
+    """Nanoseconds from 1970-01-01 to arrival 0 on the source's wall clock, where it has one."""
     midnight: float | None = None
-    """Seconds from a local midnight to arrival 0, so hour of day = (midnight + arrival) / 3600 mod 24. None: unknown."""
+    """Seconds from a local midnight to arrival 0: hour of day = (midnight + arrival) / 3600 mod 24. None: unknown."""
     weekday: int | None = None
     """Weekday (Monday = 0) of that midnight's day. None: unknown."""
     block_size: int | None = None
@@ -69,14 +70,16 @@ class Trace:
 
     @classmethod
     def of(cls, columns: "dict[str, Any] | pl.DataFrame", meta: TraceMeta) -> "Trace":
-        """A trace from the columns that are known; the others become null (`failed` becomes response_tokens == 0).
+        """A trace from the columns that are known; the others become null, `failed` becomes response_tokens == 0.
 
-        Turns are counted where sessions are known. Raises InputError if a required column is missing or if there is no row.
+        Turns are counted where sessions are known. Raises InputError if a required column or every row is missing.
         """
         frame = columns if isinstance(columns, pl.DataFrame) else pl.DataFrame(columns)
         missing = [name for name in REQUIRED if name not in frame.columns]
         if missing:
-            raise InputError(f"{meta.source}: a trace needs the columns {', '.join(REQUIRED)}; {', '.join(missing)} is missing.")
+            raise InputError(
+                f"{meta.source}: a trace needs the columns {', '.join(REQUIRED)}; {', '.join(missing)} is missing."
+            )
         if frame.is_empty():
             raise InputError(f"{meta.source}: there is no request in it.")
         if "failed" not in frame.columns:

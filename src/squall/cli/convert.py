@@ -1,0 +1,39 @@
+"""`squall convert`."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from squall.cli.common import Output, Select, TraceArgument, as_options, print_json
+from squall.trace.select import TraceOptions
+
+
+def convert(
+    trace: TraceArgument,
+    out: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    *,
+    to: str | None = None,
+    select: Select = TraceOptions(),
+    output: Output = Output(),
+) -> int:
+    """Convert a trace between formats; filter and scale it on the way.
+
+    Parameters
+    ----------
+    trace
+        A trace file, - for standard input, or a built-in profile such as burstgpt://chatgpt-api.
+    out
+        The file to write: .parquet (squall, keeps everything), .csv (BurstGPT, or Azure if it was read as such),
+        .jsonl (Mooncake), - for CSV on standard output.
+    to
+        Format to write (burstgpt, azure, mooncake, squall), if the suffix should not say it.
+    """
+    from squall.progress import note
+    from squall.trace import convert as run
+    from squall.trace.files import describe
+
+    written = run(trace, out, to=to, **as_options(select))
+    if output.json and out != "-":
+        print_json({"out": out, **describe(written)})
+    note(f"{out}: {len(written):,} requests over {written.span:,.0f} s.")
+    return 0

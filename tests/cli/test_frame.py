@@ -1,0 +1,100 @@
+"""The frame around every call: exit codes, one sentence, no traceback; and the commands of the trace room."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+CSV = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+CSV += "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,230,1317,API log\n"
+
+
+def squall(*args, stdin=None):
+    return subprocess.run(
+        [sys.executable, "-m", "squall", *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def csv(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(CSV)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["validate", "absent.csv"], "there is no such file"),
+        (["convert", "absent.csv", "x.csv"], "there is no such file"),
+        (["nonsense"], "nonsense"),
+        (["validate"], "TRACE"),
+        (["convert", "a.csv", "b.csv", "--head", "many"], "many"),
+        (["convert", "a.csv", "b.csv", "--no-such-flag", "1"], "no-such-flag"),
+        (["convert", "burstgpt://nobody", "b.csv"], "nobody"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(args, sentence):
+    result = squall(*args)
+    assert result.returncode == 2
+    assert sentence.lower() in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_help_is_quick_and_names_every_verb():
+    begin = time.perf_counter()
+    result = squall("--help")
+    took = time.perf_counter() - begin
+    from squall.cli.app import VERBS
+
+    assert result.returncode == 0
+    assert all(verb in result.stdout for verb in VERBS)
+    assert took < 2.0  # the target is 0.3 s on an idle machine; a loaded one must not fail the suite
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "('polars', 'numpy', 'scipy', 'numba', 'altair')"
+    code = "import sys, squall.cli.app as a; a.build().help_print(['--help']); "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip().endswith("[]")
+
+
+def test_every_verb_explains_itself():
+    from squall.cli.app import VERBS
+
+    for verb in VERBS:
+        result = squall(verb, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "--json" in result.stdout
+
+
+def test_json_stands_alone_on_standard_output(csv, tmp_path):
+    result = squall("convert", csv, tmp_path / "o.jsonl", "--json", "--speed", "2")
+    assert json.loads(result.stdout)["span"] == 20
+    result = squall("validate", csv, "--json")
+    assert json.loads(result.stdout)["ok"] is True
+
+
+def test_a_pipe_reads_and_writes(csv):
+    result = squall("convert", "-", "-", "--head", "1", "--quiet", stdin=csv.read_text())
+    assert result.stdout.splitlines() == CSV.splitlines()[:2]
+    assert result.stderr == ""
+
+
+def test_validate_exits_2_on_a_wrong_row_and_shows_escape_sequences_as_text(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text(CSV + "60,x,\x1b[31mred,2,3,API log\n")
+    result = squall("validate", path)
+    assert result.returncode == 2
+    assert "row 3" in result.stdout
+    assert "\x1b[31mred" not in result.stdout
