@@ -1,1 +1,175 @@
-"""What is in a trace: concurrency, conversations, lengths, failures."""
+"""What is in a trace: concurrency, conversations, lengths and failures, per service and model and over all."""
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+from msgspec import Struct, structs
+
+from squall.characterize.concurrency import (
+    Dispersion,
+    FitMethod,
+    GammaFits,
+    Gaps,
+    Periodicity,
+    RateSeries,
+    day_of_week,
+    dispersion,
+    gamma_fits,
+    gamma_windows,
+    gap_statistics,
+    hour_of_day,
+    peak_to_trough,
+    periodicity,
+    rate_series,
+)
+from squall.characterize.conversations import Conversations, conversations
+from squall.characterize.failures import Failures, failures
+from squall.characterize.lengths import (
+    Band,
+    Correlation,
+    Lengths,
+    LengthTime,
+    length_time,
+    lengths,
+    request_response,
+    response_bands,
+)
+from squall.errors import InputError
+from squall.seeds import DEFAULT_SEED
+from squall.trace import Trace, TraceMeta, TraceSource, open_trace
+from squall.units import Duration, seconds
+from squall.verb import callable_room
+
+__all__ = ["Characterization", "Stream", "characterize"]
+
+
+class Stream(Struct, frozen=True, kw_only=True):
+    """The requests of one service and model, or of the whole trace. All times are over the span of the whole trace."""
+
+    service: str | None
+    model: str | None
+    requests: int
+    share: float
+    """Of the trace's requests."""
+    rate: float | None
+    """Mean requests/s over the trace's span."""
+    failed_share: float
+    request_tokens: Lengths
+    """Over all requests of known length (> 0), failed ones included."""
+    response_tokens: Lengths
+    """Over successful requests."""
+    correlation: Correlation
+    response_bands: list[Band]
+    """Response length by request length."""
+    length_time: list[LengthTime]
+    """Dependence of request lengths on time, at several scales."""
+    gaps: Gaps
+    gamma_windows: GammaFits
+    dispersion: list[Dispersion]
+    """Index of dispersion of counts by scale."""
+    hour_of_day: list[float]
+    """Mean requests per hour of the day; empty if the clock is unknown or the trace shorter than a day."""
+    day_of_week: list[float]
+    """Mean requests per day, Monday first; empty as above, or if the trace is shorter than a week."""
+    peak_to_trough: float | None
+    """Of `hour_of_day`."""
+    periodicity: Periodicity
+    rate_series: RateSeries
+    conversations: Conversations
+    failures: Failures
+
+
+class Characterization(Struct, frozen=True, kw_only=True):
+    """What is in a trace. What is not known or not defined is null (or an empty list), never an invented number."""
+
+    meta: TraceMeta
+    """Which rows of which input this is about: source, sha256, steps, …"""
+    requests: int
+    span: float
+    """Seconds from the first to the last arrival."""
+    rate: float | None
+    """Requests/s; null if all arrive at once."""
+    failed_share: float
+    total: Stream
+    """All classes together."""
+    classes: list[Stream]
+    """One per service and model, the largest first; names that the trace does not record are null."""
+
+
+def characterize(
+    trace: TraceSource, *, window: Duration = "20m", fit: FitMethod = "moments", **options: Any
+) -> Characterization:
+    """Concurrency, conversations, lengths and failures of a trace, per service and model.
+
+    `window` is the time over which gaps are fitted by a Gamma distribution, by `fit` "moments" or "mle"; `options` are
+    the trace options (see TraceOptions). Raises InputError for a trace or an option that cannot be used.
+    """
+    width = seconds(window, "--window")
+    if width == 0:
+        raise InputError("--window 0: a window is longer than 0 s; take 20m, for instance.")
+    opened = open_trace(trace, **options)
+    seed = options.get("seed", DEFAULT_SEED)
+    table = opened.table.drop("prefix")
+    parts = table.partition_by("service", "model", maintain_order=True)
+    parts.sort(key=len, reverse=True)
+    total = _stream(table, opened, width, fit, seed)
+    names = [{"service": part["service"][0], "model": part["model"][0]} for part in parts]
+    if len(parts) == 1:
+        classes = [structs.replace(total, **names[0])]
+    else:
+        classes = [
+            structs.replace(_stream(part, opened, width, fit, seed), **name)
+            for part, name in zip(parts, names, strict=True)
+        ]
+    return Characterization(
+        meta=opened.meta,
+        requests=len(opened),
+        span=opened.span,
+        rate=total.rate,
+        failed_share=total.failed_share,
+        total=total,
+        classes=classes,
+    )
+
+
+def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, seed: int) -> Stream:
+    """The four aspects of `rows`, which are all of `trace` or one class of it."""
+    meta = trace.meta
+    arrivals = rows["arrival"].to_numpy()
+    start, end = float(trace.table["arrival"][0]), float(trace.table["arrival"][-1])
+    request, response = rows["request_tokens"].to_numpy(), rows["response_tokens"].to_numpy()
+    failed = rows["failed"].to_numpy()
+    answered = ~failed & (request > 0)
+    # Compressed time has no hours of the day.
+    midnight = meta.midnight if meta.speed == 1 else None
+    cycle = hour_of_day(arrivals, start, end, midnight)
+    fits = gamma_windows(arrivals, window, tick=meta.tick, method=fit, seed=seed)
+    return Stream(
+        service=None,
+        model=None,
+        requests=len(rows),
+        share=len(rows) / len(trace),
+        rate=trace.rate * len(rows) / len(trace) if trace.span > 0 else None,
+        failed_share=float(np.mean(failed)),
+        request_tokens=lengths(request[request > 0]),
+        response_tokens=lengths(response[~failed]),
+        correlation=request_response(request[answered], response[answered]),
+        response_bands=response_bands(request[answered], response[answered]),
+        length_time=length_time(arrivals[request > 0], request[request > 0], start, end),
+        gaps=gap_statistics(arrivals, meta.tick, seed),
+        gamma_windows=gamma_fits(fits),
+        dispersion=[
+            Dispersion(scale=scale, index=index) for scale, index in dispersion(arrivals, start=start, end=end)
+        ],
+        hour_of_day=cycle,
+        day_of_week=day_of_week(arrivals, start, end, midnight, meta.weekday),
+        peak_to_trough=peak_to_trough(cycle),
+        periodicity=periodicity(arrivals, start, end),
+        rate_series=rate_series(arrivals, start, end),
+        conversations=conversations(rows),
+        failures=failures(arrivals, failed, request, start, end),
+    )
+
+
+callable_room(__name__)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 
+from squall.characterize.summary import Summary, bin_width, correlation, describe, known, summary
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED, stream
 from squall.units import in_words
@@ -27,7 +29,91 @@ MINIMUM_BINS = 5
 MAXIMUM_WINDOWS = 10_000_000
 """More windows than this are a slip in the flag, not a question."""
 
+MAXIMUM_POINTS = 500
+"""A series that is kept for a chart has at most this many points."""
+HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
+
 FitMethod = Literal["moments", "mle"]
+
+
+class Gaps(Summary, frozen=True, kw_only=True):
+    """Gaps between arrivals in seconds, as recorded."""
+
+    tied: float | None = None
+    """Share of gaps that are 0: requests with one recorded time."""
+    lag1: float | None = None
+    """Correlation of a gap with the next one; 0 for a renewal process."""
+    spread_cv: float | None = None
+    """CV after the arrivals were spread inside the clock's ticks (`despread`); null where the clock has none."""
+
+
+class GammaSeries(Struct, frozen=True, kw_only=True):
+    """The fitted windows in order; where there are more than 500, medians over as many neighbours as needed."""
+
+    start: list[float]
+    rate: list[float]
+    alpha: list[float]
+    beta: list[float]
+    cv: list[float]
+
+
+class GammaFits(Struct, frozen=True, kw_only=True):
+    """The windows' Gamma fits in a few numbers: quantiles over the windows that have a fit."""
+
+    window: float
+    """Length of a window, s."""
+    method: FitMethod
+    tick: float | None
+    """Arrivals were spread inside ticks of this many seconds first; null: fitted as recorded."""
+    windows: int
+    """Windows from the first arrival to the last."""
+    empty: int
+    fitted: int
+    skipped: int
+    """Windows with requests but too few gaps, or gaps without variance."""
+    bursty: int
+    """Fitted windows with alpha < 1."""
+    rejected: int
+    """Fitted windows whose KS distance exceeds 1.358 / sqrt(n). That is the 5 % point for parameters known beforehand;
+    for fitted ones it is strict, so at least these windows are not Gamma."""
+    alpha: Summary
+    """Shape."""
+    beta: Summary
+    """Rate parameter, 1/s."""
+    cv: Summary
+    ks: Summary
+    series: GammaSeries
+
+
+class Dispersion(Struct, frozen=True, kw_only=True):
+    """Index of dispersion of counts at one scale: 1 for Poisson arrivals."""
+
+    scale: float
+    """Bin, s."""
+    index: float
+
+
+class Periodicity(Struct, frozen=True, kw_only=True):
+    """How much of the hourly counts repeats; null where the trace is shorter than two periods."""
+
+    acf_day: float | None = None
+    """Autocorrelation of the hourly counts at 24 h."""
+    acf_week: float | None = None
+    """The same at 168 h."""
+    hour_of_day_share: float | None = None
+    """Share of the variance of the hourly counts that the hour of day explains."""
+    hour_of_week_share: float | None = None
+    """Share that the hour of the week explains."""
+
+
+class RateSeries(Struct, frozen=True, kw_only=True):
+    """Requests per bin over the whole trace, at most 500 bins of a round width."""
+
+    start: float
+    """Start of the first bin, s on the trace's clock."""
+    width: float
+    """s"""
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -109,7 +195,7 @@ def gamma_windows(
             alpha = cv**-2.0
         else:
             log_mean = np.bincount(owner, np.log(gap), windows) / gaps
-            alpha = _gamma_shape(np.where(usable, np.log(mean) - log_mean, np.nan))
+            alpha = gamma_shape(np.where(usable, np.log(mean) - log_mean, np.nan))
         beta = alpha / mean
     return GammaWindows(
         window=window,
@@ -124,6 +210,20 @@ def gamma_windows(
         method=method,
         tick=tick,
     )
+
+
+def gamma_shape(spread: np.ndarray) -> np.ndarray:
+    """The shape of largest likelihood: log(alpha) - digamma(alpha) = spread, where spread = log(mean) - mean(log) > 0.
+
+    Newton's method in 1/alpha from Minka's start (Estimating a Gamma distribution, 2002); four steps reach 1e-12.
+    """
+    from scipy.special import digamma, polygamma
+
+    alpha = (3 - spread + np.sqrt((spread - 3) ** 2 + 24 * spread)) / (12 * spread)
+    for _ in range(4):
+        error = np.log(alpha) - digamma(alpha) - spread
+        alpha = 1 / (1 / alpha + error / (alpha**2 * (1 / alpha - polygamma(1, alpha))))
+    return alpha
 
 
 def despread(arrivals: np.ndarray, tick: float, seed: int = DEFAULT_SEED) -> np.ndarray:
@@ -176,18 +276,127 @@ def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> 
     return np.bincount(np.floor((inside - start) / width).astype(np.int64), minlength=bins)
 
 
-def _gamma_shape(spread: np.ndarray) -> np.ndarray:
-    """The shape of largest likelihood: log(alpha) - digamma(alpha) = spread, where spread = log(mean) - mean(log) > 0.
+def gap_statistics(arrivals: np.ndarray, tick: float | None, seed: int = DEFAULT_SEED) -> Gaps:
+    """The gaps between sorted `arrivals` (s) as recorded, with the CV after de-tying beside it if `tick` is known."""
+    gaps = np.diff(arrivals)
+    if gaps.size == 0:
+        return Gaps()
+    spread = np.diff(despread(arrivals, tick, seed)) if tick else None
+    return Gaps(
+        **describe(np.sort(gaps)),
+        tied=float(np.mean(gaps == 0)),
+        lag1=correlation(gaps[:-1], gaps[1:]),
+        spread_cv=None if spread is None else known(float(spread.std() / spread.mean())),
+    )
 
-    Newton's method in 1/alpha from Minka's start (Estimating a Gamma distribution, 2002); four steps reach 1e-12.
+
+def gamma_fits(windows: GammaWindows) -> GammaFits:
+    """The fits of all windows in a few numbers, with a series short enough for a chart."""
+    fitted = np.flatnonzero(windows.fitted)
+    points = np.array_split(fitted, min(fitted.size, MAXIMUM_POINTS)) if fitted.size else []
+
+    def medians(values: np.ndarray) -> list[float]:
+        return [float(np.median(values[point])) for point in points]
+
+    return GammaFits(
+        window=windows.window,
+        method=windows.method,
+        tick=windows.tick,
+        windows=windows.count.size,
+        empty=int(np.count_nonzero(windows.count == 0)),
+        fitted=fitted.size,
+        skipped=windows.skipped,
+        bursty=int(np.count_nonzero(windows.alpha[fitted] < 1)),
+        rejected=int(np.count_nonzero(windows.ks[fitted] > 1.358 / np.sqrt(windows.gaps[fitted]))),
+        alpha=summary(windows.alpha),
+        beta=summary(windows.beta),
+        cv=summary(windows.cv),
+        ks=summary(windows.ks),
+        series=GammaSeries(
+            start=medians(windows.start),
+            rate=medians(windows.rate),
+            alpha=medians(windows.alpha),
+            beta=medians(windows.beta),
+            cv=medians(windows.cv),
+        ),
+    )
+
+
+def rate_series(arrivals: np.ndarray, start: float, end: float) -> RateSeries:
+    """Counts over [start, end] s in at most 500 bins of a round width."""
+    width = bin_width(end - start, MAXIMUM_POINTS)
+    return RateSeries(start=start, width=width, counts=bin_counts(arrivals, width, start, end).tolist())
+
+
+def hour_of_day(arrivals: np.ndarray, start: float, end: float, midnight: float | None) -> list[float]:
+    """Mean requests per hour in each of the 24 hours of the day, over the time [start, end] s that was observed.
+
+    `midnight` is the time of day, s, at arrival 0. Empty if it is unknown or if less than a day was observed.
     """
-    from scipy.special import digamma, polygamma
+    if midnight is None or end - start < DAY:
+        return []
+    return _mean_over_cycle(arrivals + midnight, start + midnight, end + midnight, HOUR, 24)
 
-    alpha = (3 - spread + np.sqrt((spread - 3) ** 2 + 24 * spread)) / (12 * spread)
-    for _ in range(4):
-        error = np.log(alpha) - digamma(alpha) - spread
-        alpha = 1 / (1 / alpha + error / (alpha**2 * (1 / alpha - polygamma(1, alpha))))
-    return alpha
+
+def day_of_week(
+    arrivals: np.ndarray, start: float, end: float, midnight: float | None, weekday: int | None
+) -> list[float]:
+    """Mean requests per day on each weekday, Monday first; as `hour_of_day`, with `weekday` that of the first midnight.
+
+    Empty if that is unknown or if less than a week was observed.
+    """
+    if midnight is None or weekday is None or end - start < WEEK:
+        return []
+    shift = midnight + weekday * DAY
+    return _mean_over_cycle(arrivals + shift, start + shift, end + shift, DAY, 7)
+
+
+def peak_to_trough(cycle: list[float]) -> float | None:
+    """Highest over lowest value of a daily cycle; None if there is none or if its trough is empty."""
+    return max(cycle) / min(cycle) if cycle and min(cycle) > 0 else None
+
+
+def periodicity(arrivals: np.ndarray, start: float, end: float) -> Periodicity:
+    """Daily and weekly repetition of the counts in the whole hours from `start` to `end`."""
+    hours = int((end - start) // HOUR)
+    if not 48 <= hours <= MAXIMUM_WINDOWS:
+        return Periodicity()
+    counts = bin_counts(arrivals, HOUR, start, end)[:hours].astype(float)
+    return Periodicity(
+        acf_day=_autocorrelation(counts, 24),
+        acf_week=_autocorrelation(counts, 168),
+        hour_of_day_share=_explained(counts, 24),
+        hour_of_week_share=_explained(counts, 168),
+    )
+
+
+def _mean_over_cycle(times: np.ndarray, start: float, end: float, part: float, parts: int) -> list[float]:
+    """Mean count per `part` seconds in each part of a cycle of `parts` of them, which begins at time 0."""
+    counts = np.bincount(np.floor(times / part).astype(np.int64) % parts, minlength=parts)
+    offset, cycle = np.arange(parts) * part, parts * part
+
+    def observed(until: float) -> np.ndarray:
+        return until // cycle * part + np.clip(until % cycle - offset, 0, part)
+
+    return (counts / ((observed(end) - observed(start)) / part)).tolist()
+
+
+def _autocorrelation(series: np.ndarray, lag: int) -> float | None:
+    """Sample autocorrelation at `lag`; None for fewer than two lags of data or a constant series."""
+    if series.size < 2 * lag:
+        return None
+    off = series - series.mean()
+    total = float(off @ off)
+    return float(off[lag:] @ off[:-lag]) / total if total > 0 else None
+
+
+def _explained(series: np.ndarray, period: int) -> float | None:
+    """Share of the variance of `series` that the mean of each phase of `period` explains; None as above."""
+    if series.size < 2 * period or series.var() == 0:
+        return None
+    phase = np.arange(series.size) % period
+    means = np.bincount(phase, series) / np.bincount(phase)
+    return float(1 - ((series - means[phase]) ** 2).mean() / series.var())
 
 
 def _gamma_distance(gap: np.ndarray, owner: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -199,13 +408,13 @@ def _gamma_distance(gap: np.ndarray, owner: np.ndarray, alpha: np.ndarray, beta:
     gap, owner = gap[fitted], owner[fitted]
     if gap.size == 0:
         return distance
-    order = np.lexsort((gap, owner))
-    gap, owner = gap[order], owner[order]
+    # Owners are sorted and a cdf lies in [0, 1), so that one sort of their sum sorts every window in its place.
+    cdf = np.minimum(gammainc(alpha[owner], beta[owner] * gap), 1 - 1e-8)
+    cdf = np.sort(owner + cdf) - owner
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     size = np.diff(first, append=gap.size)
     rank = np.arange(gap.size) - np.repeat(first, size)
     number = np.repeat(size, size)
-    fitted_cdf = gammainc(alpha[owner], beta[owner] * gap)
-    off = np.maximum((rank + 1) / number - fitted_cdf, fitted_cdf - rank / number)
+    off = np.maximum((rank + 1) / number - cdf, cdf - rank / number)
     distance[owner[first]] = np.maximum.reduceat(off, first)
     return distance
