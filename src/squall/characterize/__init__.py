@@ -1,5 +1,7 @@
 """What is in a trace: concurrency, conversations, lengths and failures, per service and model and over all."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from squall.characterize.concurrency import (
     Periodicity,
     RateSeries,
     day_of_week,
-    dispersion,
+    despread,
+    dispersion_curve,
     gamma_fits,
     gamma_windows,
     gap_statistics,
@@ -23,15 +26,15 @@ from squall.characterize.concurrency import (
     periodicity,
     rate_series,
 )
-from squall.characterize.conversations import Conversations, conversations
-from squall.characterize.failures import Failures, failures
+from squall.characterize.conversations import Conversations, session_statistics
+from squall.characterize.failures import Failures, failure_statistics
 from squall.characterize.lengths import (
     Band,
     Correlation,
     Lengths,
     LengthTime,
+    length_statistics,
     length_time,
-    lengths,
     request_response,
     response_bands,
 )
@@ -113,15 +116,14 @@ def characterize(
     table = opened.table.drop("prefix")
     parts = table.partition_by("service", "model", maintain_order=True)
     parts.sort(key=len, reverse=True)
-    total = _stream(table, opened, width, fit, seed)
-    names = [{"service": part["service"][0], "model": part["model"][0]} for part in parts]
-    if len(parts) == 1:
-        classes = [structs.replace(total, **names[0])]
-    else:
-        classes = [
-            structs.replace(_stream(part, opened, width, fit, seed), **name)
-            for part, name in zip(parts, names, strict=True)
-        ]
+    # Sorting and fitting release the interpreter lock; of one class the whole trace says it all.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tables = [table, *(parts if len(parts) > 1 else [])]
+        total, *streams = pool.map(lambda rows: _stream(rows, opened, width, fit, seed), tables)
+    classes = [
+        structs.replace(stream, service=part["service"][0], model=part["model"][0])
+        for stream, part in zip(streams or [total], parts, strict=True)
+    ]
     return Characterization(
         meta=opened.meta,
         requests=len(opened),
@@ -144,7 +146,8 @@ def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, see
     # Compressed time has no hours of the day.
     midnight = meta.midnight if meta.speed == 1 else None
     cycle = hour_of_day(arrivals, start, end, midnight)
-    fits = gamma_windows(arrivals, window, tick=meta.tick, method=fit, seed=seed)
+    spread = despread(arrivals, meta.tick, seed) if meta.tick else None
+    fits = gamma_windows(arrivals if spread is None else spread, window, method=fit)
     return Stream(
         service=None,
         model=None,
@@ -152,23 +155,21 @@ def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, see
         share=len(rows) / len(trace),
         rate=trace.rate * len(rows) / len(trace) if trace.span > 0 else None,
         failed_share=float(np.mean(failed)),
-        request_tokens=lengths(request[request > 0]),
-        response_tokens=lengths(response[~failed]),
+        request_tokens=length_statistics(request[request > 0]),
+        response_tokens=length_statistics(response[~failed]),
         correlation=request_response(request[answered], response[answered]),
         response_bands=response_bands(request[answered], response[answered]),
         length_time=length_time(arrivals[request > 0], request[request > 0], start, end),
-        gaps=gap_statistics(arrivals, meta.tick, seed),
-        gamma_windows=gamma_fits(fits),
-        dispersion=[
-            Dispersion(scale=scale, index=index) for scale, index in dispersion(arrivals, start=start, end=end)
-        ],
+        gaps=gap_statistics(arrivals, spread),
+        gamma_windows=gamma_fits(fits, meta.tick),
+        dispersion=dispersion_curve(arrivals, start, end, spread, meta.tick),
         hour_of_day=cycle,
         day_of_week=day_of_week(arrivals, start, end, midnight, meta.weekday),
         peak_to_trough=peak_to_trough(cycle),
         periodicity=periodicity(arrivals, start, end),
         rate_series=rate_series(arrivals, start, end),
-        conversations=conversations(rows),
-        failures=failures(arrivals, failed, request, start, end),
+        conversations=session_statistics(rows),
+        failures=failure_statistics(arrivals, failed, request, start, end),
     )
 
 

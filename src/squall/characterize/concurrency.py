@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-from squall.characterize.summary import Summary, bin_width, correlation, describe, known, summary
+from squall.characterize.summary import Summary, bin_width, correlation, describe, summary
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED, stream
 from squall.units import in_words
@@ -91,6 +91,9 @@ class Dispersion(Struct, frozen=True, kw_only=True):
     scale: float
     """Bin, s."""
     index: float
+    """Of the arrivals as recorded."""
+    spread_index: float | None = None
+    """Of the arrivals spread inside the clock's ticks, at scales below 10 ticks, where ticks colour `index`."""
 
 
 class Periodicity(Struct, frozen=True, kw_only=True):
@@ -276,22 +279,36 @@ def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> 
     return np.bincount(np.floor((inside - start) / width).astype(np.int64), minlength=bins)
 
 
-def gap_statistics(arrivals: np.ndarray, tick: float | None, seed: int = DEFAULT_SEED) -> Gaps:
-    """The gaps between sorted `arrivals` (s) as recorded, with the CV after de-tying beside it if `tick` is known."""
+def gap_statistics(arrivals: np.ndarray, spread: np.ndarray | None = None) -> Gaps:
+    """The gaps between sorted `arrivals` (s) as recorded, with the CV of `spread` (from `despread`) beside it."""
     gaps = np.diff(arrivals)
     if gaps.size == 0:
         return Gaps()
-    spread = np.diff(despread(arrivals, tick, seed)) if tick else None
     return Gaps(
         **describe(np.sort(gaps)),
         tied=float(np.mean(gaps == 0)),
         lag1=correlation(gaps[:-1], gaps[1:]),
-        spread_cv=None if spread is None else known(float(spread.std() / spread.mean())),
+        spread_cv=None if spread is None else summary(np.diff(spread)).cv,
     )
 
 
-def gamma_fits(windows: GammaWindows) -> GammaFits:
-    """The fits of all windows in a few numbers, with a series short enough for a chart."""
+def dispersion_curve(
+    arrivals: np.ndarray, start: float, end: float, spread: np.ndarray | None = None, tick: float | None = None
+) -> list[Dispersion]:
+    """`dispersion` over [start, end] s, with that of the `spread` arrivals beside it at scales below 10 `tick`s."""
+    fine = tuple(scale for scale in SCALES if tick is not None and scale < 10 * tick)
+    beside = dict(dispersion(spread, fine, start, end)) if spread is not None else {}
+    return [
+        Dispersion(scale=scale, index=index, spread_index=beside.get(scale))
+        for scale, index in dispersion(arrivals, SCALES, start, end)
+    ]
+
+
+def gamma_fits(windows: GammaWindows, tick: float | None = None) -> GammaFits:
+    """The fits of all windows in a few numbers, with a series short enough for a chart.
+
+    `tick` says that the arrivals had been spread inside such ticks before.
+    """
     fitted = np.flatnonzero(windows.fitted)
     points = np.array_split(fitted, min(fitted.size, MAXIMUM_POINTS)) if fitted.size else []
 
@@ -301,7 +318,7 @@ def gamma_fits(windows: GammaWindows) -> GammaFits:
     return GammaFits(
         window=windows.window,
         method=windows.method,
-        tick=windows.tick,
+        tick=windows.tick or tick,
         windows=windows.count.size,
         empty=int(np.count_nonzero(windows.count == 0)),
         fitted=fitted.size,

@@ -49,7 +49,7 @@ class Conversations(Struct, frozen=True, kw_only=True):
     open_max: int | None = None
 
 
-def conversations(table: pl.DataFrame) -> Conversations:
+def session_statistics(table: pl.DataFrame) -> Conversations:
     """The sessions in `table` (columns of the Trace, sorted by arrival)."""
     rows = table.select("arrival", "request_tokens", "response_tokens", "failed", "session", "elapsed")
     rows = rows.filter(pl.col("session").is_not_null())

@@ -53,7 +53,7 @@ class Failures(Struct, frozen=True, kw_only=True):
     series: FailureSeries
 
 
-def failures(
+def failure_statistics(
     arrivals: np.ndarray, failed: np.ndarray, request_tokens: np.ndarray, start: float, end: float
 ) -> Failures:
     """Failures over [start, end] s: sorted `arrivals` (s), `failed`, `request_tokens` (0 = unknown) per row."""

@@ -7,8 +7,8 @@ the integer k is the mass between k - 1/2 and k + 1/2 (from 0 for k = 1), so tha
 say how far off it is.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -105,7 +105,7 @@ class LengthTime(Struct, frozen=True, kw_only=True):
     """The same if lengths were dealt out at random: root of the exact mean variance over all permutations."""
 
 
-def lengths(tokens: np.ndarray) -> Lengths:
+def length_statistics(tokens: np.ndarray) -> Lengths:
     """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order)."""
     ordered = np.sort(tokens)
     if ordered.size == 0:
@@ -212,60 +212,102 @@ def _fits(values: np.ndarray, counts: np.ndarray) -> tuple[Zipf | None, tuple[Fi
     """All families fitted to distinct lengths (>= 1, sorted) and their counts, best first; nothing for a constant."""
     if values.size < 2:
         return None, ()
-    from scipy import stats
+    zipf = _zipf(values, counts)
+    parameters = {"theta": zipf.theta, "max": float(zipf.max)}
+    fits = (
+        _lognormal(values, counts),
+        _gamma(values, counts),
+        _weibull(values, counts),
+        Fit(family="zipf", parameters=parameters, ks=zipf.ks, aic=zipf.aic),
+    )
+    return zipf, tuple(sorted((fit for fit in fits if fit), key=lambda fit: fit.aic))
+
+
+def _lognormal(values: np.ndarray, counts: np.ndarray) -> Fit:
+    from scipy.special import ndtr
+
+    logs, total = np.log(values), counts.sum()
+    mu = float(counts @ logs / total)
+    sigma = float(np.sqrt(counts @ (logs - mu) ** 2 / total))
+    below, above = ((np.log(limit) - mu) / sigma for limit in _cells(values))
+    parameters = {"mu": mu, "sigma": sigma}
+    return _fit("lognormal", parameters, (ndtr(below), ndtr(above)), (ndtr(-below), ndtr(-above)), counts)
+
+
+def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
+    from scipy.special import gammainc, gammaincc
 
     total = counts.sum()
-    logs = np.log(values)
-    mean, log_mean = counts @ values / total, counts @ logs / total
-    sigma = np.sqrt(counts @ (logs - log_mean) ** 2 / total)
-    shape = float(gamma_shape(np.array([np.log(mean) - log_mean]))[0])
-    fits = [
-        _continuous(
-            "lognormal", {"mu": log_mean, "sigma": sigma}, stats.lognorm(sigma, scale=np.exp(log_mean)), values, counts
-        ),
-        _continuous(
-            "gamma", {"shape": shape, "rate": shape / mean}, stats.gamma(shape, scale=mean / shape), values, counts
-        ),
-    ]
-    slope = _weibull_shape(values, counts)
-    if slope is not None:
-        scale = values[-1] * float(counts @ (values / values[-1]) ** slope / total) ** (1 / slope)
-        model = stats.weibull_min(slope, scale=scale)
-        fits.append(_continuous("weibull", {"shape": slope, "scale": scale}, model, values, counts))
-    zipf = _zipf(values, counts)
-    fits.append(Fit(family="zipf", parameters={"theta": zipf.theta, "max": float(zipf.max)}, ks=zipf.ks, aic=zipf.aic))
-    return zipf, tuple(sorted(fits, key=lambda fit: fit.aic))
+    mean = float(counts @ values / total)
+    shape = float(gamma_shape(np.array([np.log(mean) - counts @ np.log(values) / total]))[0])
+    below, above = (shape / mean * limit for limit in _cells(values))
+    cdf, survival = (gammainc(shape, below), gammainc(shape, above)), (gammaincc(shape, below), gammaincc(shape, above))
+    return _fit("gamma", {"shape": shape, "rate": shape / mean}, cdf, survival, counts)
 
 
-def _continuous(family: str, parameters: dict[str, float], model: Any, values: np.ndarray, counts: np.ndarray) -> Fit:
-    """A continuous family as a distribution on the integers: k has the mass from k - 1/2 to k + 1/2."""
-    below, above = np.where(values > 1, values - 0.5, 0.0), values + 0.5
-    low, high = model.cdf(below), model.cdf(above)
+def _weibull(values: np.ndarray, counts: np.ndarray) -> Fit | None:
+    """Maximum likelihood: the shape is a root of an increasing function; None if nearly all lengths are the longest."""
+    longest, total = float(values[-1]), counts.sum()
+    scaled = values / longest
+    logs = np.log(scaled)
+
+    def slope(shape: float) -> float:
+        weight = counts * scaled**shape
+        return float(weight @ logs / weight.sum() - 1 / shape - counts @ logs / total)
+
+    low, high = 1e-3, 1e4
+    if not slope(low) < 0 < slope(high):
+        return None
+    shape = _root(slope, low, high)
+    scale = longest * float(counts @ scaled**shape / total) ** (1 / shape)
+    below, above = ((limit / scale) ** shape for limit in _cells(values))
+    cdf, survival = (-np.expm1(-below), -np.expm1(-above)), (np.exp(-below), np.exp(-above))
+    return _fit("weibull", {"shape": shape, "scale": scale}, cdf, survival, counts)
+
+
+def _cells(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Limits of the integers' cells on the line; that of 1 begins just above 0."""
+    return np.where(values > 1, values - 0.5, 1e-9), values + 0.5
+
+
+def _fit(
+    family: str,
+    parameters: dict[str, float],
+    cdf: tuple[np.ndarray, np.ndarray],
+    survival: tuple[np.ndarray, np.ndarray],
+    counts: np.ndarray,
+) -> Fit:
+    """A continuous family as a distribution on the integers, given its cdf and survival at both limits of each cell."""
     # In the upper tail the survival function keeps the digits that the cdf has lost.
-    mass = np.where(low < 0.5, high - low, model.sf(below) - model.sf(above))
-    return Fit(
-        family=family,
-        parameters={name: float(value) for name, value in parameters.items()},
-        ks=_distance(low, high, counts),
-        aic=float(4 - 2 * counts @ np.log(np.maximum(mass, 1e-300))),
-    )
+    mass = np.where(cdf[0] < 0.5, cdf[1] - cdf[0], survival[0] - survival[1])
+    aic = float(4 - 2 * counts @ np.log(np.maximum(mass, 1e-300)))
+    return Fit(family=family, parameters=parameters, ks=_distance(*cdf, counts), aic=aic)
 
 
 def _zipf(values: np.ndarray, counts: np.ndarray) -> Zipf:
-    """Maximum likelihood of theta: the minimum of theta mean(log k) + log sum_{k <= max} k^-theta, which is convex."""
-    from scipy.optimize import minimize_scalar
-
+    """Maximum likelihood: where the mean log length of the model, -d log(sum k^-theta) / d theta, is the sample's."""
     longest, total = int(values[-1]), counts.sum()
-    log_mean = counts @ np.log(values) / total
-    ends = np.array([longest])
+    log_mean = float(counts @ np.log(values) / total)
+    step, ends = 1e-5, np.array([longest])
 
-    def loss(theta: float) -> float:
-        return theta * log_mean + float(np.log(harmonic(theta, ends)[0]))
+    def log_sum(theta: float) -> float:
+        return float(np.log(harmonic(theta, ends)[0]))
 
-    theta = float(minimize_scalar(loss, bounds=(-10, 50), method="bounded", options={"xatol": 1e-7}).x)
+    def excess(theta: float) -> float:
+        return log_mean + (log_sum(theta + step) - log_sum(theta - step)) / (2 * step)
+
+    theta = _root(excess, -10, 50)
     whole = harmonic(theta, ends)[0]
     ks = _distance(harmonic(theta, values - 1) / whole, harmonic(theta, values) / whole, counts)
-    return Zipf(theta=theta, max=longest, ks=ks, aic=float(4 + 2 * total * loss(theta)))
+    return Zipf(theta=theta, max=longest, ks=ks, aic=4 + 2 * float(total) * (theta * log_mean + log_sum(theta)))
+
+
+def _root(increasing: Callable[[float], float], low: float, high: float) -> float:
+    """Where `increasing` crosses 0, by bisection; the nearer end if it does so outside [low, high]."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if increasing(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def harmonic(theta: float, upto: np.ndarray) -> np.ndarray:
@@ -279,22 +321,6 @@ def harmonic(theta: float, upto: np.ndarray) -> np.ndarray:
     return head[np.minimum(upto, ZIPF_HEAD)] + integral + ends
 
 
-def _weibull_shape(values: np.ndarray, counts: np.ndarray) -> float | None:
-    """The shape of largest likelihood, a root of an increasing function; None if nearly all lengths are the longest."""
-    from scipy.optimize import brentq
-
-    scaled = values / values[-1]
-    logs = np.log(scaled)
-    log_mean = counts @ logs / counts.sum()
-
-    def slope(shape: float) -> float:
-        weight = counts * scaled**shape
-        return float(weight @ logs / weight.sum() - 1 / shape - log_mean)
-
-    low, high = 1e-3, 1e4
-    return float(brentq(slope, low, high)) if slope(low) < 0 < slope(high) else None
-
-
 def _distance(below: np.ndarray, above: np.ndarray, counts: np.ndarray) -> float:
     """KS distance on the integers: model cdf just below and at each distinct length against the observed steps."""
     steps = np.concatenate(([0], np.cumsum(counts))) / counts.sum()
@@ -305,29 +331,41 @@ def _modes(values: np.ndarray, counts: np.ndarray) -> tuple[Mode, ...]:
     """Peaks of a Gaussian kernel density of the log length that stand out.
 
     Each integer k is spread over [k - 1/2, k + 1/2], so that short lengths make no comb. The bandwidth is Silverman's,
-    0.9 min(sd, IQR / 1.34) n^(-1/5), at least 0.1 (10 % of a length). A peak counts with 5 % of the highest density
-    and a prominence of 20 % of its own.
+    0.9 min(sd, IQR / 1.34) n^(-1/5), at least 0.1 (10 % of a length). A peak counts from 5 % of the highest density
+    on, if the density falls by at least 20 % of it on the way to a higher one.
     """
-    if values.size < 2 or counts.sum() < 20:
-        return ()
-    from scipy.ndimage import gaussian_filter1d
-    from scipy.signal import find_peaks
-
     total = counts.sum()
-    cumulative = np.cumsum(counts) / total
+    if values.size < 2 or total < MINIMUM_IN_BAND:
+        return ()
+    cumulative, logs = np.cumsum(counts) / total, np.log(values)
+    spread = np.sqrt(counts @ (logs - counts @ logs / total) ** 2 / total)
+    low, high = logs[np.searchsorted(cumulative, (0.25, 0.75))]
+    bandwidth = max(0.1, 0.9 * min(spread, (high - low) / 1.34 or spread) * float(total) ** -0.2)
+
+    step = bandwidth / 10
+    grid = np.arange(np.log(values[0] - 0.5) - 5 * bandwidth, np.log(values[-1] + 0.5) + 5 * bandwidth, step)
     edges = np.column_stack((values - 0.5, values + 0.5)).ravel()
     steps = np.column_stack((cumulative - counts / total, cumulative)).ravel()
-    logs = np.log(values)
-    spread = np.sqrt(counts @ (logs - counts @ logs / total) ** 2 / total)
-    quartiles = np.diff(logs[np.searchsorted(cumulative, (0.25, 0.75))])[0] / 1.34
-    bandwidth = max(0.1, 0.9 * min(spread, quartiles or spread) * float(total) ** -0.2)
-    step = bandwidth / 10
-    grid = np.arange(np.log(edges[0]) - 5 * bandwidth, np.log(edges[-1]) + 5 * bandwidth, step)
     mass = np.diff(np.interp(np.exp(grid), edges, steps, left=0.0, right=1.0))
-    density = gaussian_filter1d(mass, bandwidth / step, mode="constant")
-    peaks, found = find_peaks(density, height=0.05 * density.max(), prominence=0)
-    peaks = peaks[found["prominences"] >= 0.2 * density[peaks]]
+    density = np.convolve(mass, np.exp(-0.5 * (np.arange(-50, 51) / 10) ** 2), mode="same")
+
+    peaks = _peaks(density)
     valleys = [0, *(a + int(np.argmin(density[a:b])) for a, b in pairwise(peaks)), mass.size]
-    shares = [mass[a:b].sum() for a, b in pairwise(valleys)]
-    centre = np.exp(grid[:-1] + step / 2)
-    return tuple(Mode(tokens=float(centre[p]), share=float(s)) for p, s in zip(peaks, shares, strict=True))
+    shares = [float(mass[a:b].sum()) for a, b in pairwise(valleys)]
+    centres = np.exp(grid[peaks] + step / 2)
+    return tuple(Mode(tokens=float(at), share=share) for at, share in zip(centres, shares, strict=True))
+
+
+def _peaks(density: np.ndarray) -> list[int]:
+    """Local maxima from 5 % of the highest on, less those that a dip of under 20 % parts from a higher neighbour."""
+    inner = density[1:-1]
+    top = (inner > density[:-2]) & (inner >= density[2:]) & (inner >= 0.05 * inner.max())
+    peaks: list[int] = (np.flatnonzero(top) + 1).tolist()
+    while len(peaks) > 1:
+        lower = [min(pair, key=lambda peak: density[peak]) for pair in pairwise(peaks)]
+        dips = [1 - density[a:b].min() / density[low] for (a, b), low in zip(pairwise(peaks), lower, strict=True)]
+        shallowest = int(np.argmin(dips))
+        if dips[shallowest] >= 0.2:
+            break
+        peaks.remove(lower[shallowest])
+    return peaks
