@@ -1,0 +1,20 @@
+"""The generative model of a workload: fit it to a trace, scale it, draw new traces; and the built-in profiles."""
+
+from squall.workload.drawing import generate, rescale, smooth
+from squall.workload.fitting import fit
+from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
+from squall.workload.profiles import PROFILES, profile
+
+__all__ = [
+    "PROFILES",
+    "ClassFit",
+    "ClassModel",
+    "Workload",
+    "fit",
+    "generate",
+    "profile",
+    "read_workload",
+    "rescale",
+    "save_workload",
+    "smooth",
+]

@@ -1,0 +1,180 @@
+"""Fit: from a trace to a workload model, class by class, and how well the model agrees with the trace."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from squall.errors import InputError
+from squall.progress import progress
+from squall.seeds import DEFAULT_SEED, stream
+from squall.trace import Trace, TraceSource, open_trace
+from squall.units import Duration, in_words, seconds
+from squall.workload.concurrency import Renewal, RenewalFit, fit_renewal
+from squall.workload.conversations import fit_conversations
+from squall.workload.failures import fit_failures
+from squall.workload.lengths import fit_lengths, ks_distance, spearman
+from squall.workload.model import ClassFit, ClassModel, Workload, save_workload
+
+KINDS = ("auto", "renewal")
+FEWEST_WINDOWS = 6
+"""A trace with fewer windows than this is fitted in smaller ones."""
+_SMALLER = (600, 300, 120, 60, 30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.01, 0.001)
+
+
+def fit(
+    trace: TraceSource,
+    *,
+    out: str | Path | None = None,
+    kind: str = "auto",
+    window: Duration = "20m",
+    method: Literal["moments", "mle"] = "moments",
+    **options: Any,
+) -> Workload:
+    """A workload model of `trace`, written to `out` (JSON) if given.
+
+    Per (service, model) class: the rate and the Gamma shape of the gaps in each `window`, the joint law of the lengths,
+    conversations where sessions are recorded, and failures. `kind` says what the arrivals are made of; "renewal" is the
+    only kind, and "auto" takes it. `method` estimates the shapes by "moments" or by maximum likelihood ("mle").
+    `options` are the trace options, among them the seed (for ties and for times inside a coarse clock tick).
+
+    Raises InputError for a trace that has no rate: a single request, or all requests at one time.
+    """
+    if kind not in KINDS:
+        raise InputError(f"--kind {kind}: no such kind of arrivals; there are {' and '.join(KINDS)}.")
+    if method not in ("moments", "mle"):
+        raise InputError(f"--method {method}: no such estimator; there are moments and mle.")
+    seed = int(options.get("seed", DEFAULT_SEED))
+    source = open_trace(trace, **options)
+    if len(source) < 2 or source.span <= 0:
+        raise InputError(
+            f"{source.meta.source}: {len(source)} request{'s' if len(source) > 1 else ''} at a single time say nothing "
+            "about a rate; a fit needs a trace with requests at two times or more."
+        )
+    # n requests make n - 1 gaps; one more mean gap gives the span in which n are expected.
+    span = source.span + source.span / (len(source) - 1)
+    slot, notes = _fitting_window(seconds(window, "--window"), span)
+    parts = source.table.partition_by("service", "model", maintain_order=True)
+    parts.sort(key=len, reverse=True)
+    with progress("Fitting", total=len(parts)) as done:
+        classes = []
+        for index, part in enumerate(parts):
+            classes.append(_fit_class(part, source, span, slot, method, seed, index))
+            done(index + 1)
+    meta = source.meta
+    workload = Workload(
+        source=meta.source,
+        sha256=meta.sha256,
+        licence=meta.licence,
+        attribution=meta.attribution,
+        steps=meta.steps,
+        notes=[*meta.notes, *notes, *_left_out(source)],
+        span=span,
+        midnight=_plus(meta.midnight, float(source.table["arrival"][0])),
+        weekday=meta.weekday,
+        method=method,
+        seed=seed,
+        classes=classes,
+    )
+    if out is not None:
+        save_workload(workload, out)
+    return workload
+
+
+def _fit_class(
+    rows: pl.DataFrame,
+    source: Trace,
+    span: float,
+    window: float,
+    method: Literal["moments", "mle"],
+    seed: int,
+    index: int,
+) -> ClassModel:
+    arrival = rows["arrival"].to_numpy() - source.table["arrival"][0]
+    request, response = rows["request_tokens"].to_numpy(), rows["response_tokens"].to_numpy()
+    failed = rows["failed"].to_numpy()
+    answered = ~failed
+    rng = stream(seed, "fit", index)
+    arrivals, quality = fit_renewal(arrival, span, window, tick=source.meta.tick, method=method, seed=seed)
+    conversations = None
+    if rows["session"].null_count() < len(rows):
+        # A row without a session is a conversation of its own.
+        alone = pl.int_range(-1, -len(rows) - 1, -1, eager=True)
+        session = rows["session"].rank("dense").cast(pl.Int64).fill_null(alone).to_numpy()
+        conversations = fit_conversations(arrival, session, request, answered, rng)
+    model = ClassModel(
+        service=rows["service"][0],
+        model=rows["model"][0],
+        arrivals=arrivals,
+        lengths=fit_lengths(request[answered], response[answered], rng) if answered.any() else None,
+        conversations=conversations,
+        failures=fit_failures(arrival, failed, request[failed]),
+    )
+    return _with_fit(model, rows, arrival, quality, seed, index)
+
+
+def _with_fit(
+    model: ClassModel, rows: pl.DataFrame, arrival: np.ndarray, quality: RenewalFit, seed: int, index: int
+) -> ClassModel:
+    """`model` with its goodness of fit: its laws, and one draw over the fitted span, against the rows."""
+    import msgspec
+
+    span = model.arrivals.span if isinstance(model.arrivals, Renewal) else float(arrival[-1])
+    drawn = model.draw(model.arrivals.path(0.0, span, seed), seed, index)
+    real, new = (table.filter(~pl.col("failed")) for table in (rows, drawn))
+    pairs = [(t["request_tokens"].to_numpy(), t["response_tokens"].to_numpy()) for t in (real, new)]
+    law = model.lengths
+    result = ClassFit(
+        requests=len(rows),
+        windows=quality.windows,
+        fitted=quality.fitted,
+        alpha=quality.alpha,
+        ks_gaps=quality.ks,
+        ks_request=ks_distance(pairs[0][0], law.request) if law else None,
+        ks_response=ks_distance(pairs[0][1], law.response) if law else None,
+        rate=(len(rows) / span, len(drawn) / span),
+        spearman=(spearman(*pairs[0]), spearman(*pairs[1])) if law else None,
+        dispersion=_dispersion(arrival, drawn["arrival"].to_numpy(), span),
+        failed_share=(float(rows["failed"].mean() or 0.0), float(drawn["failed"].mean() or 0.0)),  # type: ignore[arg-type]
+        turns=(_mean_turns(rows), _mean_turns(drawn)) if model.conversations else None,
+    )
+    return msgspec.structs.replace(model, fit=result)
+
+
+def _dispersion(real: np.ndarray, drawn: np.ndarray, span: float, scale: float = 60.0) -> tuple[float, float] | None:
+    """Index of dispersion of counts in bins of `scale` seconds, trace and draw; None if the span holds too few bins."""
+    from squall.characterize.concurrency import dispersion
+
+    found = [dispersion(times, (scale,), 0.0, span) if times.size else [] for times in (real, drawn)]
+    return (found[0][0][1], found[1][0][1]) if all(found) else None
+
+
+def _mean_turns(rows: pl.DataFrame) -> float:
+    sessions = rows["session"].drop_nulls()
+    return (len(sessions) / sessions.n_unique()) if len(sessions) else 1.0
+
+
+def _fitting_window(window: float, span: float) -> tuple[float, list[str]]:
+    """The window for this span, and a note if it is not the one asked for."""
+    if window <= 0:
+        raise InputError("--window 0: windows need a length, such as 20m.")
+    if span >= FEWEST_WINDOWS * window:
+        return window, []
+    smaller = next((w for w in _SMALLER if w < window and span >= FEWEST_WINDOWS * w), span / FEWEST_WINDOWS)
+    return smaller, [
+        f"The trace spans {in_words(span)}, fewer than {FEWEST_WINDOWS} windows of {in_words(window)}: fitted in windows of {in_words(smaller)}."
+    ]
+
+
+def _left_out(source: Trace) -> list[str]:
+    lost = [name for name in ("elapsed", "prefix") if source.table[name].null_count() < len(source)]
+    return (
+        [f"The model has no {' and no '.join(lost)}: a drawn trace lacks {'them' if len(lost) > 1 else 'it'}."]
+        if lost
+        else []
+    )
+
+
+def _plus(midnight: float | None, shift: float) -> float | None:
+    return None if midnight is None else midnight + shift

@@ -1,0 +1,175 @@
+"""The workload model: one generative model per (service, model) class of a trace, and its JSON file."""
+
+import pathlib
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall.errors import InputError
+from squall.seeds import stream
+from squall.workload.concurrency import Arrivals, Path, renewal
+from squall.workload.conversations import Conversations
+from squall.workload.failures import Failures
+from squall.workload.lengths import Lengths
+
+VERSION = 1
+
+
+class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
+    """Goodness of fit of one class: the trace against the model's law, or against one draw over the fitted span."""
+
+    requests: int
+    windows: int
+    """Windows with arrivals."""
+    fitted: int
+    """Windows whose shape is their own; the others took the pooled one."""
+    alpha: list[float]
+    """p10, p50, p90 of the fitted shapes."""
+    ks_gaps: float | None
+    """Median over the windows of the gaps' Kolmogorov-Smirnov distance to their Gamma law."""
+    ks_request: float | None
+    """Kolmogorov-Smirnov distance of the answered requests' lengths to the model's quantiles."""
+    ks_response: float | None
+    rate: tuple[float, float]
+    """Requests/s: trace, draw."""
+    spearman: tuple[float, float] | None
+    """Rank correlation of request and response lengths: trace, draw."""
+    dispersion: tuple[float, float] | None
+    """Index of dispersion of counts at 60 s: trace, draw."""
+    failed_share: tuple[float, float]
+    """Trace, draw."""
+    turns: tuple[float, float] | None
+    """Mean turns of a session: trace, draw."""
+
+
+class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One class of requests: when they arrive, how long they are, how they form conversations, which fail."""
+
+    service: str | None
+    model: str | None
+    arrivals: Arrivals
+    lengths: Lengths | None
+    """None if no request of the class succeeded."""
+    conversations: Conversations | None = None
+    failures: Failures
+    fit: ClassFit | None = None
+    """None for a built-in profile, which is made from published statistics."""
+
+    def __post_init__(self) -> None:
+        if self.service not in (None, "conversation", "api"):
+            raise ValueError("service must be conversation, api or null")
+        if self.lengths is None and self.failures.share < 1:
+            raise ValueError("lengths may be null only if all requests fail")
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.model, self.service) if part) or "all requests"
+
+    def draw(self, path: Path, seed: int, index: int) -> pl.DataFrame:
+        """Requests along `path`; `index` is the class's place in its workload, which keeps its random streams its own."""
+        arrival = renewal(path, stream(seed, "arrivals", index))
+        session = turn = None
+        rank_rng = stream(seed, "lengths", index)
+        if self.conversations:
+            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", index))
+            u = self.conversations.growth.draw(session, turn, rank_rng)
+        else:
+            u = rank_rng.random(arrival.size)
+        failing_rng = stream(seed, "failures", index)
+        failed = self.failures.draw(arrival, failing_rng)
+        request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
+        if self.lengths:
+            request, response = self.lengths.draw(u, stream(seed, "responses", index))
+        if self.failures.request:
+            request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
+        response[failed] = 0
+        return pl.DataFrame(
+            {
+                "arrival": arrival,
+                "request_tokens": request,
+                "response_tokens": response,
+                "failed": failed,
+                "service": pl.repeat(self.service, arrival.size, dtype=pl.Enum(("conversation", "api")), eager=True),
+                "model": pl.repeat(self.model, arrival.size, dtype=pl.String, eager=True),
+                "session": pl.Series(session, dtype=pl.Int64)
+                if session is not None
+                else _nulls(arrival.size, pl.Int64),
+                "turn": pl.Series(turn, dtype=pl.Int32) if turn is not None else _nulls(arrival.size, pl.Int32),
+            }
+        )
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload", tag_field="type"):
+    """What is needed to draw traces like one that was seen: no row of it, only parameters."""
+
+    version: int = VERSION
+    source: str
+    """What it was fitted to."""
+    sha256: str | None = None
+    """Of the fitted file's bytes."""
+    licence: str | None = None
+    attribution: str | None = None
+    steps: list[str] = []
+    """Filters and scalings of the trace before the fit."""
+    notes: list[str] = []
+    """What the fit had to decide, one sentence each; for a profile, what is measured and what is assumed."""
+    span: float
+    """Fitted seconds; what `generate` draws if no duration is given."""
+    midnight: float | None = None
+    """Seconds from a local midnight to the model's time 0. None: unknown."""
+    weekday: int | None = None
+    """Weekday (Monday = 0) of that midnight's day."""
+    method: str | None = None
+    """Estimator of the shapes: moments or mle."""
+    seed: int | None = None
+    classes: list[ClassModel]
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(f"version {self.version} is not {VERSION}, the one that this squall reads")
+        if not self.classes:
+            raise ValueError("classes must not be empty")
+        if not self.span > 0:
+            raise ValueError("span must be above 0")
+
+    @property
+    def mean_rate(self) -> float:
+        """Requests/s over the long run, all classes together."""
+        return sum(one.arrivals.mean_rate for one in self.classes)
+
+    @property
+    def shares(self) -> list[float]:
+        """Each class's expected share of the requests."""
+        return [one.arrivals.mean_rate / self.mean_rate for one in self.classes]
+
+    def only(self, **fields: Any) -> Self:
+        """This workload with other fields."""
+        return msgspec.structs.replace(self, **fields)
+
+
+def save_workload(workload: Workload, path: str | pathlib.Path) -> None:
+    """Write `workload` as JSON."""
+    pathlib.Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(workload), indent=1) + b"\n")
+
+
+def read_workload(path: str | pathlib.Path) -> Workload:
+    """The workload in a JSON file. Raises InputError that names the field if it is not one."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise InputError(
+            f"{path}: there is no such file; make a model with `squall fit TRACE -o MODEL.json`, or name a profile (burstgpt://all)."
+        )
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Workload)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"{path}: not a workload model: {error}; make one with `squall fit TRACE -o MODEL.json`."
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}); a workload model is what `squall fit` writes.") from None
+
+
+def _nulls(size: int, dtype: Any) -> pl.Series:
+    return pl.repeat(None, size, dtype=dtype, eager=True)
