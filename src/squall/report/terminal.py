@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from squall.progress import printable
+from squall.units import in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +50,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
+def duration(value: float | None) -> str:
+    """A latency for people: `0.21 ms`, `850 ms`, `65.5 s`, `137 s`, in minutes from 1000 s on; `-` if unknown."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.3g} s" if value == 0 or 1 <= abs(value) < 1000 else in_words(value)
+
+
 def percent(share: float | None) -> str:
     """A share as `12.3 %`; `-` for what is not known."""
     return "-" if share is None or share != share else f"{100 * share:.3g} %"
@@ -61,14 +69,18 @@ def sparkline(values: Sequence[float] | np.ndarray, width: int = 60) -> str:
         return ""
     if series.size > width:
         edges = np.linspace(0, series.size, width + 1).astype(int)
-        series = np.array([np.nanmean(part) if np.isfinite(part).any() else np.nan for part in np.split(series, edges[1:-1])])
+        series = np.array(
+            [np.nanmean(part) if np.isfinite(part).any() else np.nan for part in np.split(series, edges[1:-1])]
+        )
     finite = series[np.isfinite(series)]
     top = finite.max() if finite.size else 0.0
     if top <= 0:
         return "".join(" " if v != v else _LEVELS[1] for v in series)
     # Anything above zero gets at least the lowest block, so that rare events stay visible.
     levels = np.where(series > 0, np.ceil(series / top * (len(_LEVELS) - 1)), 0)
-    return "".join(" " if v != v else _LEVELS[int(level)] for v, level in zip(series, np.nan_to_num(levels), strict=True))
+    return "".join(
+        " " if v != v else _LEVELS[int(level)] for v, level in zip(series, np.nan_to_num(levels), strict=True)
+    )
 
 
 def bar(share: float, width: int = 20) -> str:

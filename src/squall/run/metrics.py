@@ -181,9 +181,9 @@ def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s")
     run = read_run(run)
     limits = parse_slo(slo) if slo is not None else None
     width = seconds(window, "--window")
-    requests = _per_request(run.table)
+    requests = per_request(run.table)
     offered = max(run.meta.offered, len(requests))
-    latency = _latencies(requests)
+    latency = latencies(requests)
     good, tokens = latency["ok"], latency["tokens"]
     succeeded = int(good.sum())
     ends = np.fmax(latency["ended"], latency["end"])
@@ -237,7 +237,7 @@ def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s")
         of_offered=OfOffered(
             ttft=_quantiles(latency["ttft"][good], offered), e2e=_quantiles(latency["e2e"][good], offered)
         ),
-        lateness=statistic(latency["lateness"]),
+        lateness=Statistic() if _unscheduled(run, latency) else statistic(latency["lateness"]),
         jitter=gaps.jitter,
         tokens_per_read=gaps.tokens_per_read,
         window=width,
@@ -286,7 +286,7 @@ def _quantiles(answered: np.ndarray, offered: int) -> Quantiles:
     return Quantiles(n=offered, **found)
 
 
-def _per_request(table: pl.DataFrame) -> pl.DataFrame:
+def per_request(table: pl.DataFrame) -> pl.DataFrame:
     """One row per request, in order: its last attempt, with `first_scheduled` and `first_sent` of its first."""
     first = {"first_scheduled": pl.col("scheduled"), "first_sent": pl.col("sent")}
     if table["request"].n_unique() == len(table):
@@ -296,7 +296,7 @@ def _per_request(table: pl.DataFrame) -> pl.DataFrame:
     return ordered.with_columns(**firsts).unique("request", keep="last", maintain_order=True)
 
 
-def _latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
+def latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
     """Columns by request, seconds or tokens, nan where unknown; `ok` says which succeeded."""
 
     def column(name: str) -> np.ndarray:
@@ -442,6 +442,11 @@ def _mean_step(values: Sequence[float | None]) -> float | None:
     known = np.array([_NAN if value is None else value for value in values], dtype=float)
     steps = np.abs(np.diff(known))
     return float(np.nanmean(steps)) if np.isfinite(steps).any() else None
+
+
+def _unscheduled(run: Run, latency: dict[str, np.ndarray]) -> bool:
+    """Whether a table made elsewhere had no schedule: its lateness is not 0 but unknown."""
+    return run.meta.kind == "recorded" and not latency["lateness"].any()
 
 
 def _kv_cache(series: pl.DataFrame) -> KVCache:

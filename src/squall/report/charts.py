@@ -1,0 +1,358 @@
+"""The charts of a report as declarations: from data to an altair chart, for the page (interactive) or a PNG.
+
+Every chart overlays named series, one colour each in the order of the names; the colours and everything else that
+depends on a light or dark page are in `theme`, not in the charts. Times are in seconds on the way in.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from squall.characterize.concurrency import dispersion
+from squall.characterize.summary import bin_width
+from squall.run import Run
+
+if TYPE_CHECKING:
+    import altair as alt
+
+    from squall.characterize import Stream
+    from squall.characterize.lengths import Histogram
+
+Latency = Mapping[str, np.ndarray]
+"""Columns by request, as `squall.run.metrics.latencies` gives them."""
+
+POINTS = 400
+"""A curve that stands for a sample has at most this many points."""
+BINS = 240
+"""A series over time has at most this many bins."""
+HEIGHT = 220
+
+# Okabe and Ito's colours, which readers with any colour vision tell apart (Color Universal Design, 2008), the darker
+# ones lightened for a dark page and the lighter ones darkened for a light one. Black and yellow have no contrast there.
+LIGHT = ("#0072B2", "#D55E00", "#00875F", "#B5598F", "#A87400", "#2E86C1", "#6B6B6B")
+DARK = ("#56B4E9", "#F28C4E", "#2DC49A", "#DE9CC4", "#E6B23C", "#9CCBEA", "#A8A8A8")
+
+_DURATION = (
+    "datum.value == 0 ? '0' : abs(datum.value) < 0.001 ? format(datum.value * 1000000, '~g') + ' µs' : "
+    "abs(datum.value) < 1 ? format(datum.value * 1000, '~g') + ' ms' : "
+    "abs(datum.value) < 120 ? format(datum.value, '~g') + ' s' : "
+    "abs(datum.value) < 7200 ? format(datum.value / 60, '~g') + ' min' : "
+    "abs(datum.value) < 172800 ? format(datum.value / 3600, '~g') + ' h' : format(datum.value / 86400, '~g') + ' d'"
+)
+
+
+def theme(dark: bool = False) -> dict[str, Any]:
+    """The Vega-Lite config for a light or a dark page; the background is left to the page."""
+    text, faint, grid = ("#c9ccd1", "#8b9096", "#2c3036") if dark else ("#3b4046", "#6f757c", "#e7e9ec")
+    font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+    return {
+        "background": None,
+        "font": font,
+        "view": {"stroke": None},
+        "range": {"category": list(DARK if dark else LIGHT)},
+        "axis": {
+            "labelColor": faint,
+            "titleColor": text,
+            "gridColor": grid,
+            "domain": False,
+            "ticks": False,
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": "normal",
+            "labelPadding": 6,
+            "titlePadding": 8,
+        },
+        "axisY": {
+            "tickCount": 5,
+            "titleAnchor": "end",
+            "titleAngle": 0,
+            "titleAlign": "left",
+            "titleY": -10,
+            "titleX": 0,
+        },
+        "axisX": {"tickCount": 6, "labelOverlap": True, "labelFlush": True},
+        "legend": {"labelColor": text, "titleColor": text, "orient": "top", "title": None, "symbolType": "stroke"},
+        "title": {"color": text, "anchor": "start", "fontSize": 13},
+        "rule": {"color": faint},
+        "text": {"color": faint, "fontSize": 11},
+        "line": {"strokeWidth": 1.8, "strokeJoin": "round"},
+    }
+
+
+def save_png(chart: "alt.LayerChart", path: str | Path, dark: bool = False, width: int = 720) -> Path:
+    """Write `chart` as a PNG of `width` px at twice the resolution, with its legend, on a plain background."""
+    import vl_convert
+
+    spec = declaration(chart)
+    spec["width"] = width
+    for layer in spec["layer"]:
+        color = layer.get("encoding", {}).get("color")
+        if isinstance(color, dict) and "scale" in color and len(color["scale"]["domain"]) > 1:
+            color["legend"] = {}
+    config = theme(dark) | {"background": "#15171a" if dark else "#ffffff", "padding": 16}
+    path = Path(path)
+    path.write_bytes(vl_convert.vegalite_to_png(spec, config=config, scale=2))
+    return path
+
+
+def declaration(chart: "alt.LayerChart") -> dict[str, Any]:
+    """`chart` as a Vega-Lite specification without altair's own theme and without the address of its schema."""
+    spec: dict[str, Any] = chart.to_dict()
+    for key in ("config", "$schema"):
+        spec.pop(key, None)
+    return spec
+
+
+def rate_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Requests/s over the trace."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        series = stream.rate_series
+        rows += [
+            {"name": name, "x": series.start + k * series.width, "y": count / series.width}
+            for k, count in enumerate(series.counts)
+        ]
+    return _curves(rows, streams, x=_time(rows), y=_axis("requests/s"), step=True)
+
+
+def alpha_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """The shape alpha of the Gamma fit of the gaps in each window; 1 is Poisson, less is bursty."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        series = stream.gamma_windows.series
+        rows += [{"name": name, "x": x, "y": y} for x, y in zip(series.start, series.alpha, strict=True)]
+    return _curves(rows, streams, x=_time(rows), y=_axis("alpha", log=True), reference=(1.0, "Poisson"), points=True)
+
+
+def dispersion_curves(arrivals: Mapping[str, np.ndarray], finest: float = 0.1) -> "alt.LayerChart":
+    """Variance / mean of the counts in bins of growing length, from sorted `arrivals`; 1 at every scale is Poisson."""
+    rows: list[dict[str, Any]] = []
+    for name, times in arrivals.items():
+        span = float(times[-1] - times[0]) if times.size else 0.0
+        if span <= 0:
+            continue
+        # Bins finer than a tenth of the mean gap only say that requests are points.
+        low = max(finest, span / times.size / 10)
+        scales = tuple(float(s) for s in np.geomspace(low, span / 10, 40)) if span / 10 > low else ()
+        rows += [{"name": name, "x": x, "y": y} for x, y in dispersion(times, scales) if y > 0]
+    x = _axis("length of the bins", log=True, duration=True)
+    return _curves(rows, arrivals, x=x, y=_axis("variance / mean", log=True), reference=(1.0, "Poisson"), points=True)
+
+
+def lengths(histograms: "Mapping[str, Histogram]", title: str, names: Sequence[str]) -> "alt.LayerChart":
+    """Densities on a logarithmic axis: the share of requests per doubling of the length, so that areas are shares.
+
+    `names` are all series of the page's section, so that colours stay the same where one has no histogram.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, histogram in histograms.items():
+        total = sum(histogram.counts)
+        height = 0.0
+        for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
+            if low > 0:
+                height = count / total / float(np.log2(high / low))
+                rows.append({"name": name, "x": low, "y": height, "to": high, "share": count / total})
+        rows.append({"name": name, "x": histogram.edges[-1], "y": height, "to": histogram.edges[-1], "share": 0.0})
+    extra = {"to": ("up to", ",.0f"), "share": ("share of requests", ".2%")}
+    x, y = _axis(title, log=True, format=",d"), _axis("share per doubling", format=".0%")
+    return _curves(rows, names, x=x, y=y, step=True, filled=True, extra=extra)
+
+
+def hours(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Mean requests per hour of the day."""
+    rows = [
+        {"name": name, "x": hour, "y": value}
+        for name, stream in streams.items()
+        for hour, value in enumerate([*stream.hour_of_day, *stream.hour_of_day[-1:]])
+    ]
+    x = _axis("hour of the day", domain=(0, 24), values=tuple(range(0, 25, 3)))
+    return _curves(rows, streams, x=x, y=_axis("requests/h"), step=True, filled=True)
+
+
+def latency_cdf(runs: Mapping[str, Latency], which: str, title: str, offered: Mapping[str, int]) -> "alt.LayerChart":
+    """Share of the requests *offered* that were answered within x: a run with failures ends below 100 %.
+
+    `which` is a column of the latencies (`ttft`, `e2e`, `tpot`), of requests that succeeded.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, latency in runs.items():
+        values = latency[which][latency["ok"]]
+        values = np.sort(np.maximum(values[np.isfinite(values)], 1e-4))
+        if not values.size:
+            continue
+        places = _places(values.size)
+        shares = (places + 1) / max(offered[name], values.size)
+        rows += [{"name": name, "x": float(x), "y": float(y)} for x, y in zip(values[places], shares, strict=True)]
+    x = _axis(title, log=True, duration=True)
+    return _curves(rows, runs, x=x, y=_axis("share of requests offered", format=".0%", domain=(0, 1)), step=True)
+
+
+def arrivals_over_time(runs: Mapping[str, Latency]) -> "alt.LayerChart":
+    """Requests scheduled per second."""
+    rows = _binned({name: (latency["scheduled"], None) for name, latency in runs.items()}, _end(runs))
+    return _curves(rows, runs, x=_time(rows), y=_axis("requests/s"), step=True)
+
+
+def failures_over_time(runs: Mapping[str, Latency]) -> "alt.LayerChart":
+    """Requests that failed, per second, by the time they were scheduled for."""
+    rows = _binned({name: (latency["scheduled"], ~latency["ok"]) for name, latency in runs.items()}, _end(runs))
+    return _curves(rows, runs, x=_time(rows), y=_axis("failures/s"), step=True)
+
+
+def in_flight(runs: Mapping[str, Latency]) -> "alt.LayerChart":
+    """Requests due and not yet ended, whether queued at the client, queued at the server or being answered."""
+    end = _end(runs)
+    width = bin_width(end, BINS)
+    grid = np.arange(0.0, end + width, width)
+    rows: list[dict[str, Any]] = []
+    for name, latency in runs.items():
+        begun = np.sort(latency["scheduled"][np.isfinite(latency["scheduled"])])
+        ended = np.sort(ends(latency)[np.isfinite(ends(latency))])
+        count = np.searchsorted(begun, grid, "right") - np.searchsorted(ended, grid, "right")
+        rows += [{"name": name, "x": float(x), "y": int(y)} for x, y in zip(grid, count, strict=True)]
+    return _curves(rows, runs, x=_time(rows), y=_axis("requests in flight"), step=True)
+
+
+def system(runs: Mapping[str, Run], column: str, title: str, *, share: bool = False) -> "alt.LayerChart":
+    """A column of the runs' time series: requests (mean over a bin, summed over replicas), or the highest `share`."""
+    import polars as pl
+
+    end = max((float(run.series["time"].max() or 0.0) for run in runs.values()), default=0.0)  # type: ignore[arg-type]
+    width = bin_width(end, BINS)
+    value = pl.col(column).max() if share else pl.col(column).mean()
+    over_replicas = value.max() if share else pl.col(column).sum()
+    rows: list[dict[str, Any]] = []
+    for name, run in runs.items():
+        samples = run.series.drop_nulls(["time", column]).with_columns(x=(pl.col("time") // width) * width)
+        binned = samples.group_by("x", "replica").agg(value).group_by("x").agg(over_replicas).sort("x")
+        rows += [{"name": name, "x": x, "y": y} for x, y in binned.select("x", column).iter_rows()]
+    y = _axis(title, format=".0%", domain=(0, 1)) if share else _axis(title)
+    return _curves(rows, runs, x=_time(rows), y=y, step=True)
+
+
+def ends(latency: Latency) -> np.ndarray:
+    """When each request was over (nan: never)."""
+    return np.fmax(latency["ended"], latency["end"])
+
+
+def _places(size: int) -> np.ndarray:
+    """Indexes into a sorted sample that keep its shape: all, or evenly spaced ones and finer ones in the upper tail."""
+    if size <= POINTS:
+        return np.arange(size)
+    body = np.linspace(0, 0.99, POINTS * 3 // 4)
+    tail = 1 - np.geomspace(0.01, 1 / size, POINTS - body.size)
+    return np.unique(np.rint(np.append(body, tail) * (size - 1)).astype(np.int64))
+
+
+def _end(runs: Mapping[str, Latency]) -> float:
+    last = [np.nanmax(np.append(latency["scheduled"], 0.0)) for latency in runs.values()]
+    over = [np.nanmax(np.append(ends(latency), 0.0)) for latency in runs.values()]
+    return float(max(*last, *over, 0.0))
+
+
+def _binned(events: Mapping[str, tuple[np.ndarray, np.ndarray | None]], end: float) -> list[dict[str, Any]]:
+    """Events (times, and which of them count) per second in at most BINS bins of one round width."""
+    width = bin_width(end, BINS)
+    rows: list[dict[str, Any]] = []
+    for name, (times, counted) in events.items():
+        times = times if counted is None else times[counted]
+        times = times[np.isfinite(times)]
+        counts = np.bincount((np.maximum(times, 0) // width).astype(np.int64), minlength=int(end // width) + 1)
+        rows += [{"name": name, "x": k * width, "y": float(count) / width} for k, count in enumerate(counts)]
+    return rows
+
+
+def _time(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The axis of a time since the start, with the values of `rows` turned into the unit that suits their range."""
+    longest = max((row["x"] for row in rows), default=0.0)
+    size, unit = next(((size, unit) for size, unit in _UNITS if longest >= 3 * size), (1.0, "s"))
+    for row in rows:
+        row["x"] = row["x"] / size
+    return _axis(f"time ({unit})", format="~g")
+
+
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def _axis(
+    title: str,
+    *,
+    log: bool = False,
+    duration: bool = False,
+    format: str = ",~r",
+    domain: tuple[float, float] | None = None,
+    values: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What `_curves` needs to know of an axis."""
+    return {"title": title, "log": log, "duration": duration, "format": format, "domain": domain, "values": values}
+
+
+def _curves(
+    rows: list[dict[str, Any]],
+    names: Iterable[str],
+    *,
+    x: dict[str, Any],
+    y: dict[str, Any],
+    step: bool = False,
+    filled: bool = False,
+    points: bool = False,
+    reference: tuple[float, str] | None = None,
+    extra: Mapping[str, tuple[str, str]] | None = None,
+) -> "alt.LayerChart":
+    """`rows` of name, x, y as one curve per name, with a tooltip at the nearest point, panning and zooming along x."""
+    import altair as alt
+
+    names = list(names)
+    data = alt.InlineData(values=rows)
+    color = alt.Color("name:N", scale=alt.Scale(domain=names), legend=None)
+    tooltip = [alt.Tooltip("name:N", title="")] if len(names) > 1 else []
+    tooltip += [_tooltip(channel, axis) for channel, axis in (("x", x), ("y", y))]
+    tooltip += [alt.Tooltip(f"{field}:Q", title=title, format=form) for field, (title, form) in (extra or {}).items()]
+    encoded = alt.Chart(data).encode(
+        x=alt.X("x:Q", **_channel(x)), y=alt.Y("y:Q", stack=None, **_channel(y)), color=color
+    )
+    shape: dict[str, Any] = {"interpolate": "step-after"} if step else {}
+    # A plain wheel scrolls the page; with Ctrl or Alt, or by a pinch, it zooms. Clipping keeps a zoomed curve inside.
+    zoom = alt.selection_interval(
+        name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.altKey]", clear="dblclick"
+    )
+    near = alt.selection_point(name="near", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    layers = [encoded.mark_line(clip=True, **shape).add_params(zoom)]
+    if filled:
+        layers.insert(0, encoded.mark_area(clip=True, opacity=0.12, **shape))
+    if points:
+        layers.append(encoded.mark_circle(clip=True, size=18, opacity=0.9))
+    dot = encoded.mark_circle(clip=True, size=70).encode(
+        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
+    )
+    layers.append(dot.add_params(near))
+    if reference:
+        height, label = reference
+        at = alt.Chart(alt.InlineData(values=[{"y": height, "label": label}])).encode(y="y:Q")
+        layers.append(at.mark_rule(strokeDash=[4, 4]))
+        layers.append(
+            at.mark_text(align="right", baseline="bottom", dy=-3).encode(text="label:N", x=alt.value("width"))
+        )
+    return alt.layer(*layers).properties(width="container", height=HEIGHT)
+
+
+def _channel(axis: dict[str, Any]) -> dict[str, Any]:
+    import altair as alt
+
+    look: dict[str, Any] = {"labelExpr": _DURATION} if axis["duration"] else {"format": axis["format"]}
+    if axis["values"] is not None:
+        look["values"] = list(axis["values"])
+    scale: dict[str, Any] = {"type": "log", "nice": False} if axis["log"] else {}
+    if axis["domain"] is not None:
+        scale["domain"] = list(axis["domain"])
+    return {"title": axis["title"], "axis": alt.Axis(**look), "scale": alt.Scale(**scale) if scale else alt.Undefined}
+
+
+def _tooltip(channel: str, axis: dict[str, Any]) -> "alt.Tooltip":
+    import altair as alt
+
+    title = f"{axis['title']} (s)" if axis["duration"] else axis["title"]
+    form = axis["format"] if axis["format"].endswith("%") else ",.4~g"
+    return alt.Tooltip(f"{channel}:Q", title=title, format=".1%" if form == ".0%" else form)
