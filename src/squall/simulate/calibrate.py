@@ -1,0 +1,410 @@
+"""Fitting the step time to a recorded run: which coefficients make the simulated latencies those that were measured?
+
+    minimise  sum over requests of rho((TTFT_sim/TTFT - 1)^2) + rho((E2E_sim/E2E - 1)^2),   rho = soft L1 (robust)
+
+over e_bw, e_fl and the host times, within physical bounds (without them a fit hides kernel time in host time). The recorded
+requests are simulated as they were sent, with the engine's own limits. Fitting on the first N requests uses only their
+latencies; the requests sent while these were being served are simulated too, because they share the engine, but nothing
+of their recorded latency is used, so that they can serve to test the fit.
+"""
+
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall import __version__
+from squall.errors import InputError
+from squall.progress import note, progress
+from squall.run.table import Run, RunSource
+from squall.seeds import DEFAULT_SEED, stream
+from squall.simulate.cluster import DEFAULT_ENGINE, Cluster, resolve
+from squall.simulate.engine import Outcome, run_requests
+from squall.simulate.hardware import GPU, Model
+from squall.simulate.kernel import TICKS
+from squall.simulate.step_time import BOUNDS, StepTime
+from squall.trace.table import Trace
+
+LEAST = 20
+"""Fewer requests than this are not a basis for a fit."""
+
+SEARCH, RESAMPLES = 128, 500
+"""Points of the coarse search before the descent; resamples of the block bootstrap."""
+
+
+class Errors(msgspec.Struct, frozen=True):
+    """Simulated / recorded - 1 of the statistics over the same requests, and the mean absolute error per request."""
+
+    requests: int
+    mean: dict[str, float]
+    p50: dict[str, float]
+    p99: dict[str, float]
+    mean_absolute: dict[str, float]
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """A fitted step time: for which engine it holds, from which data it comes, and how well it does."""
+
+    source: str
+    sha256: str
+    """Of the recorded times and lengths that were read."""
+    date: str
+    squall: str
+    model: Model
+    gpu: GPU
+    tp: int
+    dtype: str = "bf16"
+    engine: str
+    kv_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    step_time: StepTime
+    fitted: dict[str, tuple[float, float]]
+    """The coefficients that were fitted, each with its 95 % interval (block bootstrap of the linearised fit)."""
+    correlations: dict[str, float]
+    """Between the fitted coefficients, `e_bw~e_fl`: near 1 or -1 only a combination of the two is known."""
+    errors: dict[str, Errors]
+    """On `fit` (the requests used), `held_out` (those sent later; absent if there are none) and `all`."""
+    valid: dict[str, tuple[float, float]]
+    """Ranges that the data covered: request_tokens, response_tokens, running."""
+    notes: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """What a run that uses it says of its step time."""
+        kind = "held_out" if "held_out" in self.errors else "fit"
+        errors = self.errors[kind]
+        return (
+            f"calibrated on {Path(self.source).name}, {self.date} ({kind.replace('_', '-')} error over {errors.requests} requests:"
+            f" mean TTFT {errors.mean['ttft']:+.1%}, mean E2E {errors.mean['e2e']:+.1%})"
+        )
+
+    def remarks(self, trace: Trace, cluster: Cluster) -> list[str]:
+        """What must be said when `trace` is simulated on `cluster` with this calibration."""
+        said = list(self.notes)
+        if cluster.engine != self.engine:
+            said.append(f"The step time was calibrated under {self.engine}; host times of {cluster.engine} may differ.")
+        for column in ("request_tokens", "response_tokens"):
+            low, high = self.valid[column]
+            outside = int(((trace.table[column] > high) | (trace.table[column] < low)).sum())
+            if outside:
+                said.append(
+                    f"{outside:,} of {len(trace):,} requests have {column} outside the calibrated range of {low:,.0f} to {high:,.0f}."
+                )
+        return said
+
+
+def calibrate(
+    *,
+    run: RunSource,
+    out: str | Path | None = None,
+    first: int | None = None,
+    model: str | Model,
+    gpu: str | GPU,
+    kv_blocks: int,
+    tp: int = 1,
+    block_size: int = 16,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    max_model_len: int | None = None,
+    engine: str = DEFAULT_ENGINE,
+    seed: int = DEFAULT_SEED,
+) -> Calibration:
+    """Fit the simulator's step time to a recorded run.
+
+    Parameters
+    ----------
+    run
+        A Run or a table with at least `sent`, `first_token`, `last_token` (seconds), `request_tokens`, `response_tokens`.
+        It must hold all requests that the engine served.
+    out
+        Where to write the calibration (JSON), if anywhere.
+    first
+        Fit on the first so many requests (by `sent`) only; the others then test the fit.
+    model, gpu, tp, kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len, engine
+        What was measured, as for `simulate`; kv_blocks is the server's `num_gpu_blocks`.
+    seed
+        Of the coarse search and the bootstrap.
+
+    Raises
+    ------
+    InputError
+        If the run or a value cannot be used.
+    """
+    from squall.run.files import read_run
+
+    cluster = resolve(
+        model=model,
+        gpu=gpu,
+        tp=tp,
+        kv_blocks=kv_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        engine=engine,
+    )
+    name = "the run in memory" if isinstance(run, Run) else str(run)
+    table, said = _requests(read_run(run), name)
+    n = len(table) if first is None else first
+    if not LEAST <= n <= len(table):
+        raise InputError(
+            f"--first {n}: {name} has {len(table)} answered requests; a fit needs at least {LEAST} and at most all of them."
+        )
+    problem = _Problem(cluster, table, n)
+    with progress("Calibrating the step time") as _:
+        at = problem.solve(seed)
+    fitted, correlations, warnings = problem.uncertainty(at, seed)
+    step_time = problem.step_time(at)
+    everything = run_requests(*_columns(table), msgspec.structs.replace(cluster, step_time=step_time))
+    part = np.arange(len(table)) < n
+    errors = {"fit": _errors(table, everything, part), "all": _errors(table, everything, np.ones(len(table), bool))}
+    if n < len(table):
+        errors["held_out"] = _errors(table, everything, ~part)
+    result = Calibration(
+        source=name,
+        sha256=sha256(np.ascontiguousarray(table.to_numpy()).tobytes()).hexdigest(),
+        date=datetime.now(UTC).date().isoformat(),
+        squall=__version__,
+        model=cluster.model,
+        gpu=cluster.gpu,
+        tp=cluster.tp,
+        engine=cluster.engine,
+        kv_blocks=cluster.kv_blocks,
+        block_size=cluster.block_size,
+        max_num_seqs=cluster.max_num_seqs,
+        max_num_batched_tokens=cluster.max_num_batched_tokens,
+        max_model_len=cluster.max_model_len,
+        step_time=step_time,
+        fitted=fitted,
+        correlations=correlations,
+        errors=errors,
+        valid={
+            "request_tokens": (float(table["request_tokens"][:n].min()), float(table["request_tokens"][:n].max())),
+            "response_tokens": (float(table["response_tokens"][:n].min()), float(table["response_tokens"][:n].max())),
+            "running": (1.0, float(_most_at_once(table[:n]))),
+        },
+        notes=[*said, *warnings],
+    )
+    for line in result.notes:
+        note(f"note: {line}")
+    if out is not None:
+        Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    return result
+
+
+def read_calibration(source: str | Path | Calibration) -> Calibration:
+    """The calibration in a file that `calibrate` wrote (or the object itself). Raises InputError."""
+    if isinstance(source, Calibration):
+        return source
+    try:
+        return msgspec.json.decode(Path(source).read_bytes(), type=Calibration)
+    except FileNotFoundError:
+        raise InputError(f"--calibration {source}: there is no such file; `squall calibrate` makes one.") from None
+    except OSError as error:
+        raise InputError(f"--calibration {source}: it cannot be read: {error.strerror}.") from error
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InputError(f"--calibration {source}: not a file that `squall calibrate` made: {error}.") from None
+
+
+def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
+    """The cluster that `words` (keywords of `resolve`) describe with the calibration's step time.
+
+    What is not given is as calibrated. Raises InputError if the model, the GPU or tp contradict the calibration.
+    """
+    held = {name: getattr(calibration, name) for name in ("model", "gpu", "tp", "engine", "kv_blocks", "block_size")}
+    held |= {name: getattr(calibration, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")}
+    given = {name: value for name, value in words.items() if value is not None}
+    cluster = resolve(**(held | given), step_time=calibration.step_time, step_time_name=calibration.name)
+    for flag, mine, theirs in (
+        ("--model", cluster.model, calibration.model),
+        ("--gpu", cluster.gpu, calibration.gpu),
+        ("--tp", cluster.tp, calibration.tp),
+    ):
+        if mine != theirs:
+            raise InputError(
+                f"{flag} {getattr(mine, 'name', mine)}: the calibration is for {calibration.model.name} on {calibration.tp} x {calibration.gpu.name}; leave the flag out or calibrate anew."
+            )
+    return cluster if "kv_blocks" in given else msgspec.structs.replace(cluster, kv_blocks_from="the calibration")
+
+
+class _Problem:
+    """The least-squares problem in the unit cube of the bounds."""
+
+    def __init__(self, cluster: Cluster, table: pl.DataFrame, n: int) -> None:
+        host = ("o0", "o_gap") if cluster.profile.async_scheduling else ("o0",)
+        self.names = ("e_bw", "e_fl", *host)
+        self.low = np.array([BOUNDS[name].low for name in self.names])
+        self.range = np.array([BOUNDS[name].high for name in self.names]) - self.low
+        self.cluster = cluster
+        self.n = n
+        # Only requests sent before the last of the first n was answered can have had any influence on these.
+        self.load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
+        self.ttft = (table["first_token"] - table["sent"]).to_numpy()[:n]
+        self.e2e = (table["last_token"] - table["sent"]).to_numpy()[:n]
+        self.default = (np.array([getattr(cluster.step_time, name) for name in self.names]) - self.low) / self.range
+
+    def step_time(self, at: np.ndarray) -> StepTime:
+        values = self.low + np.clip(at, 0.0, 1.0) * self.range
+        return msgspec.structs.replace(self.cluster.step_time, **dict(zip(self.names, map(float, values), strict=True)))
+
+    def residuals(self, at: np.ndarray) -> np.ndarray:
+        """(2n + coefficients,) relative errors of TTFT and E2E, then a weak pull to the defaults for what the data leave open."""
+        outcome = run_requests(*self.load, msgspec.structs.replace(self.cluster, step_time=self.step_time(at)))
+        ttft, e2e = _latencies(outcome, len(self.load[0]), self.cluster)
+        pull = 0.02 * (at - self.default)
+        # A short TTFT is a few steps of waiting, give or take one: below half the median, errors count in absolute terms.
+        floor = np.maximum(self.ttft, 0.5 * np.median(self.ttft))
+        return np.concatenate([(ttft[: self.n] - self.ttft) / floor, (e2e[: self.n] - self.e2e) / self.e2e, pull])
+
+    def solve(self, seed: int) -> np.ndarray:
+        from scipy.optimize import least_squares
+        from scipy.stats import qmc
+
+        points = qmc.Sobol(len(self.names), rng=stream(seed, "calibration search")).random(SEARCH)
+        robust = [np.sum(np.sqrt(1 + (self.residuals(point) / 0.1) ** 2) - 1) for point in points]
+        best = points[int(np.argmin(robust))]
+        # A simulation is a step function of its coefficients: differences are taken over steps that it can feel.
+        fit = least_squares(
+            self.residuals, best, bounds=(0, 1), loss="soft_l1", f_scale=0.1, diff_step=0.02, max_nfev=40
+        )
+        felt = np.abs(self.jacobian(fit.x)[: 2 * self.n]).max(axis=0) > 0
+        return np.where(felt, fit.x, self.default)
+
+    def jacobian(self, at: np.ndarray, step: float = 0.02) -> np.ndarray:
+        columns = []
+        for i in range(len(at)):
+            up, down = at.copy(), at.copy()
+            up[i], down[i] = min(1.0, at[i] + step), max(0.0, at[i] - step)
+            columns.append((self.residuals(up) - self.residuals(down)) / (up[i] - down[i]))
+        return np.stack(columns, axis=1)
+
+    def uncertainty(
+        self, at: np.ndarray, seed: int
+    ) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
+        """95 % intervals and correlations of the coefficients, and sentences on those that the data do not determine.
+
+        Errors of requests that queue together go together, so blocks of consecutive requests are resampled; every resample
+        is refitted on the linearised problem.
+        """
+        slope, error = self.jacobian(at), self.residuals(at)
+        block = max(1, self.n // 10)
+        random = stream(seed, "calibration bootstrap")
+        prior = np.arange(2 * self.n, len(error))
+
+        def linear_fit(requests: np.ndarray) -> np.ndarray:
+            rows = np.concatenate([requests, requests + self.n, prior])
+            weight = (1 + (error[rows] / 0.1) ** 2) ** -0.25  # square root of the soft L1 weight
+            return np.linalg.lstsq(slope[rows] * weight[:, None], -error[rows] * weight, rcond=None)[0]
+
+        centre = linear_fit(np.arange(self.n))
+        draws = []
+        for _ in range(RESAMPLES):
+            begins = random.integers(0, self.n - block + 1, size=-(-self.n // block))
+            draws.append(linear_fit((begins[:, None] + np.arange(block)).ravel()[: self.n]) - centre)
+        sample = np.clip(at + np.array(draws), 0, 1)
+        low, high = self.low + np.quantile(sample, [0.025, 0.975], axis=0) * self.range
+        felt = np.abs(slope[: 2 * self.n]).max(axis=0) > 0
+        fitted, warnings = {}, []
+        for i, name in enumerate(self.names):
+            fitted[name] = (float(low[i]), float(high[i])) if felt[i] else (BOUNDS[name].low, BOUNDS[name].high)
+            if not felt[i]:
+                warnings.append(f"{name} made no difference to this run and keeps its default: it is not known.")
+        correlations = {}
+        for i, one in enumerate(self.names):
+            for j, other in enumerate(self.names[:i]):
+                if felt[i] and felt[j] and sample[:, i].std() > 0 and sample[:, j].std() > 0:
+                    r = float(np.corrcoef(sample[:, i], sample[:, j])[0, 1])
+                    correlations[f"{other}~{one}"] = r
+                    if abs(r) > 0.9:
+                        warnings.append(
+                            f"{other} and {one} cannot be told apart in this run (correlation {r:+.2f}): trust them together, not singly."
+                        )
+        return fitted, correlations, warnings
+
+
+def _requests(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
+    """The answered requests in the order of their sending, and what was left out. Raises InputError for impossible rows."""
+    columns = ["sent", "first_token", "last_token", "request_tokens", "response_tokens"]
+    table = run.table.select(*columns, "status").sort("sent", maintain_order=True)
+    answered = table.filter(
+        pl.all_horizontal(pl.col(columns).is_not_null())
+        & (pl.col("request_tokens") > 0)
+        & (pl.col("response_tokens") > 0)
+        & (pl.col("status") == "ok")
+    ).select(pl.col(columns).cast(pl.Float64))
+    if answered.is_empty():
+        raise InputError(
+            f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both token counts."
+        )
+    wrong = answered.filter((pl.col("first_token") <= pl.col("sent")) | (pl.col("last_token") < pl.col("first_token")))
+    if len(wrong):
+        raise InputError(
+            f"{name}: {len(wrong)} rows have a first token before their sending or a last before their first; the times must be of one clock."
+        )
+    lost = len(table) - len(answered)
+    said = (
+        [f"{lost:,} of {len(table):,} rows were not answered in full and are missing from the calibration's load."]
+        if lost
+        else []
+    )
+    return answered, said
+
+
+def _columns(table: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sent = table["sent"].to_numpy()
+    return (
+        sent - sent[0],
+        table["request_tokens"].to_numpy().astype(np.int32),
+        table["response_tokens"].to_numpy().astype(np.int32),
+    )
+
+
+def _latencies(outcome: Outcome, n: int, cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) simulated TTFT and E2E in seconds at the client; a request that cannot run counts as nan."""
+    ttft, e2e = np.full(n, np.nan), np.full(n, np.nan)
+    it = outcome.attempts
+    if (it["last"] < 0).any():
+        raise InputError(
+            f"--kv-blocks {cluster.kv_blocks}: requests of the recorded run do not fit into so many blocks or into --max-model-len; check both against the server."
+        )
+    ttft[it["request"]] = (it["first"] - it["sent"]) / TICKS + cluster.step_time.a2
+    e2e[it["request"]] = (it["last"] - it["sent"]) / TICKS + cluster.step_time.a2
+    return ttft, e2e
+
+
+def _errors(table: pl.DataFrame, outcome: Outcome, rows: np.ndarray) -> Errors:
+    it = outcome.attempts[np.argsort(outcome.attempts["request"])]
+    tokens = table["response_tokens"].to_numpy()
+    real_first, real_last = (
+        (table["first_token"] - table["sent"]).to_numpy(),
+        (table["last_token"] - table["sent"]).to_numpy(),
+    )
+    first, last = (it["first"] - it["sent"]) / TICKS, (it["last"] - it["sent"]) / TICKS
+    several = rows & (tokens > 1)
+    pairs = {"ttft": (first[rows], real_first[rows]), "e2e": (last[rows], real_last[rows])}
+    if several.any():
+        gaps = tokens[several] - 1
+        pairs["tpot"] = ((last - first)[several] / gaps, (real_last - real_first)[several] / gaps)
+    return Errors(
+        requests=int(rows.sum()),
+        mean={name: float(sim.mean() / real.mean() - 1) for name, (sim, real) in pairs.items()},
+        p50={name: float(np.median(sim) / np.median(real) - 1) for name, (sim, real) in pairs.items()},
+        p99={name: float(np.quantile(sim, 0.99) / np.quantile(real, 0.99) - 1) for name, (sim, real) in pairs.items()},
+        mean_absolute={
+            name: float(np.mean(np.abs(sim[real > 0] / real[real > 0] - 1))) for name, (sim, real) in pairs.items()
+        },
+    )
+
+
+def _most_at_once(table: pl.DataFrame) -> int:
+    """The most requests between their first and last token at one moment."""
+    times = np.concatenate([table["first_token"].to_numpy(), table["last_token"].to_numpy()])
+    change = np.concatenate([np.ones(len(table)), -np.ones(len(table))])
+    return int(np.cumsum(change[np.argsort(times, kind="stable")]).max())
