@@ -28,6 +28,7 @@ from squall.characterize.concurrency import (
 )
 from squall.characterize.conversations import Conversations, session_statistics
 from squall.characterize.failures import Failures, failure_statistics
+from squall.characterize.findings import sentences
 from squall.characterize.lengths import (
     Band,
     Correlation,
@@ -82,6 +83,11 @@ class Stream(Struct, frozen=True, kw_only=True):
     conversations: Conversations
     failures: Failures
 
+    @property
+    def name(self) -> str:
+        """Model and service as far as they are recorded, such as `ChatGPT conversation`; `unnamed` if neither is."""
+        return " ".join(part for part in (self.model, self.service) if part) or "unnamed"
+
 
 class Characterization(Struct, frozen=True, kw_only=True):
     """What is in a trace. What is not known or not defined is null (or an empty list), never an invented number."""
@@ -98,6 +104,8 @@ class Characterization(Struct, frozen=True, kw_only=True):
     """All classes together."""
     classes: list[Stream]
     """One per service and model, the largest first; names that the trace does not record are null."""
+    findings: list[str]
+    """What the numbers say, in plain sentences."""
 
 
 def characterize(
@@ -132,6 +140,7 @@ def characterize(
         failed_share=total.failed_share,
         total=total,
         classes=classes,
+        findings=sentences(total, classes),
     )
 
 

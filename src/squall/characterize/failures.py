@@ -1,8 +1,8 @@
 """Failures of the recorded system: how many, when, and whether they come together.
 
 If every request failed on its own with the overall share p, the failures f_b among the c_b requests of bin b would be
-binomial. The dispersion sum (f_b - p c_b)^2 / sum c_b p (1 - p) compares their squared deviations with that: 1 for
-independent failures, far above for outages.
+binomial. Pearson's dispersion, the sum over the B bins with requests of (f_b - p c_b)^2 / (c_b p (1 - p)), divided by
+B - 1, compares their squared deviations with that: 1 for independent failures, far above for outages.
 """
 
 import msgspec
@@ -40,12 +40,14 @@ class Failures(Struct, frozen=True, kw_only=True):
     failed: int
     share: float
     bin: float
-    """Width of the bins for the four numbers below, s."""
+    """Width of the bins for the five numbers below, s."""
     bins_with_failures: int | None = None
     dispersion: float | None = None
     """1 for independent failures."""
-    lag1: float | None = None
-    """Autocorrelation of the failed share from one bin to the next, over neighbours that both have requests."""
+    lag1_count: float | None = None
+    """Correlation of a bin's failures with those of the next."""
+    lag1_share: float | None = None
+    """The same of the failed share, over neighbours that both have requests."""
     load_correlation: float | None = None
     """Of a bin's failed share with its requests."""
     by_request_length: tuple[LengthBucket, ...] = ()
@@ -74,16 +76,17 @@ def failure_statistics(
     if not MINIMUM_BINS <= (end - start) / BIN <= MAXIMUM_WINDOWS or not 0 < found.share < 1:
         return found
     count = bin_counts(arrivals, BIN, start, end).astype(float)
-    lost = bin_counts(arrivals[failed], BIN, start, end)
+    lost = bin_counts(arrivals[failed], BIN, start, end).astype(float)
     busy = count > 0
     share = np.divide(lost, count, out=np.zeros_like(count), where=busy)
     pair = busy[1:] & busy[:-1]
-    independent = found.share * (1 - found.share) * count.sum()
+    off = (lost - found.share * count)[busy] ** 2 / (found.share * (1 - found.share) * count[busy])
     return msgspec.structs.replace(
         found,
         bins_with_failures=int(np.count_nonzero(lost)),
-        dispersion=float(((lost - found.share * count) ** 2).sum() / independent),
-        lag1=correlation(share[1:][pair], share[:-1][pair]),
+        dispersion=float(off.sum() / (off.size - 1)) if off.size > 1 else None,
+        lag1_count=correlation(lost[1:], lost[:-1]),
+        lag1_share=correlation(share[1:][pair], share[:-1][pair]),
         load_correlation=correlation(share[busy], count[busy]),
     )
 
