@@ -28,7 +28,8 @@ def report(
     has a column `sent`, and a trace otherwise. `slo` (like `ttft=1s,tpot=100ms`) adds goodput to the comparison; `lead`
     are sentences for the top of the page. Raises InputError if there is no source, or one that cannot be read.
     """
-    from squall.report.page import MeasuredRun, MeasuredTrace, write_page
+    from squall.report.page import write_page
+    from squall.report.sections import MeasuredRun, MeasuredTrace
 
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():

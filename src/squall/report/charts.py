@@ -142,7 +142,7 @@ def dispersion_curves(arrivals: Mapping[str, np.ndarray], finest: float = 0.1) -
 
 
 def lengths(histograms: "Mapping[str, Histogram]", title: str, names: Sequence[str]) -> "alt.LayerChart":
-    """Densities on a logarithmic axis: the share of requests per doubling of the length, so that areas are shares.
+    """Densities on a logarithmic axis, as shares of requests per bin of a quarter doubling, so that areas are shares.
 
     `names` are all series of the page's section, so that colours stay the same where one has no histogram.
     """
@@ -152,11 +152,11 @@ def lengths(histograms: "Mapping[str, Histogram]", title: str, names: Sequence[s
         height = 0.0
         for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
             if low > 0:
-                height = count / total / float(np.log2(high / low))
+                height = count / total / float(4 * np.log2(high / low))
                 rows.append({"name": name, "x": low, "y": height, "to": high, "share": count / total})
         rows.append({"name": name, "x": histogram.edges[-1], "y": height, "to": histogram.edges[-1], "share": 0.0})
     extra = {"to": ("up to", ",.0f"), "share": ("share of requests", ".2%")}
-    x, y = _axis(title, log=True, format=",d"), _axis("share per doubling", format=".0%")
+    x, y = _axis(title, log=True, format=",d"), _axis("share of requests per bin", format=".0%")
     return _curves(rows, names, x=x, y=y, step=True, filled=True, extra=extra)
 
 
@@ -270,7 +270,7 @@ def _time(rows: list[dict[str, Any]]) -> dict[str, Any]:
     size, unit = next(((size, unit) for size, unit in _UNITS if longest >= 3 * size), (1.0, "s"))
     for row in rows:
         row["x"] = row["x"] / size
-    return _axis(f"time ({unit})", format="~g")
+    return _axis(f"time ({unit})", format=",~f")
 
 
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -281,7 +281,7 @@ def _axis(
     *,
     log: bool = False,
     duration: bool = False,
-    format: str = ",~r",
+    format: str = ",~f",
     domain: tuple[float, float] | None = None,
     values: Sequence[float] | None = None,
 ) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _curves(
     tooltip += [_tooltip(channel, axis) for channel, axis in (("x", x), ("y", y))]
     tooltip += [alt.Tooltip(f"{field}:Q", title=title, format=form) for field, (title, form) in (extra or {}).items()]
     encoded = alt.Chart(data).encode(
-        x=alt.X("x:Q", **_channel(x)), y=alt.Y("y:Q", stack=None, **_channel(y)), color=color
+        x=alt.X("x:Q", **_channel("x", x, rows)), y=alt.Y("y:Q", stack=None, **_channel("y", y, rows)), color=color
     )
     shape: dict[str, Any] = {"interpolate": "step-after"} if step else {}
     # A plain wheel scrolls the page; with Ctrl or Alt, or by a pinch, it zooms. Clipping keeps a zoomed curve inside.
@@ -338,21 +338,33 @@ def _curves(
     return alt.layer(*layers).properties(width="container", height=HEIGHT)
 
 
-def _channel(axis: dict[str, Any]) -> dict[str, Any]:
+def _channel(channel: str, axis: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of the encoding of `channel` (x or y)."""
     import altair as alt
 
     look: dict[str, Any] = {"labelExpr": _DURATION} if axis["duration"] else {"format": axis["format"]}
-    if axis["values"] is not None:
-        look["values"] = list(axis["values"])
+    values = axis["values"] or (_ticks([row[channel] for row in rows]) if axis["log"] else None)
+    if values:
+        look |= {"values": list(values), "tickCount": len(values)}
     scale: dict[str, Any] = {"type": "log", "nice": False} if axis["log"] else {}
     if axis["domain"] is not None:
         scale["domain"] = list(axis["domain"])
     return {"title": axis["title"], "axis": alt.Axis(**look), "scale": alt.Scale(**scale) if scale else alt.Undefined}
 
 
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Ticks of a logarithmic axis over `values` > 0: powers of ten, and multiples of them where there are few."""
+    if not values:
+        return []
+    low, high = float(np.log10(min(values))), float(np.log10(max(values)))
+    steps = range(1, 10) if high - low < 0.8 else (1, 2, 5) if high - low < 3 else (1,)
+    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    return [float(f"{step}e{decade}") for decade in decades for step in steps]
+
+
 def _tooltip(channel: str, axis: dict[str, Any]) -> "alt.Tooltip":
     import altair as alt
 
     title = f"{axis['title']} (s)" if axis["duration"] else axis["title"]
-    form = axis["format"] if axis["format"].endswith("%") else ",.4~g"
+    form = axis["format"] if axis["format"].endswith("%") else ",.4~r"
     return alt.Tooltip(f"{channel}:Q", title=title, format=".1%" if form == ".0%" else form)

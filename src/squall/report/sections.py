@@ -1,0 +1,460 @@
+"""What a report says: tables and charts on runs and traces, with captions that say what to see and how sure it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from squall.characterize import Characterization, Stream
+from squall.report import charts
+from squall.report.terminal import duration, number, percent
+from squall.run import Metrics, Run
+from squall.run.metrics import Failure, latencies, per_request
+from squall.trace import Trace, TraceMeta
+from squall.units import in_words
+
+if TYPE_CHECKING:
+    import altair as alt
+
+MOST_CLASSES = len(charts.LIGHT) - 1
+"""A trace is drawn as a whole and by at most this many classes, the largest."""
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run and what the page says about it."""
+
+    run: Run
+    metrics: Metrics
+    latency: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, run: Run, metrics: Metrics) -> "MeasuredRun":
+        """`run` with its latencies by request."""
+        return cls(run, metrics, latencies(per_request(run.table)))
+
+
+@dataclass(frozen=True)
+class MeasuredTrace:
+    """A trace and what is in it."""
+
+    trace: Trace
+    content: Characterization
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under the names of their columns, with a note below."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence["Row"]
+    note: str = ""
+    marked: bool = True
+    """The columns are series of the charts and carry their colours."""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    cells: Sequence[str]
+    group: bool = False
+    """The row begins a group: a line stands above it."""
+    text: bool = False
+    """The cells are words, which may wrap."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what to see in it and how sure that is."""
+
+    id: str
+    title: str
+    chart: "alt.LayerChart"
+    caption: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a legend."""
+
+    name: str
+    badge: str = ""
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: str
+    legend: Sequence[Entry] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where something on the page comes from."""
+
+    name: str
+    facts: Sequence[tuple[str, str]] = field(default_factory=list)
+
+
+def warnings(name: str, metrics: Metrics) -> list[str]:
+    found = []
+    if metrics.verdict == "CLIENT-LIMITED":
+        reasons = f" ({'; '.join(metrics.verdict_reasons)})" if metrics.verdict_reasons else ""
+        found.append(
+            f"{name} is CLIENT-LIMITED{reasons}: the client was too slow, so its latencies must not be trusted."
+        )
+    if metrics.state != "complete":
+        found.append(f"{name} is {metrics.state}: it holds only what happened until then.")
+    return found
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def run_sections(runs: Mapping[str, MeasuredRun]) -> list[Section]:
+    """Comparison, latency, and load and system over time; nothing without runs."""
+    if not runs:
+        return []
+    legend = [_run_entry(name, measured.metrics) for name, measured in runs.items()]
+    compared = "What was answered. " + _how_sure(runs)
+    return [
+        Section("Runs side by side" if len(runs) > 1 else "The run", compared, tables=[_comparison(runs)]),
+        Section(
+            "Latency",
+            "From the moment at which a request was due, which is what its user feels.",
+            legend,
+            figures=_latency_figures(runs),
+        ),
+        Section("Over time", "Load, and what it did to the system.", legend, figures=_time_figures(runs)),
+    ]
+
+
+def _run_entry(name: str, metrics: Metrics) -> Entry:
+    if metrics.verdict == "CLIENT-LIMITED":
+        return Entry(name, metrics.verdict, bad=True)
+    return Entry(name, "uncalibrated" if "uncalibrated" in (metrics.step_time or "") else "")
+
+
+def _how_sure(runs: Mapping[str, MeasuredRun]) -> str:
+    uncalibrated = [name for name, m in runs.items() if "uncalibrated" in (m.metrics.step_time or "")]
+    sentences = ["Each is a single run: small differences may be chance."] if len(runs) > 1 else []
+    if uncalibrated:
+        whose = "The simulation is" if len(uncalibrated) == 1 else "The simulations are"
+        sentences.append(f"{whose} not calibrated on a real server: read the order and the shape, not the seconds.")
+    return " ".join(sentences)
+
+
+def _comparison(runs: Mapping[str, MeasuredRun]) -> Table:
+    columns = [measured.metrics for measured in runs.values()]
+
+    def cells(value: Callable[[Metrics], Any], shown: Callable[[Any], str] = str) -> list[str]:
+        return [shown(value(metrics)) for metrics in columns]
+
+    rows = [
+        Row("verdict", cells(lambda m: m.verdict), text=True),
+        Row("made by", cells(lambda m: m.kind), text=True),
+        Row("step time", cells(lambda m: m.step_time or "-"), text=True),
+        Row("requests offered", cells(lambda m: m.requests, _count), group=True),
+        Row("offered rate", cells(lambda m: m.offered_rate, _per_second)),
+        Row("failed", cells(lambda m: f"{m.failed:,} ({percent(m.failed / m.requests if m.requests else None)})")),
+    ]
+    for label, name, levels in (
+        ("TTFT", "ttft", ("p50", "p90", "p99")),
+        ("E2E", "e2e", ("p50", "p90", "p99")),
+        ("TPOT", "tpot", ("p50", "p99")),
+        ("ITL", "itl", ("p50", "p99")),
+        ("jitter", "jitter", ("p50",)),
+    ):
+        for level in levels:
+            values = cells(attrgetter(f"{name}.{level}"), duration)
+            rows.append(Row(f"{label} {level.upper()}", values, group=level == levels[0]))
+    # A modelled client is never late.
+    late = cells(lambda m: None if m.kind == "simulation" else m.lateness.p99, duration)
+    rows.append(Row("lateness P99", late, group=True))
+    rows.append(Row("output tokens/s", cells(lambda m: m.output_token_throughput, number), group=True))
+    note = (
+        "Latencies are of requests that succeeded, from schedule; failures count in every share. "
+        "A dash: not recorded, or too few requests for that percentile (P90 needs 10, P99 100)."
+    )
+    limits = next((m.slo for m in columns if m.slo), None)
+    if limits:
+        rows.append(Row("met the SLO", cells(lambda m: m.goodput_share, percent)))
+        rows.append(Row("goodput", cells(lambda m: m.goodput, _per_second)))
+        text = ", ".join(f"{name.upper()} ≤ {in_words(limit)}" for name, limit in limits.items())
+        note += f" The SLO: {text}; its share is of the requests offered."
+    rows.append(Row("peak KV cache use", cells(lambda m: m.kv_cache.peak, percent), group=True))
+    rows.append(Row("preemptions", cells(lambda m: m.preemptions, _count)))
+    return Table("Comparison of the runs", ["", *runs], _known(rows), note)
+
+
+def _latency_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
+    latency = {name: measured.latency for name, measured in runs.items()}
+    offered = {name: measured.metrics.requests for name, measured in runs.items()}
+    figures = []
+    for which, title, what in (
+        ("ttft", "Time to first token", "whose first token came within x"),
+        ("e2e", "End to end", "that were answered completely within x"),
+        ("tpot", "Time per output token", "whose mean gap between tokens was x or less"),
+    ):
+        if not any(getattr(measured.metrics, which).n for measured in runs.values()):
+            continue
+        caption = f"Share of the requests offered {what}; further left is faster."
+        if any(measured.metrics.failed for measured in runs.values()):
+            caption += " A curve that ends below 100 % has failures."
+        caption += f" {_spread(runs, which)} {_counts(runs, which)}"
+        chart = charts.latency_cdf(latency, which, _LATENCY_AXIS[which], offered)
+        figures.append(Figure(f"cdf-{which}", title, chart, caption))
+    return figures
+
+
+_LATENCY_AXIS = {"ttft": "TTFT", "e2e": "E2E latency", "tpot": "TPOT"}
+
+
+def _spread(runs: Mapping[str, MeasuredRun], which: str) -> str:
+    """The P99s of the runs, or their medians if not all have as many requests as a P99 needs."""
+    level = "p99" if all(getattr(m.metrics, which).p99 is not None for m in runs.values()) else "p50"
+    values = {name: getattr(getattr(m.metrics, which), level) for name, m in runs.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known:
+        return ""
+    low, high = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+    if len(known) == 1 or known[low] == known[high]:
+        return f"{level.upper()}: {duration(known[high])}."
+    return f"{level.upper()}: from {duration(known[low])} ({low}) to {duration(known[high])} ({high})."
+
+
+def _counts(runs: Mapping[str, MeasuredRun], which: str) -> str:
+    counts = [getattr(m.metrics, which).n for m in runs.values()]
+    return f"n = {min(counts):,}." if min(counts) == max(counts) else f"n = {min(counts):,} to {max(counts):,}."
+
+
+def _time_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
+    latency = {name: measured.latency for name, measured in runs.items()}
+    arrivals = {
+        name: np.sort(columns["scheduled"][np.isfinite(columns["scheduled"])]) for name, columns in latency.items()
+    }
+    if not any(times.size for times in arrivals.values()):
+        return []
+    figures = [Figure("run-arrivals", "Arrivals", charts.arrivals_over_time(latency), "Requests due per second.")]
+    if any(times.size >= ENOUGH_FOR_DISPERSION and times[-1] > times[0] for times in arrivals.values()):
+        chart = charts.dispersion_curves(arrivals)
+        figures.append(Figure("run-dispersion", "Burstiness of the arrivals", chart, _DISPERSION))
+    figures.append(Figure("in-flight", "In flight", charts.in_flight(latency), _IN_FLIGHT))
+    figures += _system_figures(runs)
+    failures = sorted({failure.status for measured in runs.values() for failure in measured.metrics.failures})
+    if failures:
+        text = f"Requests that failed, by the time they were due ({', '.join(failures)})."
+        figures.append(Figure("failures", "Failures", charts.failures_over_time(latency), text))
+    return figures
+
+
+ENOUGH_FOR_DISPERSION = 50
+"""Fewer arrivals say little about a variance of counts."""
+
+_DISPERSION = (
+    "Variance / mean of the number of arrivals in bins of growing length. Poisson arrivals stay at 1 on every scale; "
+    "higher is burstier. A curve that keeps climbing has bursts on long scales too: the rate itself varies."
+)
+_IN_FLIGHT = (
+    "Requests due and not yet over, wherever they wait. A curve that climbs for as long as requests arrive is a system "
+    "that cannot keep up."
+)
+
+
+def _system_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
+    """What the system itself recorded: queue, batch and KV cache, of the runs that have it."""
+    figures = []
+    tables = {name: measured.run for name, measured in runs.items()}
+    for column, title, axis, text in (
+        ("waiting", "Waiting", "requests waiting", "Requests in the server's queue, mean over each bin."),
+        ("running", "Running", "requests running", "Requests in the batch, mean over each bin."),
+        ("kv_used", "KV cache in use", "share of blocks", "Highest use in each bin and of all replicas; {peaks}."),
+    ):
+        recorded = [name for name, run in tables.items() if run.series[column].null_count() < len(run.series)]
+        if not recorded:
+            continue
+        peaks = ", ".join(f"{name} peaks at {percent(runs[name].metrics.kv_cache.peak)}" for name in recorded)
+        caption = text.format(peaks=peaks)
+        if column == "kv_used":
+            caption += " Near 100 % requests wait or are preempted."
+        if len(recorded) < len(runs):
+            caption += f" Not recorded by {', '.join(name for name in runs if name not in recorded)}."
+        chart = charts.system(tables, column, axis, share=column == "kv_used")
+        figures.append(Figure(column.replace("_", "-"), title, chart, caption))
+    return figures
+
+
+def run_facts(measured: MeasuredRun) -> list[tuple[str, str]]:
+    meta = measured.run.meta
+    target = ", ".join(f"{key} {value}" for key, value in meta.target.items())
+    facts = [
+        ("kind", meta.kind),
+        ("state", meta.state),
+        ("verdict", "; ".join((meta.verdict, *meta.verdict_reasons))),
+        ("target", target),
+        ("step time", meta.step_time or ""),
+        ("open loop", "yes" if meta.open_loop else "no: requests waited for others"),
+        ("attempts", f"{len(measured.run):,}"),
+        ("seed", "" if meta.seed is None else str(meta.seed)),
+        ("squall", meta.version),
+        ("machine", meta.machine),
+        ("started", meta.started or ""),
+        ("notes", " ".join(meta.notes)),
+    ]
+    trace = _meta_facts(meta.trace) if meta.trace else []
+    failures = [
+        (f"failed: {_kind(f)}", f"{f.requests:,} requests, as request {f.example}{_said(f)}")
+        for f in measured.metrics.failures
+    ]
+    return [(key, value) for key, value in (*facts, *failures, *trace) if value]
+
+
+def _kind(failure: Failure) -> str:
+    parts = (failure.status, failure.reason, failure.http_status)
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def _said(failure: Failure) -> str:
+    return f": {failure.message}" if failure.message else ""
+
+
+# --- traces -------------------------------------------------------------------------------------------------------
+
+
+def trace_sections(traces: Mapping[str, MeasuredTrace]) -> list[Section]:
+    """What is in each trace: one is shown with its classes, several are laid over each other."""
+    if not traces:
+        return []
+    if len(traces) == 1:
+        name, measured = next(iter(traces.items()))
+        streams, arrivals = _classes(measured)
+        title = f"The trace: {name}"
+    else:
+        streams = {name: measured.content.total for name, measured in traces.items()}
+        arrivals = {name: measured.trace.table["arrival"].to_numpy() for name, measured in traces.items()}
+        title = "The traces side by side"
+    text = "What was asked: " + "; ".join(
+        f"{len(m.trace):,} requests over {in_words(m.trace.span)}{f' in {name}' if len(traces) > 1 else ''}"
+        for name, m in traces.items()
+    )
+    legend = [Entry(name) for name in streams] if len(streams) > 1 else []
+    return [Section(title, f"{text}.", legend, [_content(streams)], _trace_figures(streams, arrivals))]
+
+
+def _classes(measured: MeasuredTrace) -> tuple[dict[str, Stream], dict[str, np.ndarray]]:
+    """The streams of a trace and their arrivals: all requests and, where there are several classes, the largest."""
+    content, table = measured.content, measured.trace.table
+    streams, arrivals = {"all requests": content.total}, {"all requests": table["arrival"].to_numpy()}
+    for stream in content.classes[:MOST_CLASSES] if len(content.classes) > 1 else []:
+        name = " ".join(part for part in (stream.model, stream.service) if part) or "unnamed"
+        mine = pl.col("service").eq_missing(stream.service) & pl.col("model").eq_missing(stream.model)
+        streams[name], arrivals[name] = stream, table.filter(mine)["arrival"].to_numpy()
+    return streams, arrivals
+
+
+def _content(streams: Mapping[str, Stream]) -> Table:
+    columns = list(streams.values())
+
+    def cells(value: Callable[[Stream], Any], shown: Callable[[Any], str] = number) -> list[str]:
+        return [shown(value(stream)) for stream in columns]
+
+    rows = [
+        Row("requests", cells(lambda s: s.requests)),
+        Row("mean rate", cells(lambda s: s.rate, _per_second)),
+        Row("failed", cells(lambda s: s.failed_share, percent)),
+    ]
+    for name, title in (("request_tokens", "request tokens"), ("response_tokens", "response tokens")):
+        for level in ("mean", "p50", "p99"):
+            values = cells(attrgetter(f"{name}.{level}"))
+            rows.append(Row(f"{title}, {level if level == 'mean' else level.upper()}", values, group=level == "mean"))
+    rows += [
+        Row("rank correlation of the two", cells(lambda s: s.correlation.spearman)),
+        Row(
+            "CV of the gaps",
+            cells(lambda s: s.gaps.spread_cv if s.gaps.spread_cv is not None else s.gaps.cv),
+            group=True,
+        ),
+        Row("median alpha of the windows", cells(lambda s: s.gamma_windows.alpha.p50)),
+        Row("conversations", cells(lambda s: s.conversations.sessions or None), group=True),
+        Row("mean turns", cells(lambda s: s.conversations.turns.mean)),
+    ]
+    note = "CV of the gaps: 1 for Poisson arrivals, more for bursty ones; alpha is below 1 where they are bursty."
+    return Table("What is in the trace", ["", *streams], _known(rows), note)
+
+
+def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndarray]) -> list[Figure]:
+    first = next(iter(streams.values()))
+    width = in_words(first.rate_series.width)
+    figures = [
+        Figure(
+            "rate", "Arrivals over time", charts.rate_over_time(streams), f"Requests per second in bins of {width}."
+        ),
+    ]
+    if any(times.size >= ENOUGH_FOR_DISPERSION and times[-1] > times[0] for times in arrivals.values()):
+        figures.append(Figure("dispersion", "Burstiness over scales", charts.dispersion_curves(arrivals), _DISPERSION))
+    fits = first.gamma_windows
+    if any(len(stream.gamma_windows.series.alpha) > 1 for stream in streams.values()):
+        caption = (
+            f"Shape of the Gamma distribution of the gaps in each window of {in_words(fits.window)}: 1 is Poisson, "
+            f"less is bursty, more is regular. {fits.bursty:,} of {fits.fitted:,} windows are bursty "
+            f"({next(iter(streams))}); in at least {fits.rejected:,} the gaps are not Gamma."
+        )
+        figures.append(Figure("alpha", "Burstiness over time", charts.alpha_over_time(streams), caption))
+    for name, title in (("request_tokens", "Request length"), ("response_tokens", "Response length")):
+        histograms = {key: h for key, s in streams.items() if (h := getattr(s, name).histogram) and h.edges[-1] > 1}
+        if histograms:
+            counts = ", ".join(f"{key} n = {getattr(streams[key], name).n:,}" for key in histograms)
+            caption = f"Areas are shares of the requests: {counts}."
+            chart = charts.lengths(histograms, "tokens", names=list(streams))
+            figures.append(Figure(name.replace("_", "-"), title, chart, caption))
+    if any(stream.hour_of_day for stream in streams.values()):
+        ratios = [f"{name} {number(s.peak_to_trough)}" for name, s in streams.items() if s.peak_to_trough]
+        caption = "Mean requests in each hour of the day, in the trace's own clock."
+        if ratios:
+            caption += f" Peak / trough: {', '.join(ratios)}."
+        figures.append(Figure("hours", "Hour of the day", charts.hours(streams), caption))
+    return figures
+
+
+def trace_facts(measured: MeasuredTrace) -> list[tuple[str, str]]:
+    facts = [("requests", f"{len(measured.trace):,}"), ("span", in_words(measured.trace.span))]
+    return [*facts, *_meta_facts(measured.trace.meta)]
+
+
+def _meta_facts(meta: TraceMeta) -> list[tuple[str, str]]:
+    facts = [
+        ("trace", meta.source),
+        ("format", meta.format),
+        ("sha256", meta.sha256 or ""),
+        ("rows read", f"{meta.rows:,}" if meta.rows else ""),
+        ("then", ", ".join(meta.steps)),
+        ("licence", meta.licence or ""),
+        ("attribution", meta.attribution or ""),
+        ("seed", "" if meta.seed is None else str(meta.seed)),
+        ("notes", " ".join(meta.notes)),
+    ]
+    return [(key, value) for key, value in facts if value]
+
+
+# --- cells --------------------------------------------------------------------------------------------------------
+
+
+def _known(rows: Sequence[Row]) -> list[Row]:
+    """The rows in which something is known, with a proper dash for what is not."""
+    known = [row for row in rows if any(cell != "-" for cell in row.cells)]
+    return [replace(row, cells=["–" if cell == "-" else cell for cell in row.cells]) for row in known]
+
+
+def _per_second(rate: float | None) -> str:
+    return "-" if rate is None else f"{number(rate)}/s"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
