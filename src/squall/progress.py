@@ -23,6 +23,16 @@ def note(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def line(text: str) -> None:
+    """Show `text` as the last line of a terminal in place of what this function showed before; "" removes it.
+
+    Unlike `progress` it needs no thread, so that it may be called where milliseconds count.
+    """
+    if notes.shown and sys.stderr.isatty():
+        sys.stderr.write(f"\r{printable(text)}\x1b[K")
+        sys.stderr.flush()
+
+
 def printable(text: str) -> str:
     """`text` with control characters (escape sequences in untrusted input) replaced, so that a terminal shows them."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,318 @@
+"""One HTTP/1.1 connection as a raw asyncio Protocol, and the pool of them.
+
+`data_received` takes the time first, lets httptools find the message's bounds, and appends; nothing is decoded here.
+A server may close a connection that it promised to keep: the pool takes the youngest idle connection, retires the old
+ones before servers do, and looks at the socket before it reuses one. What still fails so is `stale_reuse`.
+"""
+
+import asyncio
+import errno
+import select
+import socket
+import ssl
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import cast
+
+import httptools
+
+from squall.replay.stream import Reply
+
+IDLE_LIMIT = 4_000_000_000
+"""Nanoseconds after which an idle connection is not used again: uvicorn, and so vLLM, closes after 5 s."""
+EARLY = 1 << 20
+"""Bytes of an answer that are held before they are parsed while the answer still comes in."""
+BODY_LIMIT = 1 << 28
+"""Bytes of an answer after which it counts as endless."""
+HEADER_LIMIT = 1 << 18
+"""Bytes of response headers after which this is no HTTP server."""
+
+
+class Exchange:
+    """One attempt: the request's bytes, and the moment (monotonic ns) of everything that happened to it."""
+
+    __slots__ = (
+        "attempt",
+        "connected",
+        "connection",
+        "ended",
+        "ending",
+        "first_byte",
+        "held",
+        "http_status",
+        "message",
+        "on_end",
+        "payload",
+        "reads",
+        "received",
+        "released",
+        "reply",
+        "retries",
+        "retry_after",
+        "reused",
+        "row",
+        "scheduled",
+        "sent",
+        "streamed",
+    )
+
+    def __init__(
+        self, row: int, attempt: int, payload: bytes, scheduled: int, on_end: "Callable[[Exchange], None]"
+    ) -> None:
+        self.row = row
+        self.attempt = attempt
+        self.retries = 0
+        self.payload = payload
+        self.scheduled = scheduled
+        self.on_end = on_end
+        self.released = monotonic_ns()
+        self.connected: int | None = None
+        self.sent: int | None = None
+        self.first_byte: int | None = None
+        self.ended: int | None = None
+        self.ending = ""
+        """How it ended: what `stream.judge` takes, or `status/reason` where nothing of the server has a say."""
+        self.message: str | None = None
+        self.http_status: int | None = None
+        self.streamed = False
+        self.retry_after: str | None = None
+        self.reused = False
+        self.connection: Connection | None = None
+        self.reads: list[tuple[int, bytes]] = []
+        self.held = 0
+        self.received = 0
+        self.reply: Reply | None = None
+
+    def end(self, ending: str, message: str | None = None) -> None:
+        """Decide that it is over; the first call counts."""
+        if self.ended is not None:
+            return
+        self.ended = monotonic_ns()
+        self.ending, self.message = ending, message
+        self.connection = None
+        self.on_end(self)
+
+    def fold(self) -> Reply:
+        """Parse what was read so far."""
+        reply = self.reply = self.reply or Reply(self.streamed)
+        for at, data in self.reads:
+            reply.feed(at, data)
+        self.reads.clear()
+        self.held = 0
+        return reply
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one exchange at a time."""
+
+    def __init__(self, pool: "Pool", first: Exchange) -> None:
+        self._pool, self._first = pool, first
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpResponseParser(self)
+        self._exchange: Exchange | None = None
+        self._paused = False
+        self._lost = False
+        self._at = 0
+        self._headers = False  # the current response's headers are complete
+        self._complete = False
+        self.idle_since = 0
+        self.served = 0
+
+    def send(self, exchange: Exchange) -> None:
+        """Write the request. `sent` is the moment at which its last byte left user space."""
+        self._exchange = exchange
+        exchange.connection = self
+        exchange.connected = monotonic_ns()
+        exchange.reused = self.served > 0
+        self._headers = self._complete = False
+        self._transport.write(exchange.payload)
+        if not self._paused:
+            exchange.sent = monotonic_ns()
+
+    def usable(self, now: int) -> bool:
+        """Whether the connection, idle until now, can be trusted with a request."""
+        if self._lost or self._transport.is_closing() or now - self.idle_since > IDLE_LIMIT:
+            return False
+        waiting = select.poll()
+        waiting.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not waiting.poll(0)  # readable while idle: closed by the server, or talking out of turn
+
+    def abort(self) -> None:
+        """Close at once, without waiting for anything."""
+        if not self._lost:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        # With a high-water mark of 0 the loop writes at once, and says (pause, resume) when a request did not fit.
+        self._transport.set_write_buffer_limits(high=0)
+        self._pool.connections.add(self)
+        if self._first.ended is None:
+            self.send(self._first)
+        else:
+            self.abort()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        exchange = self._exchange
+        if exchange is not None and exchange.sent is None and exchange.first_byte is None:
+            exchange.sent = monotonic_ns()
+
+    def data_received(self, data: bytes) -> None:
+        self._at = at = monotonic_ns()
+        exchange = self._exchange
+        if exchange is None:
+            self.abort()
+            return
+        if exchange.first_byte is None:
+            exchange.first_byte = at
+            exchange.payload = b""
+        exchange.received += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._give_up("bad_http", f"not HTTP: {error}")
+            return
+        if self._complete:
+            self._release(exchange)
+        elif exchange.held > EARLY:
+            exchange.fold()
+            if exchange.received > BODY_LIMIT:
+                self._give_up("bad_http", f"endless answer: more than {BODY_LIMIT >> 20} MB")
+        elif not self._headers and exchange.received > HEADER_LIMIT:
+            self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None:  # bytes after the end of a response
+            return
+        key = name.lower()
+        if key == b"content-type":
+            exchange.streamed = value.strip().lower().startswith(b"text/event-stream")
+        elif key == b"retry-after":
+            exchange.retry_after = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200 and self._exchange is not None:  # not 100 Continue and its like
+            self._exchange.http_status = status
+            self._headers = True
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.reads.append((self._at, body))
+            exchange.held += len(body)
+
+    def on_message_complete(self) -> None:
+        self._complete = self._headers
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        self._lost = True
+        exchange, self._exchange = self._exchange, None
+        if exchange is None or exchange.ended is not None:
+            return
+        message = None if exc is None else f"{type(exc).__name__}: {exc}"
+        if exchange.first_byte is None:
+            exchange.end("stale_reuse" if exchange.reused else "reset" if exc else "eof_headers", message)
+        elif not self._headers:
+            exchange.end("eof_headers", message)
+        else:
+            exchange.end("reset" if exc else "eof", message)
+
+    def _release(self, exchange: Exchange) -> None:
+        keep = self._parser.should_keep_alive()
+        self._exchange = None
+        self.served += 1
+        if keep and not self._paused:
+            self.idle_since = self._at
+            self._pool.idle.append(self)
+        else:
+            self._transport.close()
+        exchange.end("complete")
+
+    def _give_up(self, ending: str, message: str) -> None:
+        exchange, self._exchange = self._exchange, None
+        self.abort()
+        if exchange is not None:
+            exchange.end(ending, message)
+
+
+class Pool:
+    """Connections to one server. Opening one never blocks: the exchange that needs it goes out when it is there."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        address: tuple[str, int],
+        *,
+        tls: ssl.SSLContext | None = None,
+        hostname: str | None = None,
+        connect_timeout: float = 10.0,
+    ) -> None:
+        self._loop, self._address, self._tls, self._hostname = loop, address, tls, hostname
+        self._connect_timeout = connect_timeout
+        self._opening: set[asyncio.Task[None]] = set()
+        self.idle: list[Connection] = []  # youngest last
+        self.connections: set[Connection] = set()
+
+    def send(self, exchange: Exchange, *, fresh: bool = False) -> None:
+        """Send on the youngest usable idle connection, else (or if `fresh`) on a new one."""
+        if not fresh:
+            now = monotonic_ns()
+            while self.idle:
+                connection = self.idle.pop()
+                if connection.usable(now):
+                    connection.send(exchange)
+                    return
+                connection.abort()
+        task = self._loop.create_task(self._open(exchange))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is gone. Where it lies among the idle ones, `send` finds it unusable."""
+        self.connections.discard(connection)
+
+    def close(self) -> None:
+        """Close everything."""
+        for task in self._opening:
+            task.cancel()
+        for connection in list(self.connections):
+            connection.abort()
+
+    async def _open(self, exchange: Exchange) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                await self._loop.create_connection(
+                    lambda: Connection(self, exchange),
+                    *self._address,
+                    ssl=self._tls,
+                    server_hostname=self._hostname if self._tls else None,
+                )
+        except (OSError, ValueError) as error:
+            exchange.end(*connect_failure(error))
+
+
+def connect_failure(error: Exception) -> tuple[str, str]:
+    """`status/reason` and the message for what went wrong while a connection was opened."""
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, TimeoutError):
+        return "timeout/connect", message
+    if isinstance(error, ssl.SSLError | ssl.CertificateError):
+        return "refused/tls", message
+    if isinstance(error, socket.gaierror):
+        return "refused/dns", message
+    if isinstance(error, OSError):
+        if error.errno == errno.EADDRNOTAVAIL:
+            return "client_fault/ports", message
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return "client_fault/files", message
+        if isinstance(error, ConnectionResetError):
+            return "reset/reset", message
+        return "refused/refused" if isinstance(error, ConnectionRefusedError) else "refused/unreachable", message
+    return "client_fault/internal", message

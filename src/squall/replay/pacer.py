@@ -1,0 +1,104 @@
+"""When the next row goes out: absolute deadlines on the monotonic clock, and an alarm that rings at them.
+
+A late alarm sends everything that is due, in order, at once: no row is skipped and nothing is moved to "now", so one
+late send never delays the next. Loop timers are no use here: uvloop's count in milliseconds.
+"""
+
+import asyncio
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any
+
+import numpy as np
+
+
+class Pacer:
+    """Walks through ascending times (ns); knows what is due and when the next one is. Pure: `now` is given."""
+
+    __slots__ = ("_at", "_count", "next")
+
+    def __init__(self, at: np.ndarray, start: int) -> None:
+        self._at = (at + start).data
+        self._count = len(at)
+        self.next = 0
+        """Index of the first row that is not yet released."""
+
+    def due(self, now: int) -> range:
+        """The rows due at `now` that were not given out before."""
+        first = self.next
+        while self.next < self._count and self._at[self.next] <= now:
+            self.next += 1
+        return range(first, self.next)
+
+    def deadline(self) -> int | None:
+        """When the next row is due; None after the last."""
+        return self._at[self.next] if self.next < self._count else None
+
+    def when(self, row: int) -> int:
+        """When `row` is due."""
+        return self._at[row]
+
+
+class _Spec(ctypes.Structure):
+    _fields_ = (
+        ("interval_s", ctypes.c_long),
+        ("interval_ns", ctypes.c_long),
+        ("value_s", ctypes.c_long),
+        ("value_ns", ctypes.c_long),
+    )
+
+
+class Alarm:
+    """Calls `ring` on the loop at an absolute monotonic time: by timerfd on Linux, elsewhere by a short spin."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], Any]) -> None:
+        self._loop, self._ring = loop, ring
+        self._fd = -1
+        self._handle: asyncio.Handle | None = None
+        if sys.platform == "linux":
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            monotonic, nonblocking_and_cloexec = 1, os.O_NONBLOCK | os.O_CLOEXEC
+            self._fd = self._libc.timerfd_create(monotonic, nonblocking_and_cloexec)
+        if self._fd >= 0:
+            loop.add_reader(self._fd, self._fired)
+
+    def set(self, at: int) -> None:
+        """Ring at `at` (ns of the monotonic clock) instead of any earlier request; at once if that is past."""
+        if self._fd >= 0:
+            second, nanosecond = divmod(max(at, 1), 1_000_000_000)
+            absolute = 1
+            self._libc.timerfd_settime(self._fd, absolute, ctypes.byref(_Spec(0, 0, second, nanosecond)), None)
+            return
+        self.clear()
+        wait = at - monotonic_ns()
+        if wait > 2_000_000:
+            self._handle = self._loop.call_later((wait - 1_500_000) / 1e9, self.set, at)
+        elif wait > 0:
+            self._handle = self._loop.call_soon(self.set, at)
+        else:
+            self._handle = self._loop.call_soon(self._ring)
+
+    def clear(self) -> None:
+        """Do not ring."""
+        if self._fd >= 0:
+            self._libc.timerfd_settime(self._fd, 1, ctypes.byref(_Spec(0, 0, 0, 0)), None)
+        elif self._handle is not None:
+            self._handle.cancel()
+
+    def close(self) -> None:
+        """Give back the timer."""
+        self.clear()
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _fired(self) -> None:
+        try:
+            os.read(self._fd, 8)
+        except BlockingIOError:  # it was set anew between the wake-up and this read
+            return
+        self._ring()

@@ -1,0 +1,143 @@
+"""Prompts of an exact number of tokens, made by slicing, and the request bodies around them.
+
+A prompt is a sequence of symbols of five bytes each, every symbol one token: token ids of four digits (`"1234,"`) where
+the server takes ids, else common English words of four letters (`" time"`), which are one token each in the
+vocabularies in use. So a prompt of any length is one slice of a long random text. It opens with a mark made from the
+row and from a salt that no earlier run had: no prefix cache answers it from another run or another row.
+
+The chat template around a prompt costs tokens too: tokens = overhead + slope × words, measured on the server's usage.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from squall.seeds import stream
+
+Salt = Literal["run", "request", "none"]
+Tokens = Literal["ids", "words"]
+
+WORDS = """
+able acid also area away baby back ball base been best bill blue body bond book born both burn call came camp card
+care case cell city code cold come cool copy core cost dark data date dead deal deep does done down draw drug each
+easy else even face fact fail fair fall farm fast feed feel feet felt file film find fire fish five flow food foot
+form four free from fuel full fund gain game give goal gold good grow hair half hand hard have head heat held help
+here high hold home host idea into iron just keep kind king know land last late lead left less life like line link
+list live load long look loss lost love made main make male many mark mass mean milk mill mind miss more most move
+much must name near need news next note once only open over pack page pain part pass past path pick plan play poll
+poor port post race rare rate read real rest rich rise risk road rock role room root rule safe said same save seek
+seen self sent show side sign site size skin slow soft soil sold some soon sort spot star stay step stop such take
+talk task team tell term test text than that them then they this thus time tool town tree true turn type unit upon
+used user vary very view walk want warm ways weak week well went were what when wide wild will wind with wood word
+work year your
+"""
+"""Every one a single token in the GPT-2 family's vocabularies, with and without a space before it."""
+
+WIDTH = 5  # bytes of a symbol
+_POOL = 1 << 19  # symbols in the random text
+_MARK = 8  # symbols of the opening, a byte each: 64 bits
+
+
+def symbols(tokens: Tokens) -> list[bytes]:
+    """The alphabet: 256 symbols of WIDTH bytes, each one token, so that a symbol says a byte."""
+    if tokens == "ids":
+        # Below 1000 lie the special tokens and single bytes of many vocabularies; above 9999 a small one may end.
+        return [b"%d," % (1000 + 35 * value) for value in range(256)]
+    return [b" " + word.encode() for word in WORDS.split()]
+
+
+class Prompts:
+    """The prompts of a run: `text(row, length)` is `length` symbols, unlike all others from the first symbol on."""
+
+    def __init__(self, tokens: Tokens, *, salt: Salt, seed: int, fresh: bytes) -> None:
+        """`fresh` are random bytes, new in every run. Salt `run` mixes them into all openings, `none` does not.
+
+        Salt `request` is the same as `run` while no prompt shares a prefix with another by the trace's own will.
+        """
+        self._symbols = symbols(tokens)
+        alphabet = np.array(self._symbols, dtype=f"S{WIDTH}")
+        self._pool = alphabet[stream(seed, "prompts").integers(0, 256, _POOL)].tobytes()
+        self._salt, self._fresh, self._seed = salt, fresh, seed
+
+    def text(self, row: int, length: int) -> bytes:
+        """The symbols of the prompt of `row`, WIDTH x `length` bytes."""
+        salt = b"" if self._salt == "none" else self._fresh
+        digest = hashlib.blake2b(b"%d %d %b" % (row, self._seed, salt), digest_size=2 * _MARK).digest()
+        opening = b"".join([self._symbols[value] for value in digest[: min(length, _MARK)]])
+        rest = max(0, length - _MARK)
+        start = int.from_bytes(digest[_MARK:], "little") % _POOL
+        around, end = divmod(start + rest, _POOL)
+        if around == 0:
+            return opening + self._pool[start * WIDTH : end * WIDTH]
+        return b"".join((opening, self._pool[start * WIDTH :], self._pool * (around - 1), self._pool[: end * WIDTH]))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """tokens = overhead + slope × words."""
+
+    overhead: float = 0.0
+    slope: float = 1.0
+
+    @classmethod
+    def through(cls, words: list[int], tokens: list[int]) -> "Fit":
+        """The line through measured points (least squares; two points are met exactly)."""
+        if len(set(words)) < 2:
+            return cls(float(tokens[0] - words[0]) if words else 0.0)
+        slope, overhead = np.polyfit(words, tokens, 1)
+        return cls(float(overhead), float(slope))
+
+    def words(self, tokens: int) -> int:
+        """How many words make a prompt of `tokens` tokens: at least 1, since no server takes an empty prompt."""
+        return max(1, round((tokens - self.overhead) / self.slope))
+
+    def tokens(self, words: int) -> int:
+        """How many tokens `words` words make."""
+        return round(self.overhead + self.slope * words)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How this server wants to be asked."""
+
+    api: Literal["chat", "completions"]
+    model: str | None
+    tokens: Tokens
+    fit: Fit = Fit()
+    fields: tuple[str, ...] = ("ignore_eos", "min_tokens", "stream_options")
+    """Optional fields that the server takes."""
+    limit: str = "max_tokens"
+    """Name of the field that limits the response."""
+    extra: dict[str, Any] | None = None
+
+    @property
+    def path(self) -> str:
+        """Where requests go, after the base."""
+        return "/chat/completions" if self.api == "chat" else "/completions"
+
+    def body(self, text: bytes, response_tokens: int) -> bytes:
+        """The request body: `text` as the prompt, answered with exactly `response_tokens` tokens if the server can."""
+        head, tail = self._frame
+        prompt = text[:-1] if self.tokens == "ids" else text  # without the last comma
+        least = b'"min_tokens":%d,' % response_tokens if "min_tokens" in self.fields else b""
+        return b"".join((head, prompt, tail, least, b'"%b":%d}' % (self.limit.encode(), response_tokens)))
+
+    @cached_property
+    def _frame(self) -> tuple[bytes, bytes]:
+        """What stands before the prompt and after it, the same for every request."""
+        fields: dict[str, Any] = {} if self.model is None else {"model": self.model}
+        fields["stream"] = True
+        if "stream_options" in self.fields:
+            fields["stream_options"] = {"include_usage": True}
+        if "ignore_eos" in self.fields:
+            fields["ignore_eos"] = True
+        head = msgspec.json.encode(fields | (self.extra or {}))[:-1]
+        if self.api == "chat":
+            return head + b',"messages":[{"role":"user","content":"', b'"}],'
+        if self.tokens == "ids":
+            return head + b',"prompt":[', b"],"
+        return head + b',"prompt":"', b'",'

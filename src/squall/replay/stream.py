@@ -1,0 +1,258 @@
+"""Bytes of an answer to what they say: tokens with their times, usage, errors, and how the answer ended.
+
+Nothing here reads a clock or a socket: every read comes with the time at which the socket was read. A body is
+server-sent events (WHATWG HTML, section 9.2: lines end with LF, CR or CRLF; an empty line ends an event; several
+`data:` lines make one event; a line that starts with a colon is a comment), or else one JSON document.
+"""
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+MESSAGE_LIMIT = 200
+"""Characters of a server's message that are kept."""
+
+
+class _Delta(msgspec.Struct):
+    content: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    text: Any = None
+    finish_reason: Any = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: Any = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Document(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+    object: Any = None
+    message: Any = None
+    code: Any = None
+
+
+_decode = msgspec.json.Decoder(_Document).decode
+
+
+class Reply:
+    """One answer, read piece by piece: `feed` each read with its time, then `close`; then look at the attributes."""
+
+    __slots__ = (
+        "_at",
+        "_body",
+        "_cr",
+        "_data",
+        "_finished",
+        "_tail",
+        "bad",
+        "cached_tokens",
+        "chunks",
+        "done",
+        "error",
+        "error_code",
+        "prompt_tokens",
+        "response_tokens",
+        "streamed",
+    )
+
+    def __init__(self, streamed: bool) -> None:
+        self.streamed = streamed
+        """Server-sent events; else one document."""
+        self.chunks: list[int] = []
+        """Times (ns) of the reads that held at least one generated token, of any channel."""
+        self.done: int | None = None
+        """Time of the terminal event: `[DONE]`, else the finish reason, else the end of the document."""
+        self.error: str | None = None
+        """What the server said in an error object, wherever it stood."""
+        self.error_code: int | None = None
+        self.bad: str | None = None
+        """The first thing in the body that is neither an event nor a document of this API."""
+        self.prompt_tokens: int | None = None
+        self.response_tokens: int | None = None
+        self.cached_tokens: int | None = None
+        self._finished: int | None = None  # time of the finish reason
+        self._tail = b""  # the unfinished last line
+        self._cr = False  # the last read ended with CR: an LF that follows belongs to it
+        self._data: list[bytes] = []  # data lines of the event being read
+        self._body: list[bytes] = []
+        self._at = 0
+
+    def feed(self, at: int, data: bytes) -> None:
+        """Take the bytes that one socket read at time `at` brought; they may be cut anywhere."""
+        if not self.streamed:
+            self._body.append(data)
+            self._at = at
+            return
+        if self._cr and data[:1] == b"\n":
+            data = data[1:]
+        self._cr = False
+        if not data:
+            return
+        whole = data[-1:] in b"\r\n"
+        self._cr = data[-1:] == b"\r"
+        lines = (self._tail + data).splitlines()
+        self._tail = b"" if whole else lines.pop()
+        for line in lines:
+            if line[:5] == b"data:":
+                self._data.append(line[5:])
+                self._at = at
+            elif not line:
+                if self._data:
+                    self._event()
+            elif line[:6] == b"error:":  # an event of this name instead of an error object: older llama.cpp
+                self._fail(_loose(line[6:]))
+
+    def close(self, at: int | None = None) -> None:
+        """The body is over. An event without its empty line still counts: a server may end with the terminal event."""
+        if not self.streamed:
+            self._document(b"".join(self._body))
+            self._body.clear()
+        else:
+            if self._tail[:5] == b"data:" and _complete(self._tail[5:]):
+                self._data.append(self._tail[5:])
+                self._at = at or self._at
+            self._tail = b""
+            if self._data:
+                self._event()
+        if self.done is None:
+            self.done = self._finished
+        if not self.chunks and self.response_tokens and self._finished is not None:
+            # Generated tokens without text (half a character, a special token): they were there when generation ended.
+            self.chunks.append(self._finished)
+
+    def _event(self) -> None:
+        payload = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+        self._data.clear()
+        if payload.strip() == b"[DONE]":
+            if self.done is None:
+                self.done = self._at
+            return
+        try:
+            document = _decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            if self.bad is None:
+                self.bad = _short(payload)
+            return
+        self._take(document, self._at)
+
+    def _document(self, body: bytes) -> None:
+        try:
+            document = _decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self.bad = _short(body)
+            return
+        self._take(document, self._at)
+        if self.error is None and document.choices is None:
+            self.bad = _short(body)
+        elif self.error is None:
+            self.done = self._at
+
+    def _take(self, document: _Document, at: int) -> None:
+        if document.error is not None or document.object == "error":
+            self._fail(document.error if document.error is not None else document)
+        for choice in document.choices or ():
+            if _says(choice) and (not self.chunks or self.chunks[-1] != at):
+                self.chunks.append(at)
+            if choice.finish_reason is not None and self._finished is None:
+                self._finished = at
+        usage = document.usage
+        if usage is not None:
+            self.prompt_tokens = _count(usage.prompt_tokens, self.prompt_tokens)
+            self.response_tokens = _count(usage.completion_tokens, self.response_tokens)
+            if usage.prompt_tokens_details is not None:
+                self.cached_tokens = _count(usage.prompt_tokens_details.cached_tokens, self.cached_tokens)
+
+    def _fail(self, error: Any) -> None:
+        if self.error is not None:
+            return
+        if isinstance(error, _Document):
+            error = {"message": error.message, "code": error.code}
+        text: Any = error
+        if isinstance(error, dict):
+            text = error.get("message") or error.get("error") or error
+            code = error.get("code", error.get("http_status_code"))
+            if isinstance(code, int):
+                self.error_code = code
+                text = f"{code}: {text}"
+        self.error = _short(str(text).encode())
+
+
+class Outcome(NamedTuple):
+    """What became of an attempt, in the words of the Run table."""
+
+    status: str
+    reason: str | None = None
+    message: str | None = None
+
+
+def judge(ending: str, http_status: int | None, reply: Reply | None) -> Outcome:
+    """The outcome of an attempt that reached the server: how it ended, its HTTP status, and its closed reply.
+
+    `ending` is `complete` (the whole HTTP message came), `eof` (the server closed before), `reset`, `bad_http`, or, if
+    there was no response, `eof_headers` or `stale_reuse`.
+    HTTP 200 is not success: an error object inside is a failure, and so is a stream without its terminal event.
+    """
+    if ending == "bad_http":
+        return Outcome("truncated", "bad_http")
+    if http_status is None:
+        return Outcome("reset", "eof_headers" if ending == "eof" else ending)
+    if reply is None or not 200 <= http_status < 300:
+        said = None if reply is None else reply.error or reply.bad
+        return Outcome("http_error", None, said)
+    if reply.error is not None:
+        return Outcome("http_error", "in_band", reply.error)
+    if reply.bad is not None:
+        return Outcome("truncated", "bad_stream", reply.bad)
+    if reply.done is not None:
+        return Outcome("ok", None if reply.chunks else "empty")
+    if ending == "reset":
+        return Outcome("reset", "reset")
+    return Outcome("truncated", "eof", "the stream ended without a terminal event")
+
+
+def _says(choice: _Choice) -> bool:
+    """Whether a choice holds generated text of any channel; a role or an empty text is none."""
+    if choice.text:
+        return True
+    part = choice.delta if choice.delta is not None else choice.message
+    return part is not None and bool(part.content or part.reasoning or part.reasoning_content or part.tool_calls)
+
+
+def _count(value: Any, known: int | None) -> int | None:
+    return value if isinstance(value, int) and 0 <= value < 2**31 else known
+
+
+def _complete(payload: bytes) -> bool:
+    if payload.strip() == b"[DONE]":
+        return True
+    try:
+        _decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _loose(payload: bytes) -> Any:
+    try:
+        return msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return payload.decode("utf-8", "replace")
+
+
+def _short(payload: bytes) -> str:
+    return " ".join(payload[: 4 * MESSAGE_LIMIT].decode("utf-8", "replace").split())[:MESSAGE_LIMIT]

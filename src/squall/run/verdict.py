@@ -1,0 +1,121 @@
+"""Whether a replay's numbers can be believed: VALID, or CLIENT-LIMITED with the gates that failed.
+
+An open loop whose sends drift behind the schedule measures its own sender. All gates look at first attempts: retries
+are load, but no arrivals. A quantile is the order statistic below it, so that one hiccup in a short run is forgiven.
+"""
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall.run.table import Run
+
+LATENESS_P99 = 0.005
+LATENESS_P999 = 0.020
+SLICE = 10.0
+SLICE_SHARE = 0.01
+GAP_CV = 0.03
+STALL_P999 = 0.010
+COLLECTION = 0.005
+CPU_SHARE = 0.8
+
+
+class Client(msgspec.Struct, kw_only=True):
+    """What a sending process says of itself at its end."""
+
+    stall_p999: float
+    """Seconds by which its loop came late to a 10 ms heartbeat."""
+    collection: float
+    """Longest garbage collection, seconds."""
+    cpu: float
+    """CPU seconds used while the run lasted."""
+    wall: float
+    """Seconds that the run lasted."""
+    pacer_p99: float = 0.0
+    """Seconds from scheduled to released."""
+    connect_p99: float = 0.0
+    """Seconds from released to a connection in hand."""
+    write_p99: float = 0.0
+    """Seconds from there to the last byte of the request."""
+
+
+def judge(run: Run, clients: list[Client]) -> list[str]:
+    """The gates that `run` fails, each as a sentence; none: VALID. `clients` are the workers that came to their end.
+
+    A closed loop (`open_loop` False) is late by design: only the client's own faults and its stalls count.
+    """
+    first = run.table.filter(pl.col("attempt") == 1)
+    reasons = []
+    faults = (run.table["status"] == "client_fault").sum()
+    if faults:
+        kinds = run.table.filter(pl.col("status") == "client_fault")["reason"].drop_nulls().unique().sort().to_list()
+        reasons.append(f"{faults} attempts failed by the client's own fault ({', '.join(kinds)})")
+    if run.meta.open_loop:
+        reasons += _lateness(first, clients) + _delivery(first) + _shape(first)
+    stall = max((client.stall_p999 for client in clients), default=0.0)
+    if stall > STALL_P999:
+        reasons.append(
+            f"the sending loop stalled: p99.9 of its heartbeat {stall * 1e3:.1f} ms (limit {STALL_P999 * 1e3:g} ms)"
+        )
+    collection = max((client.collection for client in clients), default=0.0)
+    if collection > COLLECTION:
+        reasons.append(f"a garbage collection took {collection * 1e3:.1f} ms (limit {COLLECTION * 1e3:g} ms)")
+    busy = max((client.cpu / client.wall for client in clients if client.wall > 1), default=0.0)
+    if busy > CPU_SHARE:
+        reasons.append(
+            f"a sending process used {100 * busy:.0f} % of a core (limit {100 * CPU_SHARE:g} %): use more --workers"
+        )
+    return reasons
+
+
+def _lateness(first: pl.DataFrame, clients: list[Client]) -> list[str]:
+    late = (first["sent"] - first["scheduled"]).drop_nulls().to_numpy()
+    if not late.size:
+        return []
+    reasons = []
+    cause = max(
+        ("the pacer", max((client.pacer_p99 for client in clients), default=0.0)),
+        ("opening connections", max((client.connect_p99 for client in clients), default=0.0)),
+        ("writing", max((client.write_p99 for client in clients), default=0.0)),
+        key=lambda pair: pair[1],
+    )
+    for name, share, limit in (("p99", 0.99, LATENESS_P99), ("p99.9", 0.999, LATENESS_P999)):
+        value = float(np.quantile(late, share, method="lower"))
+        if value > limit:
+            because = f", mostly {cause[0]} (p99 {cause[1] * 1e3:.1f} ms)" if clients and cause[1] > 0 else ""
+            reasons.append(f"requests were sent late: {name} {value * 1e3:.1f} ms (limit {limit * 1e3:g} ms){because}")
+    return reasons
+
+
+def _delivery(first: pl.DataFrame) -> list[str]:
+    """At the end of every slice, plus the lateness allowed, at most 1 % of its requests may still be unsent."""
+    sent = first.filter(pl.col("sent").is_not_null())
+    if sent.is_empty():
+        return []
+    scheduled, gone = np.sort(sent["scheduled"].to_numpy()), np.sort(sent["sent"].to_numpy())
+    edges = np.arange(SLICE, scheduled[-1] + SLICE, SLICE)
+    asked = np.searchsorted(scheduled, edges)
+    behind = asked - np.searchsorted(gone, edges + LATENESS_P999)
+    wrong = behind > np.maximum(1, SLICE_SHARE * np.diff(asked, prepend=0))
+    if not wrong.any():
+        return []
+    return [
+        f"sending fell behind: {behind.max():,} requests were still to be sent at the end of a slice of {SLICE:g} s "
+        f"({wrong.sum()} of {len(edges)} slices)"
+    ]
+
+
+def _shape(first: pl.DataFrame) -> list[str]:
+    sent = first.filter(pl.col("sent").is_not_null())
+    if len(sent) < 30:
+        return []
+    asked, got = _gap_cv(sent["scheduled"].to_numpy()), _gap_cv(sent["sent"].to_numpy())
+    if not asked > 0 or abs(got / asked - 1) <= GAP_CV:
+        return []
+    return [f"the gaps between sends have CV {got:.3f}, the schedule's {asked:.3f} (limit {100 * GAP_CV:g} % apart)"]
+
+
+def _gap_cv(times: np.ndarray) -> float:
+    gaps = np.diff(np.sort(times))
+    mean = gaps.mean()
+    return float(gaps.std() / mean) if mean > 0 else float("nan")
