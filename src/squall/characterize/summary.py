@@ -69,7 +69,7 @@ def bin_width(span: float, bins: int = 500) -> float:
     for width in _ROUND_WIDTHS:
         if span / width < bins:
             return width
-    return 86400.0 * (np.floor(span / (bins * 86400.0)) + 1)
+    return 86400.0 * float(span // (bins * 86400.0) + 1)
 
 
 _ROUND_WIDTHS: Sequence[float] = (
