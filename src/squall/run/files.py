@@ -198,7 +198,12 @@ def _known(frame: pl.DataFrame, schema: pl.Schema, path: Path) -> pl.DataFrame:
 
 
 def _typed(column: pl.Series, dtype: pl.DataType, path: Path) -> pl.Series:
-    """`column` as `dtype`; InputError names the first row that does not fit."""
+    """`column` as `dtype`; what stands for "nothing" becomes null. InputError names the first row that is wrong."""
+    if column.dtype == pl.String and dtype != pl.String:
+        column = column.str.strip_chars()
+        column = column.set(column.str.to_lowercase().is_in(_NOTHING), None)
+    elif column.dtype.is_float():
+        column = column.fill_nan(None)
     if column.dtype == dtype:
         typed = column
     elif dtype.is_integer():  # via floats, since other programs write whole numbers as 17.0
@@ -224,6 +229,7 @@ def _typed(column: pl.Series, dtype: pl.DataType, path: Path) -> pl.Series:
     return typed
 
 
+_NOTHING = ["", "nan", "null", "none", "na"]
 _KINDS = {
     pl.Float64: "a finite number",
     pl.Int64: "a whole number",
