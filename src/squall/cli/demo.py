@@ -1,0 +1,60 @@
+"""`squall demo`."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from squall.cli.common import Output, Select, TraceArgument, as_options, print_json
+from squall.trace.select import TraceOptions
+
+
+def demo(
+    trace: TraceArgument | None = None,
+    *,
+    out: str = "squall-demo",
+    local: Annotated[bool, Parameter(negative="--no-local")] = True,
+    select: Select = TraceOptions(),
+    output: Output = Output(),
+) -> int:
+    """The main job end to end, on embedded defaults or on a TRACE of yours; without a network.
+
+    Characterises the trace, fits a model, replays a slice against a real llama.cpp server (squall[local]), simulates
+    the same requests under their own and under smooth arrivals, and writes a page with everything.
+
+    Parameters
+    ----------
+    trace
+        A trace file, - for standard input, or a profile; by default a day of burstgpt://all is drawn.
+    out
+        Directory for report.html and the trace, model and runs that it is made from.
+    local
+        Whether to load the real server too.
+    """
+    from squall.study.demo import demo as run
+
+    result = run(trace, out=out, local=local, **as_options(select))
+    if output.json:
+        print_json(result)
+        return 0
+    from squall.report.terminal import console, number, percent, row, table
+    from squall.units import in_words
+
+    listing = table(
+        "The same requests at the same mean rate; only the arrivals differ (simulated)",
+        *("arrivals", "P99 TTFT", "over seeds", "P99 E2E", "peak KV", "preemptions", "failed", "goodput"),
+    )
+    for arm in result.arms:
+        spread = f"{in_words(arm.ttft_p99_range[0])} – {in_words(arm.ttft_p99_range[1])}" if arm.ttft_p99_range else ""
+        times = [in_words(value) if value is not None else "-" for value in (arm.ttft_p99, arm.e2e_p99)]
+        row(
+            *(listing, arm.arrivals, times[0], spread, times[1], percent(arm.peak_kv)),
+            *(number(arm.preemptions), number(arm.failed), percent(arm.goodput_share)),
+        )
+    page = console()
+    page.print()
+    for finding in result.findings:
+        page.print(f"• {finding}", markup=False)
+    page.print()
+    page.print(listing)
+    page.print(f"Report: {result.report}   ({result.took:.0f} s)", markup=False)
+    return 0

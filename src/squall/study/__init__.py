@@ -1,0 +1,1 @@
+"""Experiments from trace to finding, each a short script over the verbs."""
