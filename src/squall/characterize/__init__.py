@@ -155,7 +155,8 @@ def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, see
     # Compressed time has no hours of the day.
     midnight = meta.midnight if meta.speed == 1 else None
     cycle = hour_of_day(arrivals, start, end, midnight)
-    spread = despread(arrivals, meta.tick, seed) if meta.tick else None
+    # Spreading a single tick would invent a process out of nothing.
+    spread = despread(arrivals, meta.tick, seed) if meta.tick and arrivals[-1] > arrivals[0] else None
     fits = gamma_windows(arrivals if spread is None else spread, window, method=fit)
     return Stream(
         service=None,

@@ -20,6 +20,8 @@ TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
 MINIMUM_IN_BAND = 20
 """A bin of request lengths with fewer requests has no quantiles to speak of, and is left out."""
+LONGEST_TABLE = 10_000_000
+"""A table with an entry per length is not made beyond this length."""
 ZIPF_HEAD = 1000
 """Up to here the harmonic sums are exact; beyond, Euler-Maclaurin adds the tail to better than 1e-8."""
 
@@ -186,10 +188,11 @@ def length_time(
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks of integers, equal ones sharing their mean rank."""
-    import polars as pl
-
-    return pl.Series(values).rank("average").to_numpy()
+    """Ranks of integers (>= 0), equal ones sharing their mean rank."""
+    if values.size and values.max() > LONGEST_TABLE:
+        values = np.unique(values, return_inverse=True)[1]
+    counts = np.bincount(values)
+    return (np.cumsum(counts) - (counts - 1) / 2)[values]
 
 
 def _edges(longest: int, per_octave: int) -> list[int]:
