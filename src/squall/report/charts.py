@@ -242,8 +242,8 @@ def _places(size: int) -> np.ndarray:
     if size <= POINTS:
         return np.arange(size)
     body = np.linspace(0, 0.99, POINTS * 3 // 4)
-    tail = 1 - np.geomspace(0.01, 1 / size, POINTS - body.size)
-    return np.unique(np.rint(np.append(body, tail) * (size - 1)).astype(np.int64))
+    tail = 1 - np.geomspace(0.01, 1 / size, POINTS - body.size - 1)
+    return np.unique(np.rint(np.concatenate((body, tail, [1.0])) * (size - 1)).astype(np.int64))
 
 
 def _end(runs: Mapping[str, Latency]) -> float:
@@ -301,13 +301,14 @@ def _curves(
     reference: tuple[float, str] | None = None,
     extra: Mapping[str, tuple[str, str]] | None = None,
 ) -> "alt.LayerChart":
-    """`rows` of name, x, y as one curve per name, with a tooltip at the nearest point, panning and zooming along x."""
+    """`rows` of name, x, y as one curve per name, with a tooltip at each point, panning and zooming along x."""
     import altair as alt
 
     names = list(names)
     data = alt.InlineData(values=rows)
     color = alt.Color("name:N", scale=alt.Scale(domain=names), legend=None)
-    tooltip = [alt.Tooltip("name:N", title="")] if len(names) > 1 else []
+    # The tooltip shows a field of the name "title" as its heading.
+    tooltip = [alt.Tooltip("name:N", title="title")] if len(names) > 1 else []
     tooltip += [_tooltip(channel, axis) for channel, axis in (("x", x), ("y", y))]
     tooltip += [alt.Tooltip(f"{field}:Q", title=title, format=form) for field, (title, form) in (extra or {}).items()]
     encoded = alt.Chart(data).encode(
@@ -318,16 +319,17 @@ def _curves(
     zoom = alt.selection_interval(
         name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.altKey]", clear="dblclick"
     )
-    near = alt.selection_point(name="near", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    # Not Vega-Lite's `nearest`: under it, version 6.4 shows text in tooltips as "undefined".
+    under = alt.selection_point(name="under", on="pointerover", clear="pointerout", empty=False)
     layers = [encoded.mark_line(clip=True, **shape).add_params(zoom)]
     if filled:
         layers.insert(0, encoded.mark_area(clip=True, opacity=0.12, **shape))
     if points:
         layers.append(encoded.mark_circle(clip=True, size=18, opacity=0.9))
-    dot = encoded.mark_circle(clip=True, size=70).encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
+    halo = encoded.mark_circle(clip=True, size=160).encode(
+        opacity=alt.condition(under, alt.value(0.6), alt.value(0)), tooltip=tooltip
     )
-    layers.append(dot.add_params(near))
+    layers.append(halo.add_params(under))
     if reference:
         height, label = reference
         at = alt.Chart(alt.InlineData(values=[{"y": height, "label": label}])).encode(y="y:Q")

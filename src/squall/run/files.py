@@ -109,7 +109,7 @@ def holds_run(path: str | Path) -> bool:
 def _journal_of(path: Path) -> Path | None:
     if path.suffix == ".journal":
         return path if path.is_dir() else None
-    beside = path.with_name(path.name + ".journal")
+    beside = Path(f"{path}.journal")
     return beside if not path.exists() and beside.is_dir() else None
 
 
