@@ -58,6 +58,7 @@ def replay(
     warmup: int = 0,
     salt: Salt = "run",
     ignore_eos: bool = True,
+    title: str | None = None,
     extra_body: dict[str, Any] | str | None = None,
     header: dict[str, str] | list[str] | None = None,
     progress_callback: Callable[[Counts], None] | None = None,
@@ -134,7 +135,7 @@ def replay(
     )
     meta = RunMeta(
         kind="replay",
-        title=f"{found.dialect.model or 'server'} at {target.host}",
+        title=title or f"{found.dialect.model or 'server'} at {target.host}",
         trace=opened.meta,
         target=_describe(plan, found, api_key_env if key else None, headers, workers),
         offered=len(rows),

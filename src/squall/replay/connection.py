@@ -106,7 +106,8 @@ class Connection(asyncio.Protocol):
     """One connection, one exchange at a time."""
 
     def __init__(self, pool: "Pool", first: Exchange) -> None:
-        self._pool, self._first = pool, first
+        self._pool = pool
+        self._first: Exchange | None = first
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
@@ -115,6 +116,7 @@ class Connection(asyncio.Protocol):
         self._at = 0
         self._headers = False  # the current response's headers are complete
         self._complete = False
+        self._keep = False
         self.idle_since = 0
         self.served = 0
 
@@ -147,8 +149,9 @@ class Connection(asyncio.Protocol):
         # With a high-water mark of 0 the loop writes at once, and says (pause, resume) when a request did not fit.
         self._transport.set_write_buffer_limits(high=0)
         self._pool.connections.add(self)
-        if self._first.ended is None:
-            self.send(self._first)
+        first, self._first = self._first, None
+        if first is not None and first.ended is None:
+            self.send(first)
         else:
             self.abort()
 
@@ -209,10 +212,12 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = self._headers
+        self._keep = self._parser.should_keep_alive()  # after this callback the parser has forgotten
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         self._lost = True
+        del self._parser  # it holds this connection: without the circle no garbage collector is needed
         exchange, self._exchange = self._exchange, None
         if exchange is None or exchange.ended is not None:
             return
@@ -225,10 +230,9 @@ class Connection(asyncio.Protocol):
             exchange.end("reset" if exc else "eof", message)
 
     def _release(self, exchange: Exchange) -> None:
-        keep = self._parser.should_keep_alive()
         self._exchange = None
         self.served += 1
-        if keep and not self._paused:
+        if self._keep and not self._paused:
             self.idle_since = self._at
             self._pool.idle.append(self)
         else:

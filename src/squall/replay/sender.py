@@ -296,7 +296,7 @@ class Sender:
             http_status=exchange.http_status,
             message=outcome.message,
             request_tokens=reply.prompt_tokens if reply.prompt_tokens is not None else known,
-            response_tokens=(reply.response_tokens if from_server else len(chunks)) if answered else None,
+            response_tokens=(reply.response_tokens if from_server else reply.pieces) if answered else None,
             token_source=("server" if from_server else "chunks") if answered else None,
             chunks=[round((at - chunks[0]) / 1e9, 6) for at in chunks] if chunks else None,
             cached_tokens=reply.cached_tokens,
@@ -417,7 +417,7 @@ def _collections() -> Iterator[list[float]]:
     gc.collect()
     gc.freeze()
     thresholds = gc.get_threshold()
-    gc.set_threshold(50_000, 50, 1000)
+    gc.set_threshold(20_000, 100, 1000)
     gc.callbacks.append(measure)
     try:
         yield longest

@@ -65,6 +65,7 @@ class Reply:
         "done",
         "error",
         "error_code",
+        "pieces",
         "prompt_tokens",
         "response_tokens",
         "streamed",
@@ -75,6 +76,8 @@ class Reply:
         """Server-sent events; else one document."""
         self.chunks: list[int] = []
         """Times (ns) of the reads that held at least one generated token, of any channel."""
+        self.pieces = 0
+        """Events with generated text: the number of tokens, if each event holds one."""
         self.done: int | None = None
         """Time of the terminal event: `[DONE]`, else the finish reason, else the end of the document."""
         self.error: str | None = None
@@ -166,8 +169,10 @@ class Reply:
         if document.error is not None or document.object == "error":
             self._fail(document.error if document.error is not None else document)
         for choice in document.choices or ():
-            if _says(choice) and (not self.chunks or self.chunks[-1] != at):
-                self.chunks.append(at)
+            if _says(choice):
+                self.pieces += 1
+                if not self.chunks or self.chunks[-1] != at:
+                    self.chunks.append(at)
             if choice.finish_reason is not None and self._finished is None:
                 self._finished = at
         usage = document.usage
