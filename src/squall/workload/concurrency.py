@@ -10,7 +10,7 @@ processes (Cox, Renewal Theory, 1962), because only then is the expected count o
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -21,13 +21,14 @@ from squall.workload.lengths import Quantiles
 HOUR = 3600.0
 DAY = 86400.0
 WEEK = 7 * DAY
+_PER_HOUR = 12  # windows of an hour in the kinds whose path is random
 ALPHA_RANGE = (1e-3, 1e6)
 """Shapes beyond this (CV 32 and CV 0.001) are clipped; constant gaps have alpha = infinity."""
 
 
 @dataclass(frozen=True)
 class Path:
-    """Rate and shape over time: `rate` (requests/s) and `alpha` hold in window k from `edges[k]` to `edges[k + 1]` (s)."""
+    """Rate and shape over time: `rate[k]` (requests/s) and `alpha[k]` hold from `edges[k]` to `edges[k + 1]` (s)."""
 
     edges: np.ndarray
     rate: np.ndarray
@@ -82,7 +83,7 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
     span: float
     """Fitted seconds."""
     period: float
-    """Time t takes the parameters of t mod `period`: whole weeks or days of the span where it holds such, else the span."""
+    """Time t takes the parameters of t mod `period`: the span's whole weeks or days if it holds such, else the span."""
     rate: list[float]
     """Requests/s in each window."""
     alpha: list[float]
@@ -93,10 +94,9 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
             raise ValueError("rate and alpha must have the same length, at least 1")
         if min(self.rate) < 0 or min(self.alpha) <= 0:
             raise ValueError("rate must not be negative and alpha must be above 0")
-        if (
-            not 0 < self.period <= self.span
-            or not (len(self.rate) - 1) * self.window < self.span <= len(self.rate) * self.window
-        ):
+        unused = len(self.rate) * self.window - self.span
+        slack = 1e-6 * self.window
+        if not 0 < self.period <= self.span or not -slack <= unused < self.window + slack:
             raise ValueError("window, span and period do not fit the number of windows")
 
     @property
@@ -133,6 +133,8 @@ class Daily(msgspec.Struct, frozen=True, tag="daily", tag_field="kind"):
 
     lambda(t) = profile(hour, kind of day) exp(sum_i s_i g_i(t) - s^2/2) with Ornstein-Uhlenbeck processes g_i.
     """
+
+    window: ClassVar[float] = HOUR / _PER_HOUR
 
     regime: str
     """Classes with the same regime follow the same random path."""
@@ -180,8 +182,10 @@ class Floods(msgspec.Struct, frozen=True, tag="floods", tag_field="kind"):
 
     A latent Gaussian process g (hour by hour) decides: the hour is empty where Phi(g) < silence[hour of day]; elsewhere
     its load is the quantile of `load` at the rest of Phi(g), (Phi(g) - silence) / (1 - silence) (a translation
-    process: Grigoriu, 1984). A flood's first and last hour hold the neighbour's plateau for as long as their load lasts.
+    process: Grigoriu, 1984). A flood's first and last hour hold the neighbour's plateau while their load lasts.
     """
+
+    window: ClassVar[float] = HOUR / _PER_HOUR
 
     regime: str
     """Classes with the same regime follow the same random path."""
@@ -232,8 +236,6 @@ class Floods(msgspec.Struct, frozen=True, tag="floods", tag_field="kind"):
 
 
 Arrivals = Renewal | Daily | Floods
-
-_PER_HOUR = 12
 
 
 def _wander(steps: int, memory: float, rng: np.random.Generator) -> np.ndarray:

@@ -78,26 +78,63 @@ class Conversations(msgspec.Struct, frozen=True):
         count = arrivals.size
         # Turns by inversion: a session has more than k turns with probability survival[k].
         wanted = np.searchsorted(-np.array(self.survival[1:]), -rng.random(count), side="left") + 1
-        pause = self.gap.at(rng.random(count)).tolist()
         # Even if sessions wait (the night holds fewer turns than are due), some arrivals are newcomers.
-        newcomer = (rng.random(count) < 0.5 / self.mean_turns).tolist()
-        # A turn goes to the arrival nearest to its time, so that pauses are as often rounded down as up.
-        reach = np.append((arrivals[:-1] + arrivals[1:]) / 2, arrivals[-1:]).tolist()
-        left = wanted.tolist()
-        session, turn = [0] * count, [1] * count
-        taken: list[int] = []
-        due: list[tuple[float, int]] = []
-        for i, arrival in enumerate(arrivals.tolist()):
-            if due and due[0][0] <= reach[i] and not newcomer[i]:
-                one = heappop(due)[1]
-            else:
-                one = len(taken)
-                taken.append(0)
-            taken[one] += 1
-            session[i], turn[i] = one, taken[one]
-            if taken[one] < left[one]:
-                heappush(due, (arrival + pause[i], one))
-        return np.array(session, dtype=np.int64), np.array(turn, dtype=np.int32)
+        newcomer = rng.random(count) < _NEWCOMERS / self.mean_turns
+        u = rng.random(count)
+        pause = np.interp(u, self.gap.levels, self._intended(arrivals[:_PILOT], wanted, newcomer, u))
+        return _seat(arrivals, wanted, newcomer, pause)
+
+    def _intended(self, arrivals: np.ndarray, wanted: np.ndarray, newcomer: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Quantiles of the pauses to draw so that, after the wait for a free arrival, they come out as `gap`.
+
+        A turn that is due waits for a free arrival, longer where requests are rare; pilots measure by how much.
+        """
+        levels, goal = np.array(self.gap.levels), np.array(self.gap.values)
+        intended = goal.copy()
+        for _ in range(_PILOTS):
+            pause = np.interp(u[: arrivals.size], levels, intended)
+            session, _turn = _seat(arrivals, wanted, newcomer, pause)
+            order = np.argsort(session, kind="stable")
+            found = np.diff(arrivals[order])[np.diff(session[order]) == 0]
+            if found.size < _FEWEST_PAUSES:
+                return goal
+            # Beyond p90 a pilot is too short to see what it asks for.
+            off = np.where(levels <= 0.9, goal / np.maximum(np.quantile(found, levels), 1e-9), 1.0)
+            intended = np.maximum.accumulate(intended * np.clip(off, 0.5, 2.0))
+        return intended
+
+
+_NEWCOMERS = 0.1  # of the newcomers that there are on average, at least this part
+_PILOT = 20_000  # arrivals
+_PILOTS = 4
+_FEWEST_PAUSES = 200
+
+
+def _seat(
+    arrivals: np.ndarray, wanted: np.ndarray, newcomer: np.ndarray, pause: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Session and turn of each arrival: `pause[i]` s follow after arrival i, and session s has `wanted[s]` turns."""
+    count = arrivals.size
+    # A turn goes to the arrival nearest to its time, so that pauses are as often rounded down as up.
+    reach = np.append((arrivals[:-1] + arrivals[1:]) / 2, arrivals[-1:]).tolist()
+    ready, left, new = (arrivals + pause[:count]).tolist(), wanted.tolist(), newcomer.tolist()
+    session, turn = [0] * count, [1] * count
+    taken: list[int] = []
+    due: list[tuple[float, int]] = []
+    waiting: list[int] = []
+    for i in range(count):
+        while due and due[0][0] <= reach[i]:
+            waiting.append(heappop(due)[1])
+        if waiting and not new[i]:
+            one = waiting.pop()  # the one that became due last: most pauses stay as drawn, few become long
+        else:
+            one = len(taken)
+            taken.append(0)
+        taken[one] += 1
+        session[i], turn[i] = one, taken[one]
+        if taken[one] < left[one]:
+            heappush(due, (ready[i], one))
+    return np.array(session, dtype=np.int64), np.array(turn, dtype=np.int32)
 
 
 def fit_conversations(

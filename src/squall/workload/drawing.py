@@ -15,6 +15,8 @@ from squall.workload.model import Workload, read_workload
 
 MOST_REQUESTS = 200_000_000
 """A draw is refused above this: it would not fit into memory."""
+MOST_WINDOWS = 20_000_000
+"""A draw over more windows than this is refused for the same reason."""
 Process = Literal["uniform", "poisson", "gamma"]
 
 
@@ -28,7 +30,7 @@ def generate(
     start: Duration | None = None,
     seed: int = DEFAULT_SEED,
 ) -> Trace:
-    """A new trace drawn from `workload` (a model, its JSON file, or a profile `burstgpt://…`), written to `out` if given.
+    """A new trace drawn from `workload` (a model, its file, or a profile `burstgpt://…`), written to `out` if given.
 
     It holds what arrives in `duration` seconds (default: the fitted span; for profiles one day), but at most `requests`
     rows; with `requests` alone it runs until it has them. It begins at `start`, an offset into the model's time. `rate`
@@ -113,6 +115,10 @@ def named(workload: Workload | str | Path) -> tuple[Workload, str]:
 
 def _draw(model: Workload, begin: float, span: float, rate: float | None, seed: int) -> pl.DataFrame:
     """Requests of all classes over `span` seconds from `begin`, sorted by arrival."""
+    if any((begin + span) / one.arrivals.window > MOST_WINDOWS for one in model.classes):
+        raise InputError(
+            f"{in_words(begin + span)} are more than {MOST_WINDOWS:,} windows of the model; ask for a shorter duration."
+        )
     paths = [one.arrivals.path(begin, begin + span, seed) for one in model.classes]
     expected = sum(path.expected for path in paths)
     factor = 1.0

@@ -85,7 +85,7 @@ def fit_failures(arrivals: np.ndarray, failed: np.ndarray, request: np.ndarray) 
 
 
 def _after_failures(arrivals: np.ndarray, failed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds after a failure, did that request fail) over pairs of a failed request and one of those that follow it."""
+    """(seconds after a failure, did that request fail), for pairs of a failed request and one of those that follow."""
     at = np.flatnonzero(failed)
     at = at[:: max(1, at.size // 2000)]  # 2,000 failures say enough
     pairs = at[:, None] + np.unique(np.geomspace(1, _PAIRS, 16).astype(np.int64))[None, :]

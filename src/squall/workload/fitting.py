@@ -163,7 +163,8 @@ def _fitting_window(window: float, span: float) -> tuple[float, list[str]]:
         return window, []
     smaller = next((w for w in _SMALLER if w < window and span >= FEWEST_WINDOWS * w), span / FEWEST_WINDOWS)
     return smaller, [
-        f"The trace spans {in_words(span)}, fewer than {FEWEST_WINDOWS} windows of {in_words(window)}: fitted in windows of {in_words(smaller)}."
+        f"The trace spans {in_words(span)}, fewer than {FEWEST_WINDOWS} windows of {in_words(window)}: "
+        f"fitted in windows of {in_words(smaller)}."
     ]
 
 

@@ -1,4 +1,4 @@
-"""How long requests and responses are: two marginal quantile tables, joined by a copula that keeps their rank correlation.
+"""How long requests and responses are: two quantile tables, joined by a copula that keeps their rank correlation.
 
 By Sklar's theorem a joint law splits into its marginals and a copula, the law of the two ranks. The marginals are
 tables of quantiles, exact at both ends. The copula is a grid of cell masses in rank space (checkerboard copula) where
@@ -34,7 +34,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, sample: np.ndarray) -> Self:
-        """The table of a sample: 1,001 even levels, and ten a decade in both tails up to the smallest and largest value."""
+        """The table of a sample: 1,001 even levels, and ten a decade in both tails, to the least and largest value."""
         tail = 10.0 ** -np.arange(3.0, max(3.1, np.log10(max(sample.size, 2))), 0.1)
         levels = np.unique(np.concatenate([np.linspace(0, 1, 1001), tail, 1 - tail]))
         values = np.quantile(sample, levels)
@@ -75,7 +75,7 @@ class GaussianCopula(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kin
 
 
 class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
-    """Dependence by cells: `mass[i][j]` is the probability of the second rank's cell j, given the first rank's cell i."""
+    """Dependence by cells: `mass[i][j]` is the probability of the second rank's cell j, given the first's cell i."""
 
     mass: list[list[float]]
 

@@ -1,6 +1,7 @@
 """The workload model: one generative model per (service, model) class of a trace, and its JSON file."""
 
 import pathlib
+import re
 from typing import Any, Self
 
 import msgspec
@@ -68,7 +69,7 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
     def draw(self, path: Path, seed: int, index: int) -> pl.DataFrame:
-        """Requests along `path`; `index` is the class's place in its workload, which keeps its random streams its own."""
+        """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
         arrival = renewal(path, stream(seed, "arrivals", index))
         session = turn = None
         rank_rng = stream(seed, "lengths", index)
@@ -151,7 +152,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload",
 
 def save_workload(workload: Workload, path: str | pathlib.Path) -> None:
     """Write `workload` as JSON."""
-    pathlib.Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(workload), indent=1) + b"\n")
+    pathlib.Path(path).write_bytes(as_json(workload))
+
+
+def as_json(workload: Workload) -> bytes:
+    """`workload` as indented JSON, with each list of numbers on one line."""
+    text = msgspec.json.format(msgspec.json.encode(workload), indent=1)
+    return re.sub(rb"\[[\d\s.,eE+-]+\]", lambda match: b" ".join(match[0].split()), text) + b"\n"
 
 
 def read_workload(path: str | pathlib.Path) -> Workload:

@@ -1,7 +1,7 @@
 """The built-in profiles `burstgpt://NAME`: BurstGPT's four classes as workload models made from published statistics.
 
-The numbers lie in burstgpt.json, a workload file like those of `squall fit`; benchmarks/derive_profiles.py prints it, and
-docs/profiles.md says of each part whether it is measured or assumed.
+The numbers lie in burstgpt.json, a workload file like those of `squall fit`. benchmarks/derive_profiles.py prints it,
+and docs/profiles.md says of each part whether it is measured or assumed.
 """
 
 from functools import cache
@@ -36,7 +36,7 @@ def profile(
     rate: float | None = None,
     start: Duration | None = None,
 ) -> Trace:
-    """A trace drawn from the profile `name` (one of PROFILES): one day from midnight of a Wednesday, unless asked otherwise.
+    """A trace drawn from the profile `name` (one of PROFILES): one day from midnight of a Wednesday, unless asked else.
 
     The arguments are those of `generate`. Raises InputError for an unknown name.
     """
