@@ -44,7 +44,8 @@ def simulate(
 ) -> int:
     """Run a trace through a modelled cluster of vLLM-like engines.
 
-    Without --calibration, step times are estimates from the GPU's peak rates (25 % off and more), and the result says so.
+    Without --calibration, step times are estimates from the GPU's peak rates (25 % off and more), and the result says
+    so.
 
     Parameters
     ----------
@@ -151,8 +152,9 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
             row(shown, name.upper(), it.n, it.mean, it.p50, it.p90, it.p95, it.p99, it.max)
     screen.print(shown)
     failures = ", ".join(f"{count:,} {kind}" for kind, count in result.errors.items()) or "none"
+    tokens = number(result.output_token_throughput)
     lines = {
-        "throughput": f"{number(result.throughput)} requests/s, {number(result.output_token_throughput)} response tokens/s",
+        "throughput": f"{number(result.throughput)} requests/s, {tokens} response tokens/s",
         "offered": f"{number(result.offered_rate)} requests/s over {number(result.duration)} s",
         "peak KV use": percent(result.kv_cache.peak),
         "preemptions": f"{result.preemptions or 0:,}",

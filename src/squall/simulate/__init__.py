@@ -1,7 +1,7 @@
 """A trace through a modelled cluster of vLLM-like engines: what would the requests have felt?
 
-The scheduler and the KV cache are modelled request by request (kernel.py), a step's duration by a roofline (step_time.py)
-that can be fitted to a real server (calibrate.py). Results of an uncalibrated simulation say so.
+The scheduler and the KV cache are modelled request by request (kernel.py), a step's duration by a roofline
+(step_time.py) that can be fitted to a real server (calibrate.py). Results of an uncalibrated simulation say so.
 """
 
 from pathlib import Path
@@ -53,9 +53,9 @@ def simulate(
 ) -> Run:
     """Run a trace through one or more replicas of a modelled vLLM v1 engine.
 
-    Every request generates as many tokens as the trace recorded. What cannot be run is kept as a row of its own: requests
-    without a prompt (`cancelled`, `no_prompt`) or without a recorded response (`cancelled`, `recorded_failure`), and those
-    that can never fit (`http_error` 400, `unservable`).
+    Every request generates as many tokens as the trace recorded. What cannot be run is kept as a row of its own:
+    requests without a prompt (`cancelled`, `no_prompt`) or without a recorded response (`cancelled`,
+    `recorded_failure`), and those that can never fit (`http_error` 400, `unservable`).
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ def simulate(
     out
         Where to write the run, if anywhere: .parquet, .csv or .jsonl.
     model, gpu, tp
-        A built-in name, a Hugging Face config.json or GPU JSON file, or an object; GPUs per replica. Not given: those of
-        the calibration, or llama-3.1-8b on one h100.
+        A built-in name, a Hugging Face config.json or GPU JSON file, or an object; GPUs per replica. Not given:
+        those of the calibration, or llama-3.1-8b on one h100.
     replicas, router
         How many engines, and who gets a request: `round-robin`, `random`, `least-outstanding` (from their live state).
     scheduler, preemption
@@ -93,7 +93,7 @@ def simulate(
 
     if out is not None:
         check_run_path(out)
-    words = {
+    words: dict[str, Any] = {
         "model": model,
         "gpu": gpu,
         "tp": tp,
@@ -127,12 +127,14 @@ def simulate(
 
 
 def saturation_rate(trace: Trace, *, calibration: "str | Path | Calibration | None" = None, **cluster: Any) -> float:
-    """The highest rate (requests/s) that a cluster sustains for the length mix of `trace`: its throughput with a full queue.
+    """The highest rate (requests/s) that a cluster sustains for the length mix of `trace`: its throughput with a full
+    queue.
 
-    `cluster` are the keywords of `simulate` that describe it. One replica is given all requests at once (the trace's rows
-    in order, repeated or evenly thinned to enough for several full batches); the rate is taken between 20 % and 80 % of
-    the completions, where the batch is in its steady state, times the number of replicas. Above it, queues grow without
-    bound; latencies usually become unacceptable well below it. Raises InputError if nothing in the trace can run.
+    `cluster` are the keywords of `simulate` that describe it. One replica is given all requests at once (the trace's
+    rows in order, repeated or evenly thinned to enough for several full batches); the rate is taken between 20 % and
+    80 % of the completions, where the batch is in its steady state, times the number of replicas. Above it, queues
+    grow without bound; latencies usually become unacceptable well below it. Raises InputError if nothing in the trace
+    can run.
     """
     resolved = resolve(**cluster) if calibration is None else calibrated(read_calibration(calibration), cluster)
     one = msgspec.structs.replace(resolved, replicas=1, queue_limit=None, timeout=None, retries=0)

@@ -1,11 +1,11 @@
 """Fitting the step time to a recorded run: which coefficients make the simulated latencies those that were measured?
 
-    minimise  sum over requests of rho((TTFT_sim/TTFT - 1)^2) + rho((E2E_sim/E2E - 1)^2),   rho = soft L1 (robust)
+    minimise  sum over requests of rho(TTFT_sim/TTFT - 1) + rho(E2E_sim/E2E - 1),   rho = soft L1 (robust)
 
-over e_bw, e_fl and the host times, within physical bounds (without them a fit hides kernel time in host time). The recorded
-requests are simulated as they were sent, with the engine's own limits. Fitting on the first N requests uses only their
-latencies; the requests sent while these were being served are simulated too, because they share the engine, but nothing
-of their recorded latency is used, so that they can serve to test the fit.
+over e_bw, e_fl and the host times, within physical bounds (without them a fit hides kernel time in host time). The
+recorded requests are simulated as they were sent, with the engine's own limits. Fitting on the first N requests uses
+only their latencies; the requests sent while these were being served are simulated too, because they share the
+engine, but nothing of their recorded latency is used, so that they can serve to test the fit.
 """
 
 from datetime import UTC, datetime
@@ -32,8 +32,14 @@ from squall.trace.table import Trace
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
-SEARCH, RESAMPLES = 128, 500
-"""Points of the coarse search before the descent; resamples of the block bootstrap."""
+POPULATION, GENERATIONS = 8, 40
+"""Of the search: population per coefficient, and how often it is renewed (a simulation per member each time)."""
+
+RESAMPLES = 500
+"""Of the block bootstrap."""
+
+SOFT = 0.1
+"""Relative errors beyond this count linearly: a few odd requests must not decide."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -66,7 +72,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     step_time: StepTime
     fitted: dict[str, tuple[float, float]]
-    """The coefficients that were fitted, each with its 95 % interval (block bootstrap of the linearised fit)."""
+    """The coefficients that were fitted, each with its 95 % interval (block bootstrap over requests)."""
     correlations: dict[str, float]
     """Between the fitted coefficients, `e_bw~e_fl`: near 1 or -1 only a combination of the two is known."""
     errors: dict[str, Errors]
@@ -81,7 +87,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         kind = "held_out" if "held_out" in self.errors else "fit"
         errors = self.errors[kind]
         return (
-            f"calibrated on {Path(self.source).name}, {self.date} ({kind.replace('_', '-')} error over {errors.requests} requests:"
+            f"calibrated on {Path(self.source).name}, {self.date} ({kind.replace('_', '-')} error over"
+            f" {errors.requests} requests:"
             f" mean TTFT {errors.mean['ttft']:+.1%}, mean E2E {errors.mean['e2e']:+.1%})"
         )
 
@@ -95,7 +102,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             outside = int(((trace.table[column] > high) | (trace.table[column] < low)).sum())
             if outside:
                 said.append(
-                    f"{outside:,} of {len(trace):,} requests have {column} outside the calibrated range of {low:,.0f} to {high:,.0f}."
+                    f"{outside:,} of {len(trace):,} requests have {column} outside the calibrated range of"
+                    f" {low:,.0f} to {high:,.0f}."
                 )
         return said
 
@@ -121,8 +129,8 @@ def calibrate(
     Parameters
     ----------
     run
-        A Run or a table with at least `sent`, `first_token`, `last_token` (seconds), `request_tokens`, `response_tokens`.
-        It must hold all requests that the engine served.
+        A Run or a table with at least `sent`, `first_token`, `last_token` (seconds), `request_tokens`,
+        `response_tokens`. It must hold all requests that the engine served.
     out
         Where to write the calibration (JSON), if anywhere.
     first
@@ -155,12 +163,11 @@ def calibrate(
     n = len(table) if first is None else first
     if not LEAST <= n <= len(table):
         raise InputError(
-            f"--first {n}: {name} has {len(table)} answered requests; a fit needs at least {LEAST} and at most all of them."
+            f"--first {n}: {name} has {len(table)} answered requests; a fit needs at least {LEAST} and at most"
+            " all of them."
         )
-    problem = _Problem(cluster, table, n)
-    with progress("Calibrating the step time") as _:
-        at = problem.solve(seed)
-    fitted, correlations, warnings = problem.uncertainty(at, seed)
+    problem, at = _fit(cluster, table, n, seed)
+    fitted, correlations, warnings = problem.uncertainty(seed)
     step_time = problem.step_time(at)
     everything = run_requests(*_columns(table), msgspec.structs.replace(cluster, step_time=step_time))
     part = np.arange(len(table)) < n
@@ -186,8 +193,8 @@ def calibrate(
         correlations=correlations,
         errors=errors,
         valid={
-            "request_tokens": (float(table["request_tokens"][:n].min()), float(table["request_tokens"][:n].max())),
-            "response_tokens": (float(table["response_tokens"][:n].min()), float(table["response_tokens"][:n].max())),
+            "request_tokens": _extremes(table["request_tokens"][:n]),
+            "response_tokens": _extremes(table["response_tokens"][:n]),
             "running": (1.0, float(_most_at_once(table[:n]))),
         },
         notes=[*said, *warnings],
@@ -229,108 +236,121 @@ def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     ):
         if mine != theirs:
             raise InputError(
-                f"{flag} {getattr(mine, 'name', mine)}: the calibration is for {calibration.model.name} on {calibration.tp} x {calibration.gpu.name}; leave the flag out or calibrate anew."
+                f"{flag} {getattr(mine, 'name', mine)}: the calibration is for {calibration.model.name} on"
+                f" {calibration.tp} x {calibration.gpu.name}; leave the flag out or calibrate anew."
             )
     return cluster if "kv_blocks" in given else msgspec.structs.replace(cluster, kv_blocks_from="the calibration")
 
 
 class _Problem:
-    """The least-squares problem in the unit cube of the bounds."""
+    """The least-squares problem, with the coefficients scaled to the unit cube of their bounds."""
 
-    def __init__(self, cluster: Cluster, table: pl.DataFrame, n: int) -> None:
-        host = ("o0", "o_gap") if cluster.profile.async_scheduling else ("o0",)
-        self.names = ("e_bw", "e_fl", *host)
-        self.low = np.array([BOUNDS[name].low for name in self.names])
-        self.range = np.array([BOUNDS[name].high for name in self.names]) - self.low
-        self.cluster = cluster
-        self.n = n
+    def __init__(self, cluster: Cluster, table: pl.DataFrame, n: int, names: tuple[str, ...]) -> None:
+        self.cluster, self.n, self.names = cluster, n, names
+        self.low = np.array([BOUNDS[name].low for name in names])
+        self.range = np.array([BOUNDS[name].high for name in names]) - self.low
+        self.default = (np.array([getattr(cluster.step_time, name) for name in names]) - self.low) / self.range
         # Only requests sent before the last of the first n was answered can have had any influence on these.
         self.load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
         self.ttft = (table["first_token"] - table["sent"]).to_numpy()[:n]
         self.e2e = (table["last_token"] - table["sent"]).to_numpy()[:n]
-        self.default = (np.array([getattr(cluster.step_time, name) for name in self.names]) - self.low) / self.range
+        self.tried: list[np.ndarray] = []
+        self.errors: list[np.ndarray] = []
 
     def step_time(self, at: np.ndarray) -> StepTime:
-        values = self.low + np.clip(at, 0.0, 1.0) * self.range
+        values = self.low + at * self.range
         return msgspec.structs.replace(self.cluster.step_time, **dict(zip(self.names, map(float, values), strict=True)))
 
     def residuals(self, at: np.ndarray) -> np.ndarray:
-        """(2n + coefficients,) relative errors of TTFT and E2E, then a weak pull to the defaults for what the data leave open."""
+        """(2, n) relative errors of TTFT and E2E."""
         outcome = run_requests(*self.load, msgspec.structs.replace(self.cluster, step_time=self.step_time(at)))
         ttft, e2e = _latencies(outcome, len(self.load[0]), self.cluster)
-        pull = 0.02 * (at - self.default)
-        # A short TTFT is a few steps of waiting, give or take one: below half the median, errors count in absolute terms.
+        # A short TTFT is a few steps of waiting, give or take one: below half the median, errors count absolutely.
         floor = np.maximum(self.ttft, 0.5 * np.median(self.ttft))
-        return np.concatenate([(ttft[: self.n] - self.ttft) / floor, (e2e[: self.n] - self.e2e) / self.e2e, pull])
+        return np.stack([(ttft[: self.n] - self.ttft) / floor, (e2e[: self.n] - self.e2e) / self.e2e])
 
-    def solve(self, seed: int) -> np.ndarray:
-        from scipy.optimize import least_squares
-        from scipy.stats import qmc
+    def misfit(self, at: np.ndarray) -> float:
+        """The sum that is minimised, with a weak pull to the defaults for what the data leave open."""
+        error = self.residuals(at)
+        self.tried.append(at.copy())
+        self.errors.append(_soft(error).sum(axis=0))
+        return float(self.errors[-1].sum() + 0.02 * np.sum((at - self.default) ** 2))
 
-        points = qmc.Sobol(len(self.names), rng=stream(seed, "calibration search")).random(SEARCH)
-        robust = [np.sum(np.sqrt(1 + (self.residuals(point) / 0.1) ** 2) - 1) for point in points]
-        best = points[int(np.argmin(robust))]
-        # A simulation is a step function of its coefficients: differences are taken over steps that it can feel.
-        fit = least_squares(
-            self.residuals, best, bounds=(0, 1), loss="soft_l1", f_scale=0.1, diff_step=0.02, max_nfev=40
-        )
-        felt = np.abs(self.jacobian(fit.x)[: 2 * self.n]).max(axis=0) > 0
-        return np.where(felt, fit.x, self.default)
+    def solve(self, seed: int) -> tuple[np.ndarray, float]:
+        """The best coefficients found, in the unit cube, and their misfit.
 
-    def jacobian(self, at: np.ndarray, step: float = 0.02) -> np.ndarray:
-        columns = []
-        for i in range(len(at)):
-            up, down = at.copy(), at.copy()
-            up[i], down[i] = min(1.0, at[i] + step), max(0.0, at[i] - step)
-            columns.append((self.residuals(up) - self.residuals(down)) / (up[i] - down[i]))
-        return np.stack(columns, axis=1)
-
-    def uncertainty(
-        self, at: np.ndarray, seed: int
-    ) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
-        """95 % intervals and correlations of the coefficients, and sentences on those that the data do not determine.
-
-        Errors of requests that queue together go together, so blocks of consecutive requests are resampled; every resample
-        is refitted on the linearised problem.
+        Who is preempted when changes in jumps with the coefficients, so the misfit has many small minima: a population
+        finds its way where a descent gets stuck.
         """
-        slope, error = self.jacobian(at), self.residuals(at)
+        from scipy.optimize import differential_evolution
+
+        with progress(f"Fitting {', '.join(self.names)}", GENERATIONS) as step_done:
+            done = iter(range(1, GENERATIONS + 1))
+            fit = differential_evolution(
+                self.misfit,
+                [(0.0, 1.0)] * len(self.names),
+                popsize=POPULATION,
+                maxiter=GENERATIONS,
+                init="sobol",
+                polish=False,
+                rng=stream(seed, "calibration"),
+                callback=lambda *_, **__: step_done(next(done)),
+            )
+        return fit.x, float(fit.fun)
+
+    def uncertainty(self, seed: int) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
+        """95 % intervals and correlations of the coefficients, and sentences on those that cannot be told apart.
+
+        Errors of requests that queue together go together, so blocks of consecutive requests are resampled. The best
+        fit to a resample is the best of all points that the search has tried.
+        """
+        tried, errors = np.array(self.tried), np.array(self.errors)
         block = max(1, self.n // 10)
-        random = stream(seed, "calibration bootstrap")
-        prior = np.arange(2 * self.n, len(error))
-
-        def linear_fit(requests: np.ndarray) -> np.ndarray:
-            rows = np.concatenate([requests, requests + self.n, prior])
-            weight = (1 + (error[rows] / 0.1) ** 2) ** -0.25  # square root of the soft L1 weight
-            return np.linalg.lstsq(slope[rows] * weight[:, None], -error[rows] * weight, rcond=None)[0]
-
-        centre = linear_fit(np.arange(self.n))
-        draws = []
-        for _ in range(RESAMPLES):
-            begins = random.integers(0, self.n - block + 1, size=-(-self.n // block))
-            draws.append(linear_fit((begins[:, None] + np.arange(block)).ravel()[: self.n]) - centre)
-        sample = np.clip(at + np.array(draws), 0, 1)
-        low, high = self.low + np.quantile(sample, [0.025, 0.975], axis=0) * self.range
-        felt = np.abs(slope[: 2 * self.n]).max(axis=0) > 0
-        fitted, warnings = {}, []
-        for i, name in enumerate(self.names):
-            fitted[name] = (float(low[i]), float(high[i])) if felt[i] else (BOUNDS[name].low, BOUNDS[name].high)
-            if not felt[i]:
-                warnings.append(f"{name} made no difference to this run and keeps its default: it is not known.")
-        correlations = {}
-        for i, one in enumerate(self.names):
-            for j, other in enumerate(self.names[:i]):
-                if felt[i] and felt[j] and sample[:, i].std() > 0 and sample[:, j].std() > 0:
+        begins = stream(seed, "bootstrap").integers(0, self.n - block + 1, size=(RESAMPLES, -(-self.n // block)))
+        ends = np.cumsum(errors, axis=1)
+        ends = np.concatenate([np.zeros((len(ends), 1)), ends], axis=1)
+        sums = np.stack([(ends[:, begin + block] - ends[:, begin]).sum(axis=1) for begin in begins])
+        sample = self.low + tried[np.argmin(sums, axis=1)] * self.range
+        low, high = np.quantile(sample, [0.025, 0.975], axis=0)
+        fitted = {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.names)}
+        correlations, warnings = {}, []
+        for j, other in enumerate(self.names):
+            for i, one in enumerate(self.names[:j]):
+                if sample[:, i].std() > 0 and sample[:, j].std() > 0:
                     r = float(np.corrcoef(sample[:, i], sample[:, j])[0, 1])
-                    correlations[f"{other}~{one}"] = r
+                    correlations[f"{one}~{other}"] = r
                     if abs(r) > 0.9:
                         warnings.append(
-                            f"{other} and {one} cannot be told apart in this run (correlation {r:+.2f}): trust them together, not singly."
+                            f"{one} and {other} cannot be told apart in this run (correlation {r:+.2f}):"
+                            " trust them together, not singly."
                         )
         return fitted, correlations, warnings
 
 
+def _soft(error: np.ndarray) -> np.ndarray:
+    """Soft L1: quadratic below SOFT, linear above."""
+    return np.sqrt(1 + (error / SOFT) ** 2) - 1
+
+
+def _fit(cluster: Cluster, table: pl.DataFrame, n: int, seed: int) -> tuple[_Problem, np.ndarray]:
+    """The solved problem with the coefficients that the data call for.
+
+    Asynchronous scheduling hides host time behind the GPU; o0 shows only where the host is the slower one. It is fitted
+    if that improves the misfit by a fifth, and keeps its default otherwise.
+    """
+    asynchronous = cluster.profile.async_scheduling
+    problem = _Problem(cluster, table, n, ("e_bw", "e_fl", "o_gap" if asynchronous else "o0"))
+    at, misfit = problem.solve(seed)
+    if asynchronous:
+        larger = _Problem(cluster, table, n, ("e_bw", "e_fl", "o_gap", "o0"))
+        also, smaller = larger.solve(seed)
+        if smaller < 0.8 * misfit:
+            return larger, also
+    return problem, at
+
+
 def _requests(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
-    """The answered requests in the order of their sending, and what was left out. Raises InputError for impossible rows."""
+    """The answered requests in the order of their sending, and what was left out. Raises InputError."""
     columns = ["sent", "first_token", "last_token", "request_tokens", "response_tokens"]
     table = run.table.select(*columns, "status").sort("sent", maintain_order=True)
     answered = table.filter(
@@ -341,12 +361,14 @@ def _requests(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
     ).select(pl.col(columns).cast(pl.Float64))
     if answered.is_empty():
         raise InputError(
-            f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both token counts."
+            f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both"
+            " token counts."
         )
     wrong = answered.filter((pl.col("first_token") <= pl.col("sent")) | (pl.col("last_token") < pl.col("first_token")))
     if len(wrong):
         raise InputError(
-            f"{name}: {len(wrong)} rows have a first token before their sending or a last before their first; the times must be of one clock."
+            f"{name}: {len(wrong)} rows have a first token before their sending or a last before their first; the"
+            " times must be of one clock."
         )
     lost = len(table) - len(answered)
     said = (
@@ -355,6 +377,11 @@ def _requests(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         else []
     )
     return answered, said
+
+
+def _extremes(values: pl.Series) -> tuple[float, float]:
+    numbers = values.to_numpy()
+    return float(numbers.min()), float(numbers.max())
 
 
 def _columns(table: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -372,7 +399,8 @@ def _latencies(outcome: Outcome, n: int, cluster: Cluster) -> tuple[np.ndarray, 
     it = outcome.attempts
     if (it["last"] < 0).any():
         raise InputError(
-            f"--kv-blocks {cluster.kv_blocks}: requests of the recorded run do not fit into so many blocks or into --max-model-len; check both against the server."
+            f"--kv-blocks {cluster.kv_blocks}: requests of the recorded run do not fit into so many blocks or"
+            " into --max-model-len; check both against the server."
         )
     ttft[it["request"]] = (it["first"] - it["sent"]) / TICKS + cluster.step_time.a2
     e2e[it["request"]] = (it["last"] - it["sent"]) / TICKS + cluster.step_time.a2

@@ -23,7 +23,7 @@ PREEMPTIONS = ("recompute",)
 ROUTERS = {"round-robin": ROUND_ROBIN, "random": RANDOM, "least-outstanding": LEAST_OUTSTANDING}
 
 BACKOFF, BACKOFF_CAP = 0.5, 8.0
-"""Seconds: a client's retry waits uniformly in [0, min(8, 0.5 * 2**(attempt - 1))] (exponential backoff, full jitter)."""
+"""Seconds: a retry waits uniformly in [0, min(8, 0.5 * 2**(attempt - 1))] (exponential backoff, full jitter)."""
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +34,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     full_prompt_gate: bool = True
     """A request is admitted only if its whole prompt fits into the free blocks (scheduler_reserve_full_isl)."""
     watermark: float = 0.0
-    """Share of the blocks that an admission must leave free while others run. vLLM 0.24 has the setting; its default is 0."""
+    """Share of the blocks that an admission must leave free while others run. vLLM 0.24 can set it; by default 0."""
     memory_utilization: float = 0.9
 
 
@@ -158,7 +158,7 @@ def resolve(
     step_time: StepTime | None = None,
     step_time_name: str = "uncalibrated roofline",
 ) -> Cluster:
-    """The cluster that these words describe; None takes the default. Raises InputError for what does not exist or cannot be."""
+    """The cluster that these words describe; None takes the default. Raises InputError for what cannot be."""
     _one_of("--scheduler", scheduler, SCHEDULERS)
     _one_of("--preemption", preemption, PREEMPTIONS)
     _one_of("--router", router, ROUTERS)
@@ -183,7 +183,8 @@ def resolve(
         smallest = 2 if flag == "--kv-blocks" else 1
         if value is not None and not smallest <= value <= 10**9:
             raise InputError(
-                f"{flag} {value}: it must be at least {smallest}{' (one block is the null block)' if smallest == 2 else ''} and at most 1e9."
+                f"{flag} {value}: it must be at least"
+                f" {smallest}{' (one block is the null block)' if smallest == 2 else ''} and at most 1e9."
             )
     if not 0 <= retries <= 1000:
         raise InputError(f"--retries {retries}: it must be 0 to 1000.")
@@ -192,7 +193,8 @@ def resolve(
         raise InputError(f"--timeout {timeout}: it must be at least 1 ms and at most 1e7 s.")
     if retries and queue_limit is None and limit is None:
         raise InputError(
-            f"--retries {retries} changes nothing: without --queue-limit or --timeout no request fails that could be retried."
+            f"--retries {retries} changes nothing: without --queue-limit or --timeout no request fails that could"
+            " be retried."
         )
 
     large = device.memory_gb >= 70 and device.family != "a100"
@@ -200,7 +202,8 @@ def resolve(
     seqs = max_num_seqs or min(1024 if large else 256, budget)
     if seqs > budget:
         raise InputError(
-            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {seqs}: a step could not serve all it admits (vLLM refuses this too)."
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {seqs}: a step could not serve all it"
+            " admits (vLLM refuses this too)."
         )
     blocks, origin = (
         (kv_blocks, "given")
@@ -231,7 +234,8 @@ def resolve(
 def estimate_kv_blocks(
     model: Model, gpu: GPU, tp: int, block_size: int, budget: int, seqs: int, engine: Engine
 ) -> tuple[int, str]:
-    """How many KV blocks the engine may find room for, and how that was computed. Raises InputError if there is no room.
+    """How many KV blocks the engine may find room for, and how that was computed. Raises InputError if there is no
+    room.
 
     Activations are the widest layer's for a full batch and three float copies of the sampled logits; "other" (context,
     CUDA graphs, workspaces, and for tp > 1 the communicator) is set so that the one server whose count is known here is
@@ -244,7 +248,8 @@ def estimate_kv_blocks(
     blocks = int(room // (model.kv_bytes(tp) * block_size))
     if blocks < 2:
         raise InputError(
-            f"{model.name} does not fit on {tp} x {gpu.name}: its weights take {2 * model.parameters / tp / GIB:.1f} of {gpu.memory_gb:g} GiB"
+            f"{model.name} does not fit on {tp} x {gpu.name}: its weights take"
+            f" {2 * model.parameters / tp / GIB:.1f} of {gpu.memory_gb:g} GiB"
             " per GPU and leave no room for a KV cache; use a larger --tp or another --gpu, or give --kv-blocks."
         )
     return blocks, "estimated from the GPU's memory"

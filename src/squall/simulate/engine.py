@@ -17,7 +17,7 @@ from squall.simulate.step_time import step_cost
 from squall.trace.table import Trace
 
 TOKEN_TIMES = 5_000_000
-"""Up to this many response tokens a simulation keeps the time of each (`chunks`, for ITL); beyond, only first and last."""
+"""Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last."""
 
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
@@ -64,7 +64,8 @@ def run_requests(
     """
     if not (arrival[0] >= 0 and arrival[-1] <= CLOCK_END):
         raise InputError(
-            f"arrivals from {arrival[0]:g} to {arrival[-1]:g} s: the simulator's clock runs from 0 to {CLOCK_END:g} s; select a part with --between."
+            f"arrivals from {arrival[0]:g} to {arrival[-1]:g} s: the simulator's clock runs from 0 to"
+            f" {CLOCK_END:g} s; select a part with --between."
         )
     limits = cluster.limits()
     sent = np.rint(arrival * TICKS).astype(np.int64)
@@ -86,7 +87,8 @@ def run_requests(
     stuck = int((attempts["state"] < kernel.OK).sum())
     if stuck:
         raise SquallError(
-            f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall, please report it."
+            f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall,"
+            " please report it."
         )
     token_start = start[attempts["request"]]
     attempts["request"] = order[attempts["request"]]
@@ -96,7 +98,7 @@ def run_requests(
 def run_trace(
     trace: Trace, cluster: Cluster, *, seed: int = DEFAULT_SEED, title: str | None = None, remarks: Sequence[str] = ()
 ) -> Run:
-    """`trace` on `cluster`, as a Run; `remarks` join the notes of its metadata. Raises InputError if nothing can be run."""
+    """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run."""
     prompt, output = trace.table["request_tokens"].to_numpy(), trace.table["response_tokens"].to_numpy()
     rows = np.flatnonzero((prompt > 0) & (output > 0))
     if not rows.size:
@@ -124,8 +126,10 @@ def run_trace(
 
 
 def _kernel_seeds(seed: int) -> np.ndarray:
-    """(2,) uint64: the kernel's streams for the router and for the clients' retry jitter."""
-    return np.array([stream(seed, purpose).integers(2**64, dtype=np.uint64) for purpose in ("router", "retry jitter")])
+    """(2, 1) uint64: the kernel's streams for the router and for the clients' retry jitter."""
+    return np.array(
+        [[stream(seed, purpose).integers(2**64, dtype=np.uint64)] for purpose in ("router", "retry jitter")]
+    )
 
 
 def _attempts(requests: pl.DataFrame, rows: np.ndarray, outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
@@ -147,7 +151,7 @@ def _attempts(requests: pl.DataFrame, rows: np.ndarray, outcome: Outcome, cluste
             "request": request.astype(np.int64),
             "attempt": it["number"],
             "scheduled": asked["arrival"],
-            "sent": it["sent"] / TICKS,
+            "sent": np.where(it["number"] == 1, asked["arrival"].to_numpy(), it["sent"] / TICKS),
             "first_token": _when(it["first"], edge),
             "last_token": _when(it["last"], edge),
             "ended": it["ended"] / TICKS,
@@ -201,7 +205,7 @@ def _chunks(outcome: Outcome) -> pl.Series:
 
 
 def _left_out(requests: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the requests that cannot be simulated: there is no prompt, or nobody knows how long the response would be."""
+    """The rows of the requests that cannot be simulated: without a prompt, or without a known response length."""
     return requests.select(
         pl.col("request").cast(pl.Int64),
         pl.lit(1, pl.Int32).alias("attempt"),
@@ -258,7 +262,8 @@ def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[s
     notes = []
     if cluster.kv_blocks_from.startswith("estimated"):
         notes.append(
-            f"The KV cache of {cluster.kv_blocks:,} blocks is estimated; give --kv-blocks as the server reports it (num_gpu_blocks)."
+            f"The KV cache of {cluster.kv_blocks:,} blocks is estimated; give --kv-blocks as the server reports"
+            " it (num_gpu_blocks)."
         )
     notes.append("Prefix caching is not modelled: every prompt is computed in full, and the real hit rate is unknown.")
     notes.append("Responses have the recorded length and end as if max_tokens had been set to it.")
@@ -269,12 +274,14 @@ def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[s
         notes.append(f"{no_prompt:,} requests without a prompt were not sent (cancelled, no_prompt).")
     if len(left_out) > no_prompt:
         notes.append(
-            f"{len(left_out) - no_prompt:,} requests that the recorded system failed have no known response length and were not sent (cancelled, recorded_failure)."
+            f"{len(left_out) - no_prompt:,} requests that the recorded system failed have no known response"
+            " length and were not sent (cancelled, recorded_failure)."
         )
     unservable = int((outcome.attempts["state"] == kernel.UNSERVABLE).sum())
     if unservable:
         notes.append(
-            f"{unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens of max_model_len or {cluster.usable_blocks:,} KV blocks) and were answered 400."
+            f"{unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens of"
+            f" max_model_len or {cluster.usable_blocks:,} KV blocks) and were answered 400."
         )
     if not outcome.token_ticks.size:
         notes.append(

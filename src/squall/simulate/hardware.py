@@ -1,7 +1,8 @@
 """The GPUs and models that can be simulated by name, and how to read others from JSON.
 
-GPU peaks are dense rates: H100, H200, A100, L40S and B200 as in the system files of ai-dynamo/aiconfigurator (Apache-2.0),
-the others from their data sheets. Model shapes are those of the published Hugging Face `config.json` files.
+GPU peaks are dense rates: H100, H200, A100, L40S and B200 as in the system files of ai-dynamo/aiconfigurator
+(Apache-2.0), the others from their data sheets. Model shapes are those of the published Hugging Face `config.json`
+files.
 
     KV bytes per token and GPU = 2 * layers * max(kv_heads / tp, 1) * head_dim * bytes     (keys and values; heads are
                                  replicated once tp exceeds their number)
@@ -207,7 +208,8 @@ def find_gpu(named: str | GPU) -> GPU:
         gpu = msgspec.convert(record, GPU)
     except msgspec.ValidationError as error:
         raise InputError(
-            f'--gpu {named}: {error}; it should look like {{"name": "mine", "memory_gb": 96, "bandwidth_tb_s": 1.6, "bf16_tflops": 500}}.'
+            f"--gpu {named}: {error}; it should look like"
+            ' {"name": "mine", "memory_gb": 96, "bandwidth_tb_s": 1.6, "bf16_tflops": 500}.'
         ) from None
     for field in ("memory_gb", "bandwidth_tb_s", "bf16_tflops", "link_gb_s"):
         if not 0 < getattr(gpu, field) < 1e9:
@@ -216,7 +218,7 @@ def find_gpu(named: str | GPU) -> GPU:
 
 
 def find_model(named: str | Model) -> Model:
-    """The model called `named`, or the one of the Hugging Face `config.json` at that path (or in that folder). Raises InputError."""
+    """The model called `named`, or that of the Hugging Face `config.json` at (or in) that path. Raises InputError."""
     if isinstance(named, Model):
         return named
     key = named.lower().rpartition("/")[2].replace("_", "-")
@@ -259,14 +261,16 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
     for key, what in _NOT_MODELLED.items():
         if config.get(key):
             raise InputError(
-                f"--model {path}: it has {what} ({key}), which the simulator does not model; use a plain bf16 model's config.json."
+                f"--model {path}: it has {what} ({key}), which the simulator does not model; use a plain bf16"
+                " model's config.json."
             )
 
     def size(*keys: str, default: int | None = None) -> int:
         found = next((config[key] for key in keys if config.get(key) is not None), default)
         if found is None:
             raise InputError(
-                f"--model {path}: {keys[0]} is missing; a Hugging Face config.json of a decoder-only transformer is needed."
+                f"--model {path}: {keys[0]} is missing; a Hugging Face config.json of a decoder-only transformer"
+                " is needed."
             )
         if not isinstance(found, int) or isinstance(found, bool) or found < 0:
             raise InputError(f"--model {path}: {keys[0]} is {found!r}; a whole number is needed.")

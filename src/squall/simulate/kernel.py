@@ -1,9 +1,9 @@
 """The step loop of the simulated cluster, compiled: engines that schedule like vLLM v1, with KV blocks counted.
 
-There is no prefill or decode mode, only `computed` chasing `prompt + generated`. A step first serves the running requests
-in the order of their admission (each takes the blocks it needs; when none is free the last admitted is preempted and
-recomputes later), then, if it preempted nobody, admits from the head of the queue. With asynchronous scheduling the next
-step is composed while one runs, so what happens during a step is seen one step later.
+There is no prefill or decode mode, only `computed` chasing `prompt + generated`. A step first serves the running
+requests in the order of their admission (each takes the blocks it needs; when none is free the last admitted is
+preempted and recomputes later), then, if it preempted nobody, admits from the head of the queue. With asynchronous
+scheduling the next step is composed while one runs, so what happens during a step is seen one step later.
 
 The clock counts ticks of 10 ps in int64 (2.9 years), so sums of step times are exact and independent of their order. At
 one tick the order is: step ends, deadlines, arrivals, retries; then every idle replica that was touched schedules.
@@ -12,13 +12,13 @@ All compiled functions are in this one file, because numba's cache sees only cha
 """
 
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 TICKS = 100_000_000_000  # per second
-NEVER = np.int64(2**62)
+NEVER: Any = np.int64(2**62)
 
 # States of an attempt; those from OK on are final.
 QUEUED, RUNNING, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE = range(6)
@@ -121,7 +121,7 @@ class StepCost(NamedTuple):
 
 
 @njit(cache=True)
-def gpu_seconds(cost, tokens, sequences, kv_tokens, attention_pairs):
+def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
     """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
     memory = cost.weights
     if cost.experts > 0.0:
@@ -134,17 +134,17 @@ def gpu_seconds(cost, tokens, sequences, kv_tokens, attention_pairs):
 
 
 @njit(cache=True)
-def _ticks(seconds):
+def _ticks(seconds: float) -> Any:
     return np.int64(np.rint(seconds * TICKS))
 
 
 @njit(cache=True)
-def _blocks(tokens, block_size):
+def _blocks(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
 @njit(cache=True)
-def _random(state):
+def _random(state: np.ndarray) -> Any:
     """The next of the splitmix64 stream in `state[0]`, as a float in [0, 1)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -154,11 +154,17 @@ def _random(state):
     return np.float64(z >> np.uint64(11)) * 2.0**-53
 
 
+@njit(cache=True)
+def _seen(limits: Limits, sent: Any, prompt: int) -> Any:
+    """When the cluster sees a request that is sent at `sent`."""
+    return sent + limits.ingest + limits.ingest_per_token * prompt
+
+
 # The queue of a replica: a doubly linked list through the attempts.
 
 
 @njit(cache=True)
-def _append(me, attempts, a):
+def _append(me: Any, attempts: np.ndarray, a: int) -> None:
     attempts[a].next = -1
     attempts[a].previous = me.tail
     if me.tail >= 0:
@@ -170,7 +176,7 @@ def _append(me, attempts, a):
 
 
 @njit(cache=True)
-def _prepend(me, attempts, a):
+def _prepend(me: Any, attempts: np.ndarray, a: int) -> None:
     attempts[a].previous = -1
     attempts[a].next = me.head
     if me.head >= 0:
@@ -182,7 +188,7 @@ def _prepend(me, attempts, a):
 
 
 @njit(cache=True)
-def _unlink(me, attempts, a):
+def _unlink(me: Any, attempts: np.ndarray, a: int) -> None:
     before, after = attempts[a].previous, attempts[a].next
     if before >= 0:
         attempts[before].next = after
@@ -196,8 +202,8 @@ def _unlink(me, attempts, a):
 
 
 @njit(cache=True)
-def _drop_done(me, attempts, running):
-    """Take the attempts that are in a final state out of the running ones, in order; free the blocks they still hold."""
+def _drop_done(me: Any, attempts: np.ndarray, running: np.ndarray) -> None:
+    """Take what is in a final state out of the running, keeping their order; free the blocks it still holds."""
     kept = 0
     for i in range(me.running):
         a = running[i]
@@ -208,10 +214,11 @@ def _drop_done(me, attempts, running):
             running[kept] = a
             kept += 1
     me.running = kept
+    me.aborted = 0
 
 
 @njit(cache=True)
-def _preempt_last(me, attempts, running):
+def _preempt_last(me: Any, attempts: np.ndarray, running: np.ndarray) -> int:
     """Give up the last admitted: its blocks are freed, it goes to the head of the queue and will compute all again."""
     me.running -= 1
     a = running[me.running]
@@ -227,22 +234,34 @@ def _preempt_last(me, attempts, running):
     return a
 
 
-@njit(cache=True)
-def _compose(me, attempts, running, plan, before, into, entries, entries_before, limits, cost):
-    """Schedule one step of a replica into `plan[into]`; an empty plan has size 0.
+class _Replicas(NamedTuple):
+    """All that the replicas own; the first axis is the replica."""
 
-    An entry is `attempt << 1 | emits`: whether its last known token is computed, so that the step yields a new one.
-    """
+    state: np.ndarray  # REPLICA
+    running: np.ndarray  # (, max_seqs) attempts in the order of their admission
+    plans: np.ndarray  # (, 2) PLAN: of the step in flight and of the next or the last one
+    entries: np.ndarray  # (, 2, max_seqs) their sequences: `attempt << 1 | emits`, whether the step yields a new token
+    samples: np.ndarray  # (, SAMPLES, 5)
+    width: np.ndarray  # (1,) ticks of a sample
+
+
+@njit(cache=True)
+def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost) -> Any:
+    """Schedule a step of replica `r` into the slot that is not in flight; returns the number of its sequences."""
+    me = engines.state[r]
+    running = engines.running[r]
+    before = engines.plans[r, me.slot]
+    before_entries = engines.entries[r, me.slot]
+    entries = engines.entries[r, 1 - me.slot]
     if me.aborted > 0:
         _drop_done(me, attempts, running)
-        me.aborted = 0
     budget = limits.budget
     size = 0
     kv_tokens = 0
     pairs = 0.0
     decode_only = True
     same = True
-    preempted = me.preemptions
+    preempted = False
 
     i = 0
     while i < me.running and budget > 0:
@@ -257,6 +276,7 @@ def _compose(me, attempts, running, plan, before, into, entries, entries_before,
         victim = -1
         while need > me.free and victim != a:
             victim = _preempt_last(me, attempts, running)
+            preempted = True
         if victim == a:
             break
         me.free -= need
@@ -272,13 +292,13 @@ def _compose(me, attempts, running, plan, before, into, entries, entries_before,
         if emits:
             it.in_flight += limits.asynchronous
         entry = (a << 1) | np.int64(emits)
-        same = same and size < plan[before].size and entries_before[size] == entry
+        same = same and size < before.size and before_entries[size] == entry
         entries[size] = entry
         size += 1
         budget -= new
         i += 1
 
-    if me.preemptions == preempted:
+    if not preempted:
         while me.head >= 0 and budget > 0 and me.running < limits.max_seqs:
             a = me.head
             it = attempts[a]
@@ -301,33 +321,41 @@ def _compose(me, attempts, running, plan, before, into, entries, entries_before,
             if emits:
                 it.in_flight += limits.asynchronous
             entries[size] = (a << 1) | np.int64(emits)
-            same = False
             size += 1
             budget -= new
 
-    plan[into].size = size
-    if size == 0:
-        return
-    tokens = limits.budget - budget
-    plan[into].tokens = tokens
-    if decode_only and same and size == plan[before].size and me.decode_only:
-        # The same sequences, each one token longer: an exact arithmetic progression in ticks.
-        me.gpu_ticks += _ticks(cost.per_kv_token * size)
-    else:
-        me.gpu_ticks = _ticks(gpu_seconds(cost, float(tokens), float(size), float(kv_tokens), pairs))
-    me.decode_only = decode_only
-    host = _ticks(cost.host + cost.host_per_sequence * size)
-    if limits.asynchronous:
-        plan[into].ticks = max(1, max(me.gpu_ticks, host) + _ticks(cost.gap))
-    else:
-        plan[into].ticks = max(1, me.gpu_ticks + host)
+    if size > 0:
+        tokens = limits.budget - budget
+        if decode_only and same and size == before.size and me.decode_only:
+            # The same sequences, each one token longer: an exact arithmetic progression in ticks.
+            me.gpu_ticks += _ticks(cost.per_kv_token * size)
+        else:
+            me.gpu_ticks = _ticks(gpu_seconds(cost, float(tokens), float(size), float(kv_tokens), pairs))
+        me.decode_only = decode_only
+        host = _ticks(cost.host + cost.host_per_sequence * size)
+        duration = max(me.gpu_ticks, host) + _ticks(cost.gap) if limits.asynchronous else me.gpu_ticks + host
+        plan = engines.plans[r, 1 - me.slot]
+        plan.size = size
+        plan.tokens = tokens
+        plan.ticks = max(1, duration)
+    return size
 
 
 @njit(cache=True)
-def _receive_tokens(me, attempts, running, plan, entries, limits, now, token_ticks, token_start):
-    """The step in flight has ended: every entry that emits gets one more token; the finished leave and free their blocks."""
+def _receive_tokens(
+    engines: _Replicas,
+    r: int,
+    attempts: np.ndarray,
+    limits: Limits,
+    now: Any,
+    token_ticks: np.ndarray,
+    token_start: np.ndarray,
+) -> None:
+    """The step in flight has ended: what emits gets one more token; the finished leave and free their blocks."""
+    me = engines.state[r]
+    entries = engines.entries[r, me.slot]
     finished = False
-    for k in range(plan[me.slot].size):
+    for k in range(engines.plans[r, me.slot].size):
         if not entries[k] & 1:
             continue
         a = entries[k] >> 1
@@ -349,54 +377,77 @@ def _receive_tokens(me, attempts, running, plan, entries, limits, now, token_tic
             it.state = OK
             it.ended = now + limits.delivery
     if finished:
-        _drop_done(me, attempts, running)  # the aborted leave with them, as they would at the schedule that follows
-        me.aborted = 0
+        _drop_done(me, attempts, engines.running[r])
     me.busy = 0
 
 
 @njit(cache=True)
-def _account(me, sums, clock, blocks, now):
-    """Add the state that held since the last call to the samples `sums[sample, quantity]`; `clock[0]` is their width."""
-    used = (blocks - me.free) / blocks
+def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost, now: Any) -> Any:
+    """Let an idle replica start its next step, if there is one; returns the ticks that it takes, or 0."""
+    me = engines.state[r]
+    preemptions = me.preemptions
+    if me.queued or _compose(engines, r, attempts, limits, cost) > 0:
+        me.queued = 0
+        me.slot = 1 - me.slot
+        me.busy = 1
+        if limits.asynchronous:
+            me.queued = _compose(engines, r, attempts, limits, cost) > 0
+    engines.samples[r, now // engines.width[0], PREEMPTIONS] += me.preemptions - preemptions
+    if not me.busy:
+        me.token_rate = 0.0
+        return 0
+    plan = engines.plans[r, me.slot]
+    me.token_rate = plan.tokens / plan.ticks
+    me.steps += 1
+    me.computed += plan.tokens
+    return plan.ticks
+
+
+@njit(cache=True)
+def _account(engines: _Replicas, r: int, blocks: int, now: Any) -> None:
+    """Add the state that held since the last call to the samples."""
+    me = engines.state[r]
+    width = engines.width[0]
     start = me.since
     me.since = now
     while start < now:
-        sample = start // clock[0]
-        end = min(now, (sample + 1) * clock[0])
-        sums[sample, RUNNING_TIME] += me.running * (end - start)
-        sums[sample, WAITING_TIME] += me.waiting * (end - start)
-        sums[sample, TOKENS] += me.token_rate * (end - start)
-        sums[sample, KV_PEAK] = max(sums[sample, KV_PEAK], used)
+        at = start // width
+        end = min(now, (at + 1) * width)
+        sums = engines.samples[r, at]
+        sums[RUNNING_TIME] += me.running * (end - start)
+        sums[WAITING_TIME] += me.waiting * (end - start)
+        sums[TOKENS] += me.token_rate * (end - start)
+        sums[KV_PEAK] = max(sums[KV_PEAK], (blocks - me.free) / blocks)
         start = end
 
 
 @njit(cache=True)
-def _widen(samples, clock, now):
+def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
     """Merge neighbouring samples until `now` lies in the last one or before."""
-    while now >= clock[0] * SAMPLES:
+    while now >= width[0] * SAMPLES:
         for r in range(samples.shape[0]):
             for i in range(SAMPLES // 2):
                 for q in range(samples.shape[2]):
                     a, b = samples[r, 2 * i, q], samples[r, 2 * i + 1, q]
                     samples[r, i, q] = max(a, b) if q == KV_PEAK else a + b
             samples[r, SAMPLES // 2 :, :] = 0.0
-        clock[0] *= 2
+        width[0] *= 2
 
 
 @njit(cache=True)
-def _route(replicas, limits, counter, random):
+def _route(replicas: np.ndarray, limits: Limits, turn: np.ndarray, random: np.ndarray) -> Any:
+    """The replica for the next arrival; `turn` counts them."""
     if limits.router == RANDOM:
         return np.int64(_random(random) * limits.replicas)
     if limits.router == ROUND_ROBIN:
-        counter[0] += 1
-        return (counter[0] - 1) % limits.replicas
-    best, ties = 0, 1
+        turn[0] += 1
+        return (turn[0] - 1) % limits.replicas
+    best, least, ties = 0, NEVER, 0
     for r in range(limits.replicas):
         load = replicas[r].running + replicas[r].waiting - replicas[r].aborted
-        least = replicas[best].running + replicas[best].waiting - replicas[best].aborted
-        if r > 0 and load < least:
-            best, ties = r, 1
-        elif r > 0 and load == least:
+        if load < least:
+            best, least, ties = r, load, 1
+        elif load == least:
             ties += 1
             if _random(random) * ties < 1.0:
                 best = r
@@ -404,8 +455,10 @@ def _route(replicas, limits, counter, random):
 
 
 @njit(cache=True)
-def _fail(events, attempts, a, state, ended, limits, random):
-    """Attempt `a` is over; its client tries again later unless it has used its retries or the request can never be served."""
+def _fail(
+    events: list, attempts: np.ndarray, a: int, state: int, ended: Any, limits: Limits, jitter: np.ndarray
+) -> None:
+    """Attempt `a` is over; its client tries again later, unless no retry is left or the request can never fit."""
     it = attempts[a]
     it.state = state
     it.ended = ended
@@ -413,143 +466,156 @@ def _fail(events, attempts, a, state, ended, limits, random):
         longest = limits.backoff_cap
         if it.number < 20:  # beyond, the cap holds and the shift would overflow
             longest = min(longest, limits.backoff << (it.number - 1))
-        wait = np.int64(_random(random) * longest)
-        arrival = ended + wait + limits.ingest + limits.ingest_per_token * it.prompt
+        arrival = _seen(limits, ended + np.int64(_random(jitter) * longest), it.prompt)
         heappush(events, (max(arrival, ended + 1), np.int64(RETRY), np.int64(a)))
 
 
 @njit(cache=True)
-def run_cluster(arrival, prompt, output, limits, cost, seeds, token_start, token_total, width):
+def _new_attempt(it: Any, request: int, number: int, sent: Any, prompt: int, output: int) -> None:
+    it.request = request
+    it.number = number
+    it.sent = sent
+    it.prompt = prompt
+    it.output = output
+    it.first = it.last = it.ended = it.replica = -1
+
+
+@njit(cache=True)
+def _enter(
+    engines: _Replicas,
+    attempts: np.ndarray,
+    a: int,
+    events: list,
+    limits: Limits,
+    turn: np.ndarray,
+    randoms: np.ndarray,
+    now: Any,
+) -> Any:
+    """Attempt `a` reaches the cluster: refused, or queued at a replica, whose number is returned (else -1)."""
+    it = attempts[a]
+    total = np.int64(it.prompt) + it.output
+    if total > limits.max_model_len or _blocks(total, limits.block_size) > limits.blocks:
+        _fail(events, attempts, a, UNSERVABLE, now, limits, randoms[1])
+        return -1
+    r = _route(engines.state, limits, turn, randoms[0])
+    it.replica = r
+    me = engines.state[r]
+    if me.waiting >= limits.queue_limit:
+        _fail(events, attempts, a, QUEUE_FULL, now, limits, randoms[1])
+        return -1
+    _account(engines, r, limits.blocks, now)
+    _append(me, attempts, a)
+    if limits.timeout < NEVER:
+        deadline = it.sent + limits.timeout - limits.delivery
+        heappush(events, (max(now + 1, deadline), np.int64(DEADLINE), np.int64(a)))
+    return r
+
+
+@njit(cache=True)
+def _give_up(
+    engines: _Replicas, attempts: np.ndarray, a: int, events: list, limits: Limits, jitter: np.ndarray, now: Any
+) -> None:
+    """The client of attempt `a` has waited long enough: what waits leaves at once, what runs at the next schedule."""
+    it = attempts[a]
+    if it.state >= OK:
+        return
+    me = engines.state[it.replica]
+    _account(engines, it.replica, limits.blocks, now)
+    if it.state == QUEUED:
+        _unlink(me, attempts, a)
+    else:
+        me.aborted += 1
+    _fail(events, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits, jitter)
+
+
+@njit(cache=True)
+def run_cluster(
+    arrival: np.ndarray,
+    prompt: np.ndarray,
+    output: np.ndarray,
+    limits: Limits,
+    cost: StepCost,
+    seeds: np.ndarray,
+    token_start: np.ndarray,
+    token_total: int,
+    width: int,
+) -> Any:
     """Run requests through the cluster until none is left.
 
     Parameters
     ----------
     arrival, prompt, output
-        (n,) int64 ticks at which the clients send, ascending by the time at which the engines see them; int32 tokens.
+        (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
     seeds
-        (2,) uint64: of the router and of the retry jitter.
+        (2, 1) uint64: of the router and of the retry jitter.
     token_start, token_total
-        (n,) int64 offsets into the (token_total,) ticks of all tokens of the last attempts; token_total 0 keeps none.
+        (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
     width
-        Ticks of the first samples of the time series.
+        Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
 
     Returns
     -------
-    attempts (ATTEMPT; the first n are the first attempts), replicas (REPLICA), samples (replicas, SAMPLES, 5), their width
-    in ticks, the tick of the end, and the token ticks.
+    attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
+    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, and the token ticks.
     """
     n = arrival.size
     attempts = np.zeros(n, ATTEMPT)
     used = n
     for a in range(n):
-        attempts[a].request = a
-        attempts[a].sent = arrival[a]
-        attempts[a].first = -1
-        attempts[a].last = -1
-        attempts[a].ended = -1
-        attempts[a].prompt = prompt[a]
-        attempts[a].output = output[a]
-        attempts[a].replica = -1
-        attempts[a].number = 1
-    replicas = np.zeros(limits.replicas, REPLICA)
-    for r in range(limits.replicas):
-        replicas[r].free = limits.blocks
-        replicas[r].head = -1
-        replicas[r].tail = -1
-    running = np.empty((limits.replicas, limits.max_seqs), np.int64)
-    # A step holds at most max_seqs sequences, of one token or more each.
-    entries = np.empty((limits.replicas, 2, min(limits.max_seqs, limits.budget)), np.int64)
-    plans = np.zeros((limits.replicas, 2), PLAN)
-    samples = np.zeros((limits.replicas, SAMPLES, 5))
-    clock = np.array([width])
-    counter = np.zeros(1, np.int64)
-    for_router, for_jitter = seeds[:1].copy(), seeds[1:].copy()
+        _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
+    engines = _Replicas(
+        np.zeros(limits.replicas, REPLICA),
+        np.empty((limits.replicas, limits.max_seqs), np.int64),
+        np.zeros((limits.replicas, 2), PLAN),
+        np.empty((limits.replicas, 2, limits.max_seqs), np.int64),
+        np.zeros((limits.replicas, SAMPLES, 5)),
+        np.array([width]),
+    )
+    engines.state["free"][:] = limits.blocks
+    engines.state["head"][:] = -1
+    engines.state["tail"][:] = -1
+    turn = np.zeros(1, np.int64)
+    randoms = seeds.copy()
     token_ticks = np.full(token_total, np.int64(-1))
     touched = np.empty(limits.replicas, np.int64)
     is_touched = np.zeros(limits.replicas, np.bool_)
-    events = [(NEVER, np.int64(STEP_END), np.int64(0))]  # the sentinel tells numba the type, and is never reached
-    now = np.int64(0)
+    events = [(NEVER, np.int64(STEP_END), np.int64(0))]  # the sentinel gives the type, and is never reached
+    now: Any = np.int64(0)
     arrived = 0
+    coming: Any = _seen(limits, arrival[0], prompt[0])
 
     while True:
-        coming = NEVER
-        if arrived < n:
-            coming = arrival[arrived] + limits.ingest + limits.ingest_per_token * prompt[arrived]
         if min(coming, events[0][0]) == NEVER:
             break
         now = min(coming, events[0][0])
-        _widen(samples, clock, now)
+        _widen(engines.samples, engines.width, now)
         touches = 0
 
-        while True:
-            kind, who = RETRY, np.int64(-1)
+        while min(coming, events[0][0]) == now:
             if events[0][0] == now and (events[0][1] < RETRY or coming > now):
                 _, kind, who = heappop(events)
-            elif coming > now:
-                break
-
-            if kind == STEP_END:
-                me = replicas[who]
-                _account(me, samples[who], clock, limits.blocks, now)
-                _receive_tokens(
-                    me, attempts, running[who], plans[who], entries[who, me.slot], limits, now, token_ticks, token_start
-                )
-                r = who
-
-            elif kind == DEADLINE:
-                it = attempts[who]
-                if it.state >= OK:
+                if kind == DEADLINE:
+                    _give_up(engines, attempts, who, events, limits, randoms[1], now)
                     continue
-                r = np.int64(it.replica)
-                me = replicas[r]
-                _account(me, samples[r], clock, limits.blocks, now)
-                if it.state == QUEUED:
-                    _unlink(me, attempts, who)
+                if kind == STEP_END:
+                    r = who
+                    _account(engines, r, limits.blocks, now)
+                    _receive_tokens(engines, r, attempts, limits, now, token_ticks, token_start)
                 else:
-                    me.aborted += 1
-                _fail(events, attempts, who, TIMEOUT, max(now, it.sent + limits.timeout), limits, for_jitter)
-                continue
-
-            else:
-                if who < 0:
-                    a = np.int64(arrived)
-                    arrived += 1
-                    coming = NEVER
-                    if arrived < n:
-                        coming = arrival[arrived] + limits.ingest + limits.ingest_per_token * prompt[arrived]
-                else:
-                    a = np.int64(used)
-                    used += 1
-                    if a == attempts.size:
-                        larger = np.zeros(2 * a, ATTEMPT)
-                        larger[:a] = attempts
+                    if used == attempts.size:
+                        larger = np.zeros(2 * used, ATTEMPT)
+                        larger[:used] = attempts
                         attempts = larger
-                    attempts[a].request = attempts[who].request
-                    attempts[a].prompt = attempts[who].prompt
-                    attempts[a].output = attempts[who].output
-                    attempts[a].number = attempts[who].number + 1
-                    attempts[a].sent = now - limits.ingest - limits.ingest_per_token * attempts[a].prompt
-                    attempts[a].first = -1
-                    attempts[a].last = -1
-                    attempts[a].ended = -1
-                    attempts[a].replica = -1
-                it = attempts[a]
-                total = np.int64(it.prompt) + it.output
-                if total > limits.max_model_len or _blocks(total, limits.block_size) > limits.blocks:
-                    _fail(events, attempts, a, UNSERVABLE, now, limits, for_jitter)
-                    continue
-                r = _route(replicas, limits, counter, for_router)
-                it.replica = r
-                me = replicas[r]
-                if me.waiting >= limits.queue_limit:
-                    _fail(events, attempts, a, QUEUE_FULL, now, limits, for_jitter)
-                    continue
-                _account(me, samples[r], clock, limits.blocks, now)
-                _append(me, attempts, a)
-                if limits.timeout < NEVER:
-                    heappush(events, (max(now + 1, it.sent + limits.timeout - limits.delivery), np.int64(DEADLINE), a))
-
-            if not replicas[r].busy and not is_touched[r]:
+                    old = attempts[who]
+                    sent = now - _seen(limits, 0, old.prompt)
+                    _new_attempt(attempts[used], old.request, old.number + 1, sent, old.prompt, old.output)
+                    r = _enter(engines, attempts, used, events, limits, turn, randoms, now)
+                    used += 1
+            else:
+                r = _enter(engines, attempts, arrived, events, limits, turn, randoms, now)
+                arrived += 1
+                coming = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
+            if r >= 0 and not engines.state[r].busy and not is_touched[r]:
                 is_touched[r] = True
                 touched[touches] = r
                 touches += 1
@@ -557,54 +623,11 @@ def run_cluster(arrival, prompt, output, limits, cost, seeds, token_start, token
         for t in range(touches):
             r = touched[t]
             is_touched[r] = False
-            me = replicas[r]
-            _account(me, samples[r], clock, limits.blocks, now)
-            preemptions = me.preemptions
-            if me.queued:
-                me.queued = 0
-                me.slot = 1 - me.slot
-                me.busy = 1
-            else:
-                other = 1 - me.slot
-                _compose(
-                    me,
-                    attempts,
-                    running[r],
-                    plans[r],
-                    me.slot,
-                    other,
-                    entries[r, other],
-                    entries[r, me.slot],
-                    limits,
-                    cost,
-                )
-                if plans[r, other].size > 0:
-                    me.slot = other
-                    me.busy = 1
-            me.token_rate = 0.0
-            if me.busy:
-                step = plans[r, me.slot]
-                heappush(events, (now + step.ticks, np.int64(STEP_END), np.int64(r)))
-                me.token_rate = step.tokens / step.ticks
-                me.steps += 1
-                me.computed += step.tokens
-                if limits.asynchronous:
-                    other = 1 - me.slot
-                    _compose(
-                        me,
-                        attempts,
-                        running[r],
-                        plans[r],
-                        me.slot,
-                        other,
-                        entries[r, other],
-                        entries[r, me.slot],
-                        limits,
-                        cost,
-                    )
-                    me.queued = plans[r, other].size > 0
-            samples[r, now // clock[0], PREEMPTIONS] += me.preemptions - preemptions
+            _account(engines, r, limits.blocks, now)
+            duration = _start_steps(engines, r, attempts, limits, cost, now)
+            if duration > 0:
+                heappush(events, (now + duration, np.int64(STEP_END), np.int64(r)))
 
-    for r in range(limits.replicas):
-        _account(replicas[r], samples[r], clock, limits.blocks, now)
-    return attempts[:used], replicas, samples, clock[0], now, token_ticks
+    for last in range(limits.replicas):
+        _account(engines, last, limits.blocks, now)
+    return attempts[:used], engines.state, engines.samples, engines.width[0], now, token_ticks

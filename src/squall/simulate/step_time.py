@@ -11,10 +11,11 @@
     step   = t_gpu + o0 + o1*n                           synchronous scheduling
            = max(t_gpu, o0 + o1*n) + o_gap               asynchronous: host work hides behind the GPU
 
-W are the weight bytes read (of experts, the share 1 - (1 - k/E)^T that some token of the step is routed to), P the matrix
-parameters one token passes through, V*d the LM head, kvb the KV bytes per token, all per GPU. The default efficiencies are
-fits of this formula to the measured kernel tables of ai-dynamo/aiconfigurator@095f58a (Apache-2.0); the host times are
-placeholders, because they depend on the serving stack: without a calibration, expect errors of 25 % and more.
+W are the weight bytes read (of experts, the share 1 - (1 - k/E)^T that some token of the step is routed to), P the
+matrix parameters one token passes through, V*d the LM head, kvb the KV bytes per token, all per GPU. The default
+efficiencies are fits of this formula to the measured kernel tables of ai-dynamo/aiconfigurator@095f58a (Apache-2.0);
+the host times are placeholders, because they depend on the serving stack: without a calibration, expect errors of
+25 % and more.
 """
 
 import math
@@ -105,7 +106,8 @@ def check_parallel(model: Model, tp: int) -> None:
     """Raise InputError unless `model` can be split over `tp` GPUs of one server."""
     if tp not in _LINK_SHARE or model.heads % tp:
         raise InputError(
-            f"--tp {tp}: {model.name} with {model.heads} heads can be split over {', '.join(str(s) for s in _LINK_SHARE if not model.heads % s)} GPUs."
+            f"--tp {tp}: {model.name} with {model.heads} heads can be split over"
+            f" {', '.join(str(s) for s in _LINK_SHARE if not model.heads % s)} GPUs."
         )
 
 

@@ -1,0 +1,165 @@
+"""Calibration: it finds what made a run, says what it cannot know, and predicts a real server's later requests."""
+
+import json
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+
+import squall
+from squall.errors import InputError
+from squall.run.table import Run, RunMeta
+from squall.simulate import simulate
+from squall.simulate.calibrate import calibrate, read_calibration
+from squall.simulate.cluster import resolve
+from squall.simulate.engine import run_trace
+from squall.simulate.step_time import StepTime
+from squall.trace.table import Trace, TraceMeta
+
+SERVER = {"model": "llama-3.1-8b", "gpu": "rtx4090", "kv_blocks": 2588, "engine": "vllm-0.19"}
+TRUTH = StepTime(e_bw=0.86, e_fl=0.7, e_kv=0.85, e_at=0.55, p=2.0, o_gap=1.2e-3, bw_ar=32e9)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    rng = np.random.default_rng(3)
+    n = 200
+    columns = {
+        "arrival": np.cumsum(rng.exponential(0.2, n)),
+        "request_tokens": rng.integers(50, 3000, n),
+        "response_tokens": rng.integers(30, 150, n),
+    }
+    return Trace.of(columns, TraceMeta(source="made for a test", format="generated"))
+
+
+@pytest.fixture(scope="module")
+def run(trace):
+    """What a server with the coefficients TRUTH would have done."""
+    return run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+
+
+@pytest.fixture(scope="module")
+def fitted(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "c.json"
+    return calibrate(run=run, out=path, first=100, **SERVER), path
+
+
+def test_it_finds_the_step_time_that_made_the_run(fitted):
+    result, _ = fitted
+    assert result.step_time.e_fl == pytest.approx(TRUTH.e_fl, rel=0.03)
+    assert result.step_time.e_bw == pytest.approx(TRUTH.e_bw, rel=0.06)
+    # Weight reading and the bubble between steps are both there in every step: only their sum is well known.
+    assert result.correlations["e_bw~o_gap"] > 0.9
+    assert any("e_bw and o_gap cannot be told apart" in line for line in result.notes)
+    for name, (low, high) in result.fitted.items():
+        assert low <= getattr(result.step_time, name) <= high
+    assert abs(result.errors["held_out"].mean["e2e"]) < 0.01
+    assert result.errors["held_out"].mean_absolute["e2e"] < 0.02
+    assert result.errors["fit"].requests == result.errors["held_out"].requests == 100
+
+
+def test_it_is_used_and_named_by_a_simulation(fitted, trace, run):
+    result, path = fitted
+    again = squall.simulate(trace, calibration=path)
+    assert again.meta.step_time == result.name
+    assert "held-out error" in result.name
+    assert again.meta.target["kv_blocks"] == 2588
+    assert again.meta.target["kv_blocks_from"] == "the calibration"
+    assert again.meta.target["engine"] == "vllm-0.19"
+    assert again.meta.target["step_time_coefficients"] == msgspec.to_builtins(result.step_time)
+    e2e = [(r.table["last_token"] - r.table["sent"]).mean() for r in (again, run)]
+    assert e2e[0] == pytest.approx(e2e[1], rel=0.02)
+    longer = trace.replace(trace.table.with_columns(request_tokens=pl.col("request_tokens") + 2000))
+    assert any("outside the calibrated range" in line for line in simulate(longer, calibration=path).meta.notes)
+    assert any("vllm-0.11" in line for line in simulate(trace, calibration=result, engine="vllm-0.11").meta.notes)
+    with pytest.raises(InputError, match="--gpu h100: the calibration is for"):
+        simulate(trace, calibration=result, gpu="h100")
+
+
+def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_same_fit(fitted, run):
+    later = (
+        pl.when(pl.col("request") >= 100).then(pl.col("last_token") + 50).otherwise("last_token").alias("last_token")
+    )
+    again = calibrate(run=Run(run.table.with_columns(later), run.meta), first=100, **SERVER)
+    assert again.step_time == fitted[0].step_time
+    assert again.fitted == fitted[0].fitted
+    assert again.errors["held_out"] != fitted[0].errors["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"first": 5}, "--first 5"),
+        ({"first": 500}, "--first 500"),
+        ({"kv_blocks": 100}, "do not fit"),
+        ({"gpu": "none"}, "--gpu none"),
+    ],
+)
+def test_impossible_calls(run, words, says):
+    with pytest.raises(InputError, match=says):
+        calibrate(run=run, **(SERVER | words))
+
+
+def test_impossible_runs(run):
+    meta = RunMeta(kind="recorded")
+    with pytest.raises(InputError, match="answered"):
+        calibrate(run=Run(run.table.with_columns(status=pl.lit("timeout")), meta), **SERVER)
+    with pytest.raises(InputError, match="one clock"):
+        calibrate(run=Run(run.table.with_columns(first_token=pl.col("sent") - 1), meta), **SERVER)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"source": 1}'])
+def test_bad_calibration_files(tmp_path, text):
+    path = tmp_path / "c.json"
+    with pytest.raises(InputError, match="no such file"):
+        read_calibration(path)
+    path.write_text(text)
+    with pytest.raises(InputError, match="squall calibrate"):
+        read_calibration(path)
+
+
+@pytest.fixture(scope="module")
+def recorded(runs, tmp_path_factory):
+    """The real run as a minimal table, as a user would bring it."""
+    lines = (runs / "vllm-0.19-rtx4090-llama-3.1-8b" / "requests.jsonl").read_text().splitlines()
+    rows = pl.DataFrame([json.loads(line) for line in lines])
+    path = tmp_path_factory.mktemp("recorded") / "run.csv"
+    names = ("sent", "first_token", "last_token", "request_tokens", "response_tokens")
+    theirs = ("queued_ts", "first_token_ts", "last_token_ts", "input_toks", "output_toks")
+    rows.select(pl.col(old).alias(new) for old, new in zip(theirs, names, strict=True)).write_csv(path)
+    return path
+
+
+def test_a_real_server_is_met(recorded):
+    """vLLM 0.19.0, Llama-3.1-8B, RTX 4090, 300 ShareGPT requests (casys-kaist/LLMServingSim@5daddb2): fit on 100."""
+    result = squall.calibrate(
+        run=recorded, first=100, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=32768, **SERVER
+    )
+    for part in ("held_out", "all"):
+        errors = result.errors[part]
+        assert abs(errors.mean["ttft"]) < 0.05
+        assert abs(errors.mean["e2e"]) < 0.05
+        assert abs(errors.p50["e2e"]) < 0.08
+        assert errors.mean_absolute["e2e"] < 0.05
+    assert abs(result.errors["held_out"].p50["e2e"]) < 0.05
+
+
+def test_the_block_count_matters_most(recorded):
+    """3,400 blocks instead of the server's 2,588: TTFT a fifth too short, with the step time unchanged."""
+    run = squall.read_run(recorded)
+    table = run.table.sort("sent")
+    trace = Trace.of(
+        {
+            "arrival": table["sent"] - table["sent"][0],
+            "request_tokens": table["request_tokens"],
+            "response_tokens": table["response_tokens"],
+        },
+        TraceMeta(source="recorded", format="test"),
+    )
+    ttft = {}
+    for blocks in (2588, 3400):
+        cluster = resolve(**(SERVER | {"kv_blocks": blocks}), step_time=StepTime(e_bw=0.87, e_fl=0.94, o_gap=1.2e-3))
+        sim = run_trace(trace, cluster).table
+        ttft[blocks] = (sim["first_token"] - sim["sent"]).mean()
+    assert ttft[3400] / ttft[2588] == pytest.approx(0.79, abs=0.04)

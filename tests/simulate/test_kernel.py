@@ -1,0 +1,267 @@
+"""The compiled step loop against the slow scheduler of oracle.py, closed forms, and laws that hold for every queue."""
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from squall.simulate import kernel
+from squall.simulate.cluster import resolve
+from squall.simulate.engine import run_requests
+from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
+from squall.simulate.step_time import StepTime
+
+NAMES = {kernel.OK: "ok", kernel.TIMEOUT: "timeout", kernel.QUEUE_FULL: "queue_full", kernel.UNSERVABLE: "unservable"}
+
+COSTS = StepCost(
+    weights=6e-3,
+    experts=0.0,
+    log_unrouted=0.0,
+    per_token=2e-5,
+    per_sequence=1e-6,
+    knee=2.0,
+    per_kv_token=4e-8,
+    per_attention_pair=1e-9,
+    reduce=0.0,
+    reduce_per_token=0.0,
+    host=1e-3,
+    host_per_sequence=1e-5,
+    gap=1e-4,
+)
+
+
+def make_limits(**changes: int) -> Limits:
+    base = Limits(
+        replicas=1,
+        blocks=100,
+        block_size=16,
+        max_seqs=8,
+        budget=64,
+        max_model_len=10**9,
+        asynchronous=0,
+        full_gate=1,
+        watermark=0,
+        router=kernel.ROUND_ROBIN,
+        queue_limit=int(NEVER),
+        timeout=int(NEVER),
+        retries=0,
+        backoff=TICKS // 2,
+        backoff_cap=8 * TICKS,
+        ingest=0,
+        ingest_per_token=0,
+        delivery=0,
+    )
+    return base._replace(**changes)
+
+
+def run_kernel(sent, prompt, output, limits, cost=COSTS, seeds=(1, 2)):
+    sent, prompt, output = np.array(sent, np.int64), np.array(prompt, np.int32), np.array(output, np.int32)
+    ends = np.cumsum(output, dtype=np.int64)
+    result = kernel.run_cluster(
+        sent,
+        prompt,
+        output,
+        limits,
+        cost,
+        np.array(seeds, np.uint64)[:, None],
+        ends - output,
+        int(ends[-1]),
+        TICKS // 64,
+    )
+    return (*result, ends - output)
+
+
+@st.composite
+def workloads(draw):
+    """Requests with gaps from none to longer than a response, lengths around block and budget edges; all limits."""
+    n = draw(st.integers(1, 30))
+    gap = draw(st.sampled_from([0, 1, TICKS // 200, TICKS // 20, TICKS]))
+    gaps = draw(st.lists(st.integers(0, gap), min_size=n, max_size=n))
+    longest = draw(st.sampled_from([4, 40, 200]))
+    prompt = draw(st.lists(st.integers(1, longest), min_size=n, max_size=n))
+    output = draw(st.lists(st.integers(1, draw(st.sampled_from([1, 3, 60]))), min_size=n, max_size=n))
+    asynchronous = draw(st.integers(0, 1))
+    limits = make_limits(
+        replicas=draw(st.integers(1, 3)),
+        blocks=draw(st.integers(1, 60)),
+        block_size=draw(st.sampled_from([1, 4, 16])),
+        max_seqs=draw(st.integers(1, 8)),
+        budget=draw(st.integers(8, 64)),
+        max_model_len=draw(st.sampled_from([50, 10**9])),
+        asynchronous=asynchronous,
+        full_gate=draw(st.integers(0, 1)),
+        watermark=draw(st.sampled_from([0, 0, 2])),
+        queue_limit=draw(st.sampled_from([int(NEVER), 1, 4])),
+        timeout=draw(st.sampled_from([int(NEVER), TICKS // 1000, TICKS // 10, TICKS])),
+        ingest=draw(st.sampled_from([0, TICKS // 1000])),
+        delivery=draw(st.sampled_from([0, TICKS // 1000])),
+    )
+    host = draw(st.sampled_from([0.0, 1e-3, 2e-2]))
+    return np.cumsum(gaps), prompt, output, limits, COSTS._replace(host=host)
+
+
+@settings(max_examples=400, deadline=None)
+@given(workloads())
+def test_agrees_with_the_oracle_step_by_step(workload):
+    sent, prompt, output, limits, cost = workload
+    requests = [oracle.Request(int(s), p, o) for s, p, o in zip(sent, prompt, output, strict=True)]
+    engines = oracle.run(requests, limits, cost)
+    attempts, replicas, _, _, _, token_ticks, start = run_kernel(sent, prompt, output, limits, cost)
+    for r, it, begin in zip(requests, attempts, start, strict=True):
+        assert NAMES[it["state"]] == r.outcome
+        assert it["ended"] == r.ended
+        assert token_ticks[begin : begin + it["generated"]].tolist() == r.tokens
+        assert it["preemptions"] == r.preemptions
+    for e, it in zip(engines, replicas, strict=True):
+        assert it["steps"] == len(e.steps)
+        assert it["computed"] == sum(tokens for _, tokens in e.steps)
+        # Conservation: at the end all is free, nobody is left, and every block was counted.
+        assert it["free"] + sum(r.blocks for r in e.running) == limits.blocks
+        assert it["waiting"] == len(e.waiting) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads())
+def test_tokens_are_conserved(workload):
+    sent, prompt, output, limits, cost = workload
+    limits = limits._replace(timeout=int(NEVER))
+    attempts, replicas, *_ = run_kernel(sent, prompt, output, limits, cost)
+    ok = attempts[attempts["state"] == kernel.OK]
+    needed = (ok["prompt"].astype(int) + ok["output"] - 1).sum()  # the last token is never fed back
+    assert replicas["computed"].sum() - replicas["lost"].sum() == needed
+    assert (replicas["free"] == limits.blocks).all()
+    assert (replicas["running"] == 0).all()
+    assert (ok["generated"] == ok["output"]).all()
+    assert (ok["first"] <= ok["last"]).all()
+    assert (ok["first"] > ok["sent"]).all()
+
+
+def test_one_request_alone_takes_the_sum_of_its_steps():
+    limits = make_limits(budget=50)
+    attempts, replicas, *_ = run_kernel([7], [120], [4], limits)
+    chunks = [(50, 0), (50, 50), (20, 100)]
+    ticks = [
+        round(kernel.gpu_seconds(COSTS, float(x), 1.0, float(y), x * (y + x / 2)) * TICKS) + round(1.01e-3 * TICKS)
+        for x, y in chunks
+    ]
+    assert attempts["first"][0] == 7 + sum(ticks)
+    first_decode = round(kernel.gpu_seconds(COSTS, 1.0, 1.0, 121.0, 0.0) * TICKS)
+    growth = round(COSTS.per_kv_token * TICKS)
+    decodes = [first_decode + i * growth + round(1.01e-3 * TICKS) for i in range(3)]
+    assert attempts["last"][0] == 7 + sum(ticks) + sum(decodes)
+    assert replicas["steps"][0] == 6
+
+
+def test_asynchronous_scheduling_costs_an_arrival_one_more_step_under_load_and_none_when_idle():
+    cost = COSTS._replace(gap=COSTS.host + COSTS.host_per_sequence, host=0.0, host_per_sequence=0.0)
+    plain = COSTS._replace(host_per_sequence=0.0, host=COSTS.host + COSTS.host_per_sequence)
+    sent, prompt, output = [0, TICKS // 50], [16, 16], [100, 2]
+    sync = run_kernel(sent, prompt, output, make_limits(), plain)[0]
+    lagged = run_kernel(sent, prompt, output, make_limits(asynchronous=1), cost)[0]
+    assert lagged["first"][0] == sync["first"][0]  # idle
+    step = 6e-3 + 1e-3
+    assert (lagged["first"][1] - sync["first"][1]) / TICKS == pytest.approx(step, rel=0.1)
+
+
+def test_a_freed_request_that_was_preempted_with_its_last_token_in_flight_ends():
+    # Two requests that outgrow the pool together: the later one is preempted while its step is in flight.
+    limits = make_limits(blocks=5, block_size=4, budget=32, asynchronous=1)
+    attempts, replicas, *_ = run_kernel([0, 0], [6, 6], [12, 5], limits)
+    assert (attempts["state"] == kernel.OK).all()
+    assert attempts["preemptions"][1] >= 1
+    assert replicas["free"][0] == 5
+
+
+def test_deterministic_service_waits_as_in_an_m_d_1_queue():
+    """max_num_seqs 1, equal requests, Poisson arrivals: mean wait = rho*s/(2*(1-rho)) (Pollaczek-Khinchine)."""
+    cluster = resolve(kv_blocks=1000, max_num_seqs=1, engine="vllm-0.11", step_time=StepTime(a0=0.0))
+    n, rho = 60_000, 0.6
+    alone = run_requests(np.zeros(1), np.array([200]), np.array([20]), cluster).attempts
+    service = (alone["last"][0] - alone["sent"][0]) / TICKS
+    arrival = np.cumsum(np.random.default_rng(5).exponential(service / rho, n))
+    it = run_requests(arrival, np.full(n, 200), np.full(n, 20), cluster).attempts
+    wait = (it["last"] - it["sent"]) / TICKS - service
+    expected = rho * service / (2 * (1 - rho))
+    batches = wait.reshape(30, -1).mean(axis=1)
+    error = batches.std(ddof=1) / np.sqrt(30)
+    assert wait.min() >= -1e-9
+    assert abs(wait.mean() - expected) < 4 * error
+    assert error < 0.05 * expected
+
+
+def test_littles_law_holds_in_the_time_series():
+    rng = np.random.default_rng(1)
+    n = 3000
+    sent = np.cumsum(rng.exponential(0.01, n) * TICKS).astype(np.int64)
+    prompt, output = rng.integers(1, 200, n), rng.integers(1, 100, n)
+    limits = make_limits(blocks=400, max_seqs=32, budget=256, replicas=2)
+    attempts, replicas, samples, _, end, *_ = run_kernel(sent, prompt, output, limits)
+    in_system = samples[:, :, kernel.RUNNING_TIME].sum() + samples[:, :, kernel.WAITING_TIME].sum()
+    assert in_system == pytest.approx(float((attempts["last"] - attempts["sent"]).sum()), rel=1e-9)
+    assert samples[:, :, kernel.TOKENS].sum() == pytest.approx(float(replicas["computed"].sum()), rel=1e-9)
+    assert samples[:, :, kernel.PREEMPTIONS].sum() == replicas["preemptions"].sum() == attempts["preemptions"].sum()
+    assert samples[:, :, kernel.KV_PEAK].max() <= 1
+    assert end == attempts["last"].max()
+
+
+def test_retries_are_new_attempts_until_they_are_used_up():
+    limits = make_limits(max_seqs=1, queue_limit=1, retries=3)
+    sent, n = np.zeros(12, np.int64), 12
+    attempts, *_ = run_kernel(sent, [16] * n, [400] * n, limits)
+    assert len(attempts) > n
+    numbers = {r: attempts["number"][attempts["request"] == r] for r in range(n)}
+    for r, of_request in numbers.items():
+        assert of_request.tolist() == list(range(1, len(of_request) + 1)), r
+        states = attempts["state"][attempts["request"] == r]
+        assert (states[:-1] == kernel.QUEUE_FULL).all()
+        assert states[-1] == kernel.OK or len(states) == 4
+    again = attempts[n:]
+    previous = [
+        attempts[(attempts["request"] == a["request"]) & (attempts["number"] == a["number"] - 1)][0] for a in again
+    ]
+    waits = np.array([(a["sent"] - b["ended"]) / TICKS for a, b in zip(again, previous, strict=True)])
+    longest = 0.5 * 2.0 ** np.array([b["number"] - 1 for b in previous])
+    assert ((waits >= 0) & (waits <= longest)).all()
+    other = run_kernel(sent, [16] * n, [400] * n, limits, seeds=(1, 3))[0]
+    assert not np.array_equal(other["sent"], attempts["sent"][: len(other)])
+
+
+def test_many_retries_outgrow_the_table():
+    n = 50
+    limits = make_limits(max_seqs=1, queue_limit=1, retries=40)
+    attempts, *_ = run_kernel(np.zeros(n, np.int64), [16] * n, [3000] * n, limits._replace(blocks=1000))
+    assert len(attempts) > 4 * n
+    assert np.bincount(attempts["request"]).max() <= 41
+    assert (attempts["state"] >= kernel.OK).all()
+
+
+def test_a_timeout_frees_the_blocks_of_what_ran():
+    limits = make_limits(timeout=TICKS // 10, blocks=20)
+    attempts, replicas, *_ = run_kernel([0, TICKS], [100, 100], [200, 5], limits)
+    assert attempts["state"].tolist() == [kernel.TIMEOUT, kernel.OK]
+    assert attempts["ended"][0] == TICKS // 10
+    assert 0 < attempts["generated"][0] < 200
+    assert replicas["free"][0] == 20
+
+
+@pytest.mark.parametrize("router", [kernel.ROUND_ROBIN, kernel.RANDOM, kernel.LEAST_OUTSTANDING])
+def test_routers_spread_requests(router):
+    rng = np.random.default_rng(0)
+    n = 4000
+    limits = make_limits(replicas=4, router=router, blocks=10_000, max_seqs=64, budget=512)
+    sent = np.cumsum(rng.exponential(TICKS / 40, n)).astype(np.int64)
+    prompt, output = rng.integers(1, 300, n), rng.geometric(0.01, n)
+    attempts, *_ = run_kernel(sent, prompt, output, limits)
+    counts = np.bincount(attempts["replica"], minlength=4)
+    assert counts.sum() == n
+    assert (abs(counts - n / 4) < 5 * np.sqrt(n * 3 / 16)).all()
+    if router == kernel.ROUND_ROBIN:
+        assert attempts["replica"][:8].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_least_outstanding_prefers_the_idle_replica():
+    limits = make_limits(replicas=2, router=kernel.LEAST_OUTSTANDING, blocks=1000)
+    attempts, *_ = run_kernel([0, 1, 2, TICKS], [16] * 4, [500, 500, 1, 1], limits)
+    assert attempts["replica"][0] != attempts["replica"][1]
+    assert attempts["state"].tolist() == [kernel.OK] * 4

@@ -1,0 +1,249 @@
+"""Step times against the formula written out, sizes against published numbers, and JSON files good and bad."""
+
+import json
+from math import isclose
+
+import pytest
+
+from squall.errors import InputError
+from squall.simulate.cluster import ENGINES, estimate_kv_blocks, resolve
+from squall.simulate.hardware import GPUS, MODELS, find_gpu, find_model
+from squall.simulate.kernel import gpu_seconds
+from squall.simulate.step_time import BOUNDS, StepTime, default_step_time, step_cost
+
+# Billions of parameters as the publishers state them.
+PUBLISHED = {
+    "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
+    "llama-3.1-405b": 406,
+    "llama-2-7b": 6.74,
+    "llama-2-13b": 13.0,
+    "llama-2-70b": 69.0,
+    "mistral-7b": 7.25,
+    "mixtral-8x7b": 46.7,
+    "qwen2.5-7b": 7.62,
+    "qwen2.5-14b": 14.8,
+    "qwen2.5-32b": 32.8,
+    "qwen2.5-72b": 72.7,
+    "qwen3-8b": 8.19,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "qwen3-30b-a3b": 30.5,
+    "phi-4": 14.7,
+}
+KV_BYTES = {
+    "llama-3.2-1b": 32_768,
+    "llama-3.2-3b": 114_688,
+    "llama-3.1-8b": 131_072,
+    "mistral-7b": 131_072,
+    "mixtral-8x7b": 131_072,
+    "llama-3.1-70b": 327_680,
+    "qwen2.5-72b": 327_680,
+    "llama-3.1-405b": 516_096,
+    "llama-2-7b": 524_288,
+    "llama-2-13b": 819_200,
+    "qwen2.5-7b": 57_344,
+    "qwen2.5-14b": 196_608,
+    "qwen2.5-32b": 262_144,
+    "qwen3-32b": 262_144,
+    "qwen3-8b": 147_456,
+    "qwen3-14b": 163_840,
+    "qwen3-30b-a3b": 98_304,
+    "phi-4": 204_800,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_the_published_number_of_parameters(name):
+    assert MODELS[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.008)
+
+
+@pytest.mark.parametrize("name", KV_BYTES)
+def test_kv_bytes_per_token(name):
+    assert MODELS[name].kv_bytes() == KV_BYTES[name]
+
+
+def test_kv_heads_are_split_and_then_replicated():
+    assert MODELS["llama-3.1-8b"].kv_bytes(8) == 131_072 // 8
+    assert MODELS["qwen2.5-7b"].kv_bytes(8) == MODELS["qwen2.5-7b"].kv_bytes(4) == 57_344 // 4
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_roofline_written_out(tp):
+    gpu, step = GPUS["h100"], default_step_time(GPUS["h100"], tp)
+    t, n, kv, q = 300.0, 40.0, 5e4, 3e5
+    layers, d, heads, hd, vocab = 80, 8192, 64, 128, 128256
+    matrices = layers * (2 * d * d + 2 * d * 8 * hd + 3 * d * 28672)
+    weights = 2 * (matrices + vocab * d) / tp
+    gemm = (
+        (weights / (step.e_bw * 3.35e12)) ** step.p
+        + ((2 * matrices / tp * t + 2 * vocab / tp * d * n) / (step.e_fl * 989e12)) ** step.p
+    ) ** (1 / step.p)
+    attention = 327_680 / tp * kv / (step.e_kv * 3.35e12) + 4 * layers * heads / tp * hd * q / (step.e_at * 989e12)
+    reduce = 0 if tp == 1 else 2 * layers * (step.alpha_ar + 2 * d * t / step.bw_ar)
+    cost = step_cost(step, MODELS["llama-3.1-70b"], gpu, tp)
+    assert gpu_seconds(cost, t, n, kv, q) == pytest.approx(gemm + attention + reduce, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "tp", "base_ms", "prefill_us"),
+    [
+        ("h100", "llama-3.1-8b", 1, 6.04, 18.5),
+        ("h200", "llama-3.1-8b", 1, 4.55, 19.1),
+        ("a100", "llama-3.1-8b", 1, 10.48, 54.1),
+        ("l40s", "llama-3.1-8b", 1, 22.11, 62.9),
+        ("h100", "qwen3-32b", 1, 24.08, 83.4),
+        ("h100", "llama-3.1-70b", 4, 14.34, 58.0),
+    ],
+)
+def test_default_kernels_are_near_the_measured_tables(gpu, model, tp, base_ms, prefill_us):
+    """Fits to the kernel tables of ai-dynamo/aiconfigurator@095f58a: one decode, and a token of a long prefill."""
+    cost = step_cost(default_step_time(GPUS[gpu], tp), MODELS[model], GPUS[gpu], tp)
+    assert gpu_seconds(cost, 1.0, 1.0, 1.0, 0.0) * 1e3 == pytest.approx(base_ms, rel=0.2)
+    more, less = gpu_seconds(cost, 4096.0, 1.0, 0.0, 0.0), gpu_seconds(cost, 2048.0, 1.0, 0.0, 0.0)
+    assert (more - less) / 2048 * 1e6 == pytest.approx(prefill_us, rel=0.3)
+
+
+def test_prefill_in_a_mixed_step_is_cheaper_than_added():
+    cost = step_cost(default_step_time(GPUS["h100"]), MODELS["llama-3.1-8b"], GPUS["h100"])
+    decode, prefill = gpu_seconds(cost, 64.0, 64.0, 6.4e4, 0.0), gpu_seconds(cost, 256.0, 1.0, 0.0, 256 * 128.0)
+    mixed = gpu_seconds(cost, 320.0, 65.0, 6.4e4, 256 * 128.0)
+    assert max(decode, prefill) < mixed < 0.7 * (decode + prefill)
+
+
+def test_experts_are_read_only_as_far_as_tokens_reach_them():
+    model, gpu = MODELS["mixtral-8x7b"], GPUS["h200"]
+    cost = step_cost(StepTime(p=1.0), model, gpu)
+    cheap = cost._replace(per_token=0.0, per_sequence=0.0, per_kv_token=0.0)
+    one = gpu_seconds(cheap, 1.0, 1.0, 0.0, 0.0)
+    many = gpu_seconds(cheap, 1000.0, 1.0, 0.0, 0.0)
+    assert isclose(one - cost.weights, cost.experts * 2 / 8, rel_tol=1e-9)
+    assert isclose(many - cost.weights, cost.experts, rel_tol=1e-9)
+    assert model.active_parameters < 0.3 * model.parameters
+
+
+def test_kv_blocks_are_estimated_near_the_one_known_server():
+    """Llama-3.1-8B on an RTX 4090 under vLLM 0.19: num_gpu_blocks 2588 (casys-kaist/LLMServingSim@5daddb2)."""
+    blocks, origin = estimate_kv_blocks(MODELS["llama-3.1-8b"], GPUS["rtx4090"], 1, 16, 2048, 256, ENGINES["vllm-0.19"])
+    assert abs(blocks - 2588) < 50
+    assert origin.startswith("estimated")
+
+
+def test_limits_by_gpu():
+    for gpu, seqs, budget in (("h100", 1024, 8192), ("a100", 256, 2048), ("rtx4090", 256, 2048)):
+        cluster = resolve(gpu=gpu)
+        assert (cluster.max_num_seqs, cluster.max_num_batched_tokens) == (seqs, budget)
+
+
+def test_profiles_differ_as_the_versions_do():
+    flags = {name: (e.async_scheduling, e.full_prompt_gate) for name, e in ENGINES.items()}
+    assert flags["vllm-0.11"] == (False, False)
+    assert flags["vllm-0.14"] == (True, False)
+    assert flags["vllm-0.19"] == flags["vllm-0.24"] == (True, True)
+
+
+def test_bounds_hold_every_default():
+    for gpu in GPUS.values():
+        step = default_step_time(gpu)
+        assert all(b.low <= getattr(step, name) <= b.high for name, b in BOUNDS.items())
+
+
+def test_names_are_found_in_the_usual_spellings():
+    assert find_gpu("RTX 4090") == find_gpu("rtx-4090") == GPUS["rtx4090"]
+    assert find_gpu("A100-80").name == "a100"
+    assert find_model("meta-llama/Llama-3.1-8B-Instruct").name == "llama-3.1-8b"
+
+
+def test_files_describe_others(tmp_path):
+    card = tmp_path / "gpu.json"
+    card.write_text('{"name": "mine", "memory_gb": 96, "bandwidth_tb_s": 1.6, "bf16_tflops": 500}')
+    assert find_gpu(str(card)).memory_gb == 96
+    m = MODELS["llama-3.1-8b"]
+    config = {
+        "num_hidden_layers": m.layers,
+        "hidden_size": m.hidden,
+        "intermediate_size": m.intermediate,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.kv_heads,
+        "vocab_size": m.vocab,
+        "max_position_embeddings": m.context,
+    }
+    folder = tmp_path / "My-8B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    read = find_model(str(folder))
+    assert read.name == "My-8B"
+    assert read.parameters == m.parameters
+    assert resolve(model=str(folder / "config.json"), gpu=str(card)).kv_blocks > 1000
+    moe = config | {"num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+    (folder / "config.json").write_text(json.dumps(moe))
+    assert find_model(str(folder)).parameters == MODELS["mixtral-8x7b"].parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "object"),
+        ('{"name": "x"}', "memory_gb"),
+        ('{"name": "x", "memory_gb": 0, "bandwidth_tb_s": 1, "bf16_tflops": 1}', "memory_gb"),
+        ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1, "bf16_tflops": 1, "colour": 1}', "colour"),
+    ],
+)
+def test_bad_gpu_files(tmp_path, text, says):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        find_gpu(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": "many"}, "whole number"),
+        ({"num_attention_heads": 0}, "0"),
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_bad_model_files(tmp_path, changes, says):
+    config = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "vocab_size": 9,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=says):
+        find_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"model": "gpt-9"}, "built in are"),
+        ({"gpu": "abacus"}, "built in are"),
+        ({"engine": "sglang"}, "vllm-0.24"),
+        ({"scheduler": "vtc"}, "fcfs"),
+        ({"preemption": "swap"}, "recompute"),
+        ({"router": "best"}, "least-outstanding"),
+        ({"tp": 3}, "--tp 3"),
+        ({"replicas": 0}, "--replicas 0"),
+        ({"kv_blocks": 1}, "null block"),
+        ({"max_num_seqs": 4096, "max_num_batched_tokens": 512}, "vLLM refuses"),
+        ({"retries": 2}, "changes nothing"),
+        ({"retries": -1}, "--retries -1"),
+        ({"timeout": "soon"}, "--timeout"),
+        ({"timeout": 0}, "--timeout"),
+        ({"queue_limit": 0}, "--queue-limit 0"),
+        ({"model": "llama-3.1-70b"}, "does not fit"),
+    ],
+)
+def test_impossible_clusters(words, says):
+    with pytest.raises(InputError, match=says):
+        resolve(**words)
