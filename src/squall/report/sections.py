@@ -12,7 +12,7 @@ from squall.characterize import Characterization, Stream
 from squall.report import charts
 from squall.report.terminal import duration, number, percent
 from squall.run import Metrics, Run
-from squall.run.metrics import Failure, latencies, per_request
+from squall.run.metrics import Failure, Quantiles, latencies, per_request
 from squall.trace import Trace, TraceMeta
 from squall.units import in_words
 
@@ -90,6 +90,8 @@ class Entry:
 class Section:
     title: str
     text: str
+    findings: Sequence[str] = ()
+    """Sentences that carry the numbers that they rest on."""
     legend: Sequence[Entry] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
@@ -129,10 +131,10 @@ def run_sections(runs: Mapping[str, MeasuredRun]) -> list[Section]:
         Section(
             "Latency",
             "From the moment at which a request was due, which is what its user feels.",
-            legend,
+            legend=legend,
             figures=_latency_figures(runs),
         ),
-        Section("Over time", "Load, and what it did to the system.", legend, figures=_time_figures(runs)),
+        Section("Over time", "Load, and what it did to the system.", legend=legend, figures=_time_figures(runs)),
     ]
 
 
@@ -175,6 +177,9 @@ def _comparison(runs: Mapping[str, MeasuredRun]) -> Table:
         for level in levels:
             values = cells(attrgetter(f"{name}.{level}"), duration)
             rows.append(Row(f"{label} {level.upper()}", values, group=level == levels[0]))
+    if any(m.failed for m in columns):
+        rows.append(Row("TTFT P99 of all offered", cells(lambda m: _of_offered(m.of_offered.ttft)), group=True))
+        rows.append(Row("E2E P99 of all offered", cells(lambda m: _of_offered(m.of_offered.e2e))))
     # A modelled client is never late.
     late = cells(lambda m: None if m.kind == "simulation" else m.lateness.p99, duration)
     rows.append(Row("lateness P99", late, group=True))
@@ -207,7 +212,8 @@ def _latency_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
             continue
         caption = f"Share of the requests offered {what}; further left is faster."
         if any(measured.metrics.failed for measured in runs.values()):
-            caption += " A curve that ends below 100 % has failures."
+            short = " or answers of one token" if which == "tpot" else ""
+            caption += f" A curve that ends below 100 % has failures{short}."
         caption += f" {_spread(runs, which)} {_counts(runs, which)}"
         chart = charts.latency_cdf(latency, which, _LATENCY_AXIS[which], offered)
         figures.append(Figure(f"cdf-{which}", title, chart, caption))
@@ -275,12 +281,17 @@ def _system_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
     for column, title, axis, text in (
         ("waiting", "Waiting", "requests waiting", "Requests in the server's queue, mean over each bin."),
         ("running", "Running", "requests running", "Requests in the batch, mean over each bin."),
-        ("kv_used", "KV cache in use", "share of blocks", "Highest use in each bin and of all replicas; {peaks}."),
+        (
+            "kv_used",
+            "KV cache in use",
+            "share of blocks",
+            "Of the fullest replica, mean over each bin. Peaks: {peaks}.",
+        ),
     ):
         recorded = [name for name, run in tables.items() if run.series[column].null_count() < len(run.series)]
         if not recorded:
             continue
-        peaks = ", ".join(f"{name} peaks at {percent(runs[name].metrics.kv_cache.peak)}" for name in recorded)
+        peaks = "; ".join(f"{percent(runs[name].metrics.kv_cache.peak)} ({name})" for name in recorded)
         caption = text.format(peaks=peaks)
         if column == "kv_used":
             caption += " Near 100 % requests wait or are preempted."
@@ -335,17 +346,17 @@ def trace_sections(traces: Mapping[str, MeasuredTrace]) -> list[Section]:
     if len(traces) == 1:
         name, measured = next(iter(traces.items()))
         streams, arrivals = _classes(measured)
-        title = f"The trace: {name}"
+        title, findings = f"The trace: {name}", measured.content.findings
     else:
         streams = {name: measured.content.total for name, measured in traces.items()}
         arrivals = {name: measured.trace.table["arrival"].to_numpy() for name, measured in traces.items()}
-        title = "The traces side by side"
+        title, findings = "The traces side by side", []
     text = "What was asked: " + "; ".join(
         f"{len(m.trace):,} requests over {in_words(m.trace.span)}{f' in {name}' if len(traces) > 1 else ''}"
         for name, m in traces.items()
     )
     legend = [Entry(name) for name in streams] if len(streams) > 1 else []
-    return [Section(title, f"{text}.", legend, [_content(streams)], _trace_figures(streams, arrivals))]
+    return [Section(title, f"{text}.", findings, legend, [_content(streams)], _trace_figures(streams, arrivals))]
 
 
 def _classes(measured: MeasuredTrace) -> tuple[dict[str, Stream], dict[str, np.ndarray]]:
@@ -450,6 +461,13 @@ def _known(rows: Sequence[Row]) -> list[Row]:
     """The rows in which something is known, with a proper dash for what is not."""
     known = [row for row in rows if any(cell != "-" for cell in row.cells)]
     return [replace(row, cells=["–" if cell == "-" else cell for cell in row.cells]) for row in known]
+
+
+def _of_offered(quantiles: Quantiles) -> str:
+    """The P99 in which a failed request counts as never answered."""
+    if quantiles.p99 is None and quantiles.n >= 100:
+        return "not answered"
+    return duration(quantiles.p99)
 
 
 def _per_second(rate: float | None) -> str:

@@ -154,7 +154,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     ttft: Statistic
     tpot: Statistic
     itl: Statistic
-    """Over token gaps; n counts the gaps between reads that were observed. Simulations record no reads: n = 0."""
+    """Over token gaps; n counts the gaps between reads that were observed, 0 where the run recorded no reads."""
     e2e: Statistic
     from_send: FromSend
     of_offered: OfOffered
