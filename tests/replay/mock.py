@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -83,9 +84,11 @@ class Mock:
         refuse: tuple[str, ...] = (),
         idle_close: float | None = None,
         context: int | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.behave = behave or (lambda number, seen: Behaviour())
         self.models, self.refuse, self.idle_close, self.context = models, refuse, idle_close, context
+        self.tls = tls
         self.seen: list[Seen] = []
         self.connections = 0
         self.open: set[_Serve] = set()
@@ -93,13 +96,13 @@ class Mock:
 
     async def start(self, port: int = 0) -> asyncio.Server:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Serve(self), "127.0.0.1", port, backlog=4096)
+        server = await loop.create_server(lambda: _Serve(self), "127.0.0.1", port, backlog=4096, ssl=self.tls)
         self.port = server.sockets[0].getsockname()[1]
         return server
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def run(self) -> list[Seen]:

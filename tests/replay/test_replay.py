@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -238,6 +240,35 @@ def test_a_server_that_dies_during_the_run():
     assert kinds.get("ok", 0) > 0
 
 
+def test_a_prompt_of_megabytes_is_sent_whole():
+    with Mock() as mock:
+        run = replay(trace(3, request=600_000, gap=0.2), url=mock.url, api="completions")
+        assert {len(seen.body["prompt"]) for seen in mock.run} == {600_000}
+    check(run, 3)
+    assert statuses(run) == {"ok": 3}
+    assert run.table["sent"].null_count() == 0
+    assert run.table["request_tokens"].to_list() == [600_000] * 3
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_https(tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    with Mock(tls=tls) as mock:
+        with pytest.raises(InputError, match="certificate"):
+            replay(trace(5), url=mock.url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        run = replay(trace(20, gap=0.02), url=mock.url)
+        assert mock.connections < 20
+    check(run, 20)
+    assert statuses(run) == {"ok": 20}
+
+
 def test_rows_without_a_prompt_are_never_sent():
     with Mock() as mock:
         run = replay(trace(4, request=[40, 0, 40, 5_000_000]), url=mock.url)
@@ -441,12 +472,14 @@ def _start(mock: Mock, out: Path, workers: int = 1) -> subprocess.Popen:
     return process
 
 
-def test_kill_9_leaves_a_readable_journal(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_leaves_a_readable_journal(tmp_path, workers):
     out = tmp_path / "run.parquet"
     with Mock() as mock:
-        process = _start(mock, out)
+        process = _start(mock, out, workers)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        time.sleep(0.3)  # workers see that their parent is gone, and stop
         arrived = len(mock.run)
     journal = tmp_path / "run.parquet.journal"
     run = read_run(journal)

@@ -118,7 +118,10 @@ def replay(
     notes = list(found.notes)
     if len(rows) < len(opened):
         notes.append(f"{len(opened) - len(rows):,} requests lie after --duration and are left out.")
-    journal.mkdir(parents=True)
+    if journal is None:
+        journal = Path(tempfile.mkdtemp(prefix="squall-", suffix=".journal"))
+    else:
+        journal.mkdir(parents=True)
     plan = Plan(
         target=target,
         dialect=found.dialect,
@@ -323,9 +326,9 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _journal_path(out: str | Path | None) -> Path:
+def _journal_path(out: str | Path | None) -> Path | None:
     if out is None:
-        return Path(tempfile.mkdtemp(prefix="squall-")) / "run.journal"
+        return None
     out = check_run_path(out)
     journal = out.with_name(out.name + ".journal")
     if journal.exists():

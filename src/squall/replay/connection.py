@@ -146,8 +146,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # With a high-water mark of 0 the loop writes at once, and says (pause, resume) when a request did not fit.
-        self._transport.set_write_buffer_limits(high=0)
+        if transport.get_extra_info("sslcontext") is None:
+            # With a high-water mark of 0 the loop writes at once, and says (pause, resume) when a request did not fit.
+            # A TLS transport would always pause; there `sent` is when the request was encrypted and handed on.
+            self._transport.set_write_buffer_limits(high=0)
         self._pool.connections.add(self)
         first, self._first = self._first, None
         if first is not None and first.ended is None:

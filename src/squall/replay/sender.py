@@ -118,9 +118,8 @@ class Sender:
         self._made_bytes = 0
         self._make_next = 0
         self._waiting: deque[int] = deque()  # rows that are due but over the concurrency limit
-        self._flying: set[Exchange] = set()
+        self._flying: dict[Exchange, None] = {}  # in the order of their release
         self._ended: deque[Exchange] = deque()  # over, but not yet parsed and written
-        self._deadlines: deque[tuple[int, Exchange]] = deque()
         self._retries: set[asyncio.TimerHandle] = set()
         self._settling = False
         self._stops = 0
@@ -188,10 +187,8 @@ class Sender:
     def _send(self, row: int, scheduled: int, attempt: int = 1, retries: int = 0, fresh: bool = False) -> None:
         exchange = Exchange(row, attempt, self._payload(row), scheduled, self._on_end)
         exchange.retries = retries
-        self._flying.add(exchange)
+        self._flying[exchange] = None
         self._last_send = exchange.released
-        if self._plan.timeout is not None:
-            self._deadlines.append((exchange.released + round(self._plan.timeout * 1e9), exchange))
         self._pool.send(exchange, fresh=fresh)
 
     def _payload(self, row: int) -> bytes:
@@ -219,7 +216,7 @@ class Sender:
     # --- outcomes ------------------------------------------------------------------------------------------------
 
     def _on_end(self, exchange: Exchange) -> None:
-        self._flying.discard(exchange)
+        self._flying.pop(exchange, None)
         self._ended.append(exchange)
         if exchange.ending == "stale_reuse" and self._stops < 2:
             self._send(exchange.row, monotonic_ns(), exchange.attempt + 1, exchange.retries, fresh=True)
@@ -243,7 +240,7 @@ class Sender:
             self._record(self._ended.popleft())
         else:
             self._make_ahead()
-        if self._ended or (self._make_next < len(self._prompt) and len(self._made) < AHEAD // 2):
+        if self._ended:
             self._settle_soon()
         elif self._done():
             self._finish()
@@ -332,10 +329,8 @@ class Sender:
         self._stages.stall.append(max(0.0, (now - self._beat_at) / 1e9))
         self._beat_at = now + BEAT
         self._next_beat = self._loop.call_later(BEAT / 1e9, self._beat)
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1].ended is not None):
-            self._abort(
-                self._deadlines.popleft()[1], "timeout/total", f"no complete answer in {self._plan.timeout:g} s"
-            )
+        if self._plan.timeout is not None:
+            self._time_out(now - round(self._plan.timeout * 1e9))
         self._beats += 1
         if self._beats % 10 == 0:
             self.counts.in_flight = len(self._flying)
@@ -343,6 +338,11 @@ class Sender:
         if self._beats % 100 == 0:
             self._journal.flush()
         self._look_after_end(now)
+
+    def _time_out(self, released: int) -> None:
+        """Give up what was released before; the oldest stand first."""
+        while self._flying and (oldest := next(iter(self._flying))).released <= released:
+            self._abort(oldest, "timeout/total", f"no complete answer in {self._plan.timeout:g} s")
 
     def _stop(self, stops: int) -> None:
         """Stop sending; what is in flight gets a moment (the first time) or none (the second)."""
