@@ -167,13 +167,14 @@ def calibrate(
             " all of them."
         )
     problem, at = _fit(cluster, table, n, seed)
-    fitted, correlations, warnings = problem.uncertainty(seed)
+    fitted, correlations, warnings = problem.uncertainty(at, seed)
     step_time = problem.step_time(at)
     everything = run_requests(*_columns(table), msgspec.structs.replace(cluster, step_time=step_time))
     part = np.arange(len(table)) < n
-    errors = {"fit": _errors(table, everything, part), "all": _errors(table, everything, np.ones(len(table), bool))}
+    errors = {"fit": _errors(table, everything, part)}
     if n < len(table):
         errors["held_out"] = _errors(table, everything, ~part)
+    errors["all"] = _errors(table, everything, np.ones(len(table), bool))
     result = Calibration(
         source=name,
         sha256=sha256(np.ascontiguousarray(table.to_numpy()).tobytes()).hexdigest(),
@@ -202,6 +203,7 @@ def calibrate(
     for line in result.notes:
         note(f"note: {line}")
     if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     return result
 
@@ -256,6 +258,7 @@ class _Problem:
         self.e2e = (table["last_token"] - table["sent"]).to_numpy()[:n]
         self.tried: list[np.ndarray] = []
         self.errors: list[np.ndarray] = []
+        self.pulls: list[float] = []
 
     def step_time(self, at: np.ndarray) -> StepTime:
         values = self.low + at * self.range
@@ -274,7 +277,8 @@ class _Problem:
         error = self.residuals(at)
         self.tried.append(at.copy())
         self.errors.append(_soft(error).sum(axis=0))
-        return float(self.errors[-1].sum() + 0.02 * np.sum((at - self.default) ** 2))
+        self.pulls.append(0.02 * float(np.sum((at - self.default) ** 2)))
+        return float(self.errors[-1].sum()) + self.pulls[-1]
 
     def solve(self, seed: int) -> tuple[np.ndarray, float]:
         """The best coefficients found, in the unit cube, and their misfit.
@@ -298,20 +302,22 @@ class _Problem:
             )
         return fit.x, float(fit.fun)
 
-    def uncertainty(self, seed: int) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
-        """95 % intervals and correlations of the coefficients, and sentences on those that cannot be told apart.
+    def uncertainty(
+        self, at: np.ndarray, seed: int
+    ) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
+        """95 % intervals (around `at`) and correlations, and sentences on coefficients that cannot be told apart.
 
-        Errors of requests that queue together go together, so blocks of consecutive requests are resampled. The best
-        fit to a resample is the best of all points that the search has tried.
+        Errors of requests that queue together go together, so blocks of consecutive requests are resampled, in a
+        circle so that each counts alike. The best fit to a resample is the best of all points that the search tried.
         """
         tried, errors = np.array(self.tried), np.array(self.errors)
         block = max(1, self.n // 10)
-        begins = stream(seed, "bootstrap").integers(0, self.n - block + 1, size=(RESAMPLES, -(-self.n // block)))
-        ends = np.cumsum(errors, axis=1)
-        ends = np.concatenate([np.zeros((len(ends), 1)), ends], axis=1)
-        sums = np.stack([(ends[:, begin + block] - ends[:, begin]).sum(axis=1) for begin in begins])
-        sample = self.low + tried[np.argmin(sums, axis=1)] * self.range
-        low, high = np.quantile(sample, [0.025, 0.975], axis=0)
+        begins = stream(seed, "bootstrap").integers(0, self.n, size=(RESAMPLES, -(-self.n // block)))
+        before = np.cumsum(np.concatenate([np.zeros((len(errors), 1)), errors, errors[:, :block]], axis=1), axis=1)
+        sums = np.stack([(before[:, begin + block] - before[:, begin]).sum(axis=1) for begin in begins])
+        sample = tried[np.argmin(sums + np.array(self.pulls), axis=1)]
+        low = self.low + np.minimum(np.quantile(sample, 0.025, axis=0), at) * self.range
+        high = self.low + np.maximum(np.quantile(sample, 0.975, axis=0), at) * self.range
         fitted = {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.names)}
         correlations, warnings = {}, []
         for j, other in enumerate(self.names):
