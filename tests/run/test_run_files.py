@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import msgspec
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
 from squall.errors import InputError
 from squall.run import Run, RunMeta, check_run_path, holds_run, metrics, read_run, write_run
+from squall.run.journal import SCHEDULE, lines_path, write_header
 from squall.trace.table import TraceMeta
 
 FOREIGN = {
@@ -213,3 +215,30 @@ def test_a_real_run_made_elsewhere(runs: Path, tmp_path: Path) -> None:
         assert (latency.mean, latency.p50, latency.p99) == pytest.approx(published, rel=2e-3)
     assert found.output_token_throughput == pytest.approx(1066, rel=2e-3)
     assert found.duration == pytest.approx(183.57, abs=0.01)
+
+
+def test_a_run_that_was_never_finished_is_read_from_its_journal(tmp_path: Path) -> None:
+    out = tmp_path / "run.parquet"
+    journal = tmp_path / "run.parquet.journal"
+    journal.mkdir()
+    write_header(journal, RunMeta(kind="replay", offered=2, state="running"))
+    pl.DataFrame({"request": [0, 1], "scheduled": [0.0, 1.0]}).write_parquet(journal / SCHEDULE)
+    line = {
+        "request": 0,
+        "attempt": 1,
+        "status": "ok",
+        "scheduled": 0.0,
+        "sent": 0.0,
+        "first_token": 0.5,
+        "last_token": 1.0,
+    }
+    lines_path(journal, 0).write_bytes(
+        msgspec.json.encode(line) + b"\n" + b'{"request": 1, "att'
+    )  # killed while writing
+    for path in (out, journal):
+        assert holds_run(path)
+        found = metrics(path, slo="ttft=1s")
+        assert (found.requests, found.succeeded, found.failed) == (2, 1, 1)
+        assert found.goodput_share == 0.5
+    write_run(example(), out)
+    assert read_run(out).meta.title == "an example"  # the finished run comes first

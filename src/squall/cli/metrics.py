@@ -103,7 +103,8 @@ def _print(result: "Metrics") -> None:
 def _latencies(result: "Metrics"):  # type: ignore[no-untyped-def]
     from squall.report.terminal import duration, row, table
 
-    shown = table("Latency of requests that succeeded", "", "n", "mean", "std", "p50", "p90", "p95", "p99", "max")
+    title = "Latency of requests that succeeded" + (" (of all offered: - is not answered)" if result.failed else "")
+    shown = table(title, "", "n", "mean", "std", "p50", "p90", "p95", "p99", "max")
 
     def add(name: str, values: "Statistic") -> None:
         moments = (values.mean, values.std, values.p50, values.p90, values.p95, values.p99, values.max)
@@ -114,6 +115,10 @@ def _latencies(result: "Metrics"):  # type: ignore[no-untyped-def]
     if result.itl.n:
         add("ITL", result.itl)
     add("E2E", result.e2e)
+    if result.failed:
+        for name, offered in (("TTFT", result.of_offered.ttft), ("E2E", result.of_offered.e2e)):
+            levels = (duration(level) for level in (offered.p50, offered.p90, offered.p95, offered.p99))
+            row(shown, f"{name} of all offered", f"{offered.n:,}", "", "", *levels, "")
     if result.lateness.n and result.kind != "simulation":
         add("TTFT from send", result.from_send.ttft)
         add("E2E from send", result.from_send.e2e)

@@ -73,7 +73,14 @@ def theme(dark: bool = False) -> dict[str, Any]:
             "titleX": 0,
         },
         "axisX": {"tickCount": 6, "labelOverlap": True, "labelFlush": True},
-        "legend": {"labelColor": text, "titleColor": text, "orient": "top", "title": None, "symbolType": "stroke"},
+        "legend": {
+            "labelColor": text,
+            "orient": "top",
+            "offset": 24,
+            "title": None,
+            "symbolType": "stroke",
+            "labelLimit": 0,
+        },
         "title": {"color": text, "anchor": "start", "fontSize": 13},
         "rule": {"color": faint},
         "text": {"color": faint, "fontSize": 11},
@@ -90,7 +97,7 @@ def save_png(chart: "alt.LayerChart", path: str | Path, dark: bool = False, widt
     for layer in spec["layer"]:
         color = layer.get("encoding", {}).get("color")
         if isinstance(color, dict) and "scale" in color and len(color["scale"]["domain"]) > 1:
-            color["legend"] = {}
+            color["legend"] = {"columns": 3}
     config = theme(dark) | {"background": "#15171a" if dark else "#ffffff", "padding": 16}
     path = Path(path)
     path.write_bytes(vl_convert.vegalite_to_png(spec, config=config, scale=2))
