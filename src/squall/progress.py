@@ -12,6 +12,7 @@ from dataclasses import dataclass
 @dataclass
 class _Notes:
     shown: bool = False
+    bars: int = 0  # open ones: a verb inside another verb draws none of its own
 
 
 notes = _Notes()
@@ -44,7 +45,7 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[[float
 
     Shown only on a terminal and while notes are on; elsewhere it costs nothing.
     """
-    if not (notes.shown and sys.stderr.isatty()):
+    if not (notes.shown and sys.stderr.isatty()) or notes.bars:
         yield lambda done: None
         return
     from rich.console import Console
@@ -57,6 +58,10 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[[float
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+    notes.bars += 1
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    finally:
+        notes.bars -= 1
