@@ -403,8 +403,8 @@ def main() -> None:
         licence="CC BY 4.0",
         attribution=ATTRIBUTION,
         notes=[
-            "Made from published statistics of BurstGPT parts 1 and 3 and from counts of part 1; it holds no row of it.",
-            "Assumed, not measured: length laws between and beyond the published quantiles, correlations (of part 3) for "
+            "Made from published statistics of BurstGPT parts 1 and 3 and counts of part 1; it holds no row of it.",
+            "Assumed, not measured: length laws between and beyond the published quantiles, part 3's correlations for "
             "part 1, one weather for both API models, growth by turn. See docs/profiles.md.",
         ],
         span=86400.0,

@@ -47,16 +47,18 @@ def test_dispersion_of_a_renewal_process_levels_off_at_the_squared_cv():
     assert counts.var() / counts.mean() == pytest.approx(4.0, rel=0.13)
 
 
-def test_windows_expect_rate_times_length_even_where_the_shape_changes():
+@pytest.mark.parametrize("length", [2.0, 60.0])
+def test_windows_expect_rate_times_length_even_where_the_shape_changes(length):
     alpha, rate = np.array([0.05, 4.0, 1.0, 0.2] * 25), np.array([1.0, 0.5, 2.0, 1.0] * 25)
-    path = Path(np.arange(101) * 60.0, rate, alpha)
+    path = Path(np.arange(101) * length, rate, alpha)
     rng = np.random.default_rng(4)
-    draws = np.array([np.bincount((renewal(path, rng) // 60).astype(int), minlength=100) for _ in range(600)])
+    draws = np.array([np.bincount((renewal(path, rng) // length).astype(int), minlength=100) for _ in range(600)])
     for kind in range(4):
-        counts = draws[:, kind::4]
-        # Means of whole draws are independent, windows inside one are not.
-        error = counts.mean(1).std() / np.sqrt(600)
-        assert counts.mean() == pytest.approx(rate[kind] * 60, abs=4 * error + 0.02 * rate[kind] * 60)
+        means = draws[:, kind::4].mean(1)
+        # Whole draws are independent, windows inside one are not.
+        assert means.mean() == pytest.approx(rate[kind] * length, abs=4 * means.std() / np.sqrt(600))
+    totals = draws.sum(1)
+    assert totals.mean() == pytest.approx(25 * 4.5 * length, abs=4 * totals.std() / np.sqrt(600))
 
 
 def test_the_load_factor_scales_the_rate_and_keeps_the_cv():
@@ -100,8 +102,12 @@ def test_a_fit_to_drawn_arrivals_finds_rate_and_shape_again(alpha, rate, seed):
 
 def test_beyond_its_span_a_model_repeats_by_week_by_day_or_by_span():
     week = Renewal(HOUR, 9 * DAY, WEEK, [float(i) for i in range(216)], [1.0] * 216)
-    assert week.path(7 * DAY, 7 * DAY + HOUR, 0).rate.tolist() == [0.0]
-    assert week.path(8 * DAY, 8 * DAY + HOUR, 0).rate.tolist() == [24.0]
+    assert week.path(8 * DAY, 8 * DAY + HOUR, 0).rate.tolist() == [192.0]  # its own, inside the span
+    assert week.path(9 * DAY, 9 * DAY + HOUR, 0).rate.tolist() == [48.0]  # the third day of the next week
+    over = week.path(9 * DAY - HOUR, 9 * DAY + HOUR, 0)
+    assert over.rate.tolist() == [215.0, 48.0]
+    assert over.edges.tolist() == [0.0, HOUR, 2 * HOUR]
+    assert week.path(0, 9 * DAY, 0).expected == pytest.approx(week.mean_rate * 9 * DAY)
     short = Renewal(10.0, 25.0, 25.0, [1.0, 2.0, 3.0], [1.0] * 3)
     path = short.path(20.0, 50.0, 0)
     assert path.rate.tolist() == [3.0, 1.0, 2.0, 3.0]

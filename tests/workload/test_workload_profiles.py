@@ -160,6 +160,22 @@ def test_api_floods_and_falls_silent(months):
     inside([one.var() / one.mean() for one in daily], 33_236)
 
 
+def test_the_typical_61_days_of_the_api_are_like_the_measured_ones():
+    """Medians over 40 drawn paths as long as part 1; each has one real counterpart, so only gross errors can show."""
+    arrivals = named_workload("chatgpt-api").classes[0].arrivals
+    found = []
+    for seed in range(40):
+        path = arrivals.path(0, 61 * 86_400, seed)
+        # Loads of ChatGPT alone, brought to those of both models, which share the path.
+        load = path.rate.reshape(-1, 12).mean(1) * 3600 / arrivals.scale
+        day = load.reshape(61, 24)
+        found.append([load.std() / load.mean(), peak_to_trough(load), day.sum(1).var() / day.sum(1).mean()])
+    cv, swing, dispersion = np.median(found, axis=0)
+    assert cv == pytest.approx(2.60, rel=0.15)
+    assert swing == pytest.approx(11.3, rel=0.5)
+    assert dispersion == pytest.approx(33_236, rel=0.3)
+
+
 def test_a_flood_is_a_plateau():
     table = profile("all", seed=3, duration="60d").table.filter(pl.col("service") == "api")
     fine = np.bincount((table["arrival"] // 300).cast(pl.Int64).to_numpy(), minlength=60 * 288).reshape(-1, 12)

@@ -5,8 +5,10 @@ arrivals along it. Gaps tau inside a window follow Gamma(alpha, rate beta) with 
 CV 1/sqrt(alpha) (Wang et al., BurstGPT, KDD 2025). Scaling the load by S replaces beta by S beta: the CV stays.
 
 The gap that crosses a window's end is carried in operational time u = integral of lambda dt, in which gaps have the
-mean 1. Where alpha changes, it is carried in proportion to the mean residual life (1 + CV^2)/2 of the two renewal
-processes (Cox, Renewal Theory, 1962), because only then is the expected count of every window lambda times its length.
+mean 1. A fixed point in time finds itself in a gap of length L with L alpha ~ Gamma(alpha + 1) (longer gaps cover more
+time), at a place that is uniform in it (Cox, Renewal Theory, 1962). Where alpha changes, the gap under way keeps its
+place and its rank among such gaps, so that the process is stationary in every window: the expected count of each
+is exactly lambda times its length, however short the window is, and where alpha does not change nothing happens.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from squall.workload.lengths import Quantiles
 HOUR = 3600.0
 DAY = 86400.0
 WEEK = 7 * DAY
+_ALMOST_SURE = 1 - 1e-14
 _PER_HOUR = 12  # windows of an hour in the kinds whose path is random
 ALPHA_RANGE = (1e-3, 1e6)
 """Shapes beyond this (CV 32 and CV 0.001) are clipped; constant gaps have alpha = infinity."""
@@ -46,6 +49,8 @@ class Path:
 
 def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
     """Arrival times (sorted seconds) of the stationary renewal process along `path`."""
+    from scipy.special import gammainc, gammaincinv
+
     # A path of one shape is one process: fewer, longer pieces are faster, and nothing happens at their borders.
     load = path.rate * np.diff(path.edges)
     operational = np.concatenate([[0.0], np.cumsum(load)])
@@ -55,18 +60,22 @@ def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
         return np.empty(0)
     ends = np.append(operational[begins[1:]], operational[-1])
     shape = float(path.alpha[begins[0]])
-    # Stationary start: the time to the first arrival is a uniform part of a length-biased gap.
-    due = operational[begins[0]] + rng.random() * rng.gamma(shape + 1) / shape
+    length = rng.standard_gamma(shape + 1) / shape
+    due = operational[begins[0]] + rng.random() * length
     pieces = []
     for begin, end, alpha in zip(operational[begins], ends, path.alpha[begins].tolist(), strict=True):
-        due = begin + (due - begin) * (1 + 1 / alpha) / (1 + 1 / shape)
-        shape = alpha
+        if alpha != shape:
+            rank = min(gammainc(shape + 1, shape * length), _ALMOST_SURE)
+            stretched = gammaincinv(alpha + 1, rank) / alpha
+            due = begin + (due - begin) * stretched / length
+            length, shape = stretched, alpha
         while due < end:
             count = int((end - due) + 3 * np.sqrt((end - due) / alpha)) + 8
             times = due + np.concatenate([[0.0], np.cumsum(rng.standard_gamma(alpha, count) / alpha)])
-            within = int(np.searchsorted(times, end))
-            pieces.append(times[: min(within, count)])
-            due = float(times[min(within, count)])
+            within = min(int(np.searchsorted(times, end)), count)
+            pieces.append(times[:within])
+            due = float(times[within])
+            length = float(times[within] - times[within - 1])
     if not pieces:
         return np.empty(0)
     times = np.concatenate(pieces)
@@ -83,7 +92,7 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
     span: float
     """Fitted seconds."""
     period: float
-    """Time t takes the parameters of t mod `period`: the span's whole weeks or days if it holds such, else the span."""
+    """Beyond the span, t takes the parameters of t mod `period`: the span's whole weeks, or days, or else the span."""
     rate: list[float]
     """Requests/s in each window."""
     alpha: list[float]
@@ -115,17 +124,27 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
 
     def path(self, begin: float, end: float, seed: int) -> Path:
         """Rate and shape from `begin` to `end` (s from the fitted trace's start); nothing in it is random."""
-        edges = self._edges
-        inside = edges[:-1] < self.period
-        first, last = int(begin // self.period), int(np.ceil(end / self.period))
-        starts = (np.arange(first, last)[:, None] * self.period + edges[:-1][inside]).ravel()
-        times = max(0, last - first)
-        whole = Path(
-            np.append(starts, last * self.period),
-            np.tile(np.array(self.rate)[inside], times),
-            np.tile(np.array(self.alpha)[inside], times),
+        rate, alpha = np.array(self.rate), np.array(self.alpha)
+        if end <= self.span:
+            return _cut(Path(self._edges, rate, alpha), begin, end)
+        # What lies beyond the span follows it, from the period in which the span ends.
+        inside = self._edges[:-1] < self.period
+        periods = np.arange(int(max(begin, self.span) // self.period), int(np.ceil(end / self.period)))
+        starts = (periods[:, None] * self.period + self._edges[:-1][inside]).ravel()
+        beyond = Path(
+            np.append(starts, (periods[-1] + 1) * self.period),
+            np.tile(rate[inside], periods.size),
+            np.tile(alpha[inside], periods.size),
         )
-        return _cut(whole, begin, end)
+        later = _cut(beyond, max(begin, self.span), end)
+        if begin >= self.span:
+            return later
+        own = _cut(Path(self._edges, rate, alpha), begin, self.span)
+        return Path(
+            np.concatenate([own.edges, own.edges[-1] + later.edges[1:]]),
+            np.concatenate([own.rate, later.rate]),
+            np.concatenate([own.alpha, later.alpha]),
+        )
 
 
 class Daily(msgspec.Struct, frozen=True, tag="daily", tag_field="kind"):
