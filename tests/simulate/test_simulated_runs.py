@@ -240,4 +240,4 @@ def test_azure_conversations_on_one_h100(traces):
     assert run.meta.offered == len(run.table) == 19_366
     assert (run.table["status"] == "ok").all()
     needed = (run.table["request_tokens"].cast(pl.Int64) + run.table["response_tokens"] - 1).sum()
-    assert run.meta.target["computed_tokens"] - run.meta.target["recomputed_tokens"] == needed
+    assert run.meta.target["computed_tokens"] - run.meta.target["tokens_lost_to_preemption"] == needed

@@ -32,7 +32,7 @@ from squall.trace.table import Trace
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
-POPULATION, GENERATIONS = 8, 40
+POPULATION, GENERATIONS = 8, 25
 """Of the search: population per coefficient, and how often it is renewed (a simulation per member each time)."""
 
 RESAMPLES = 500

@@ -253,7 +253,7 @@ def _totals(outcome: Outcome) -> dict[str, float]:
         "simulated_seconds": outcome.end / TICKS,
         "steps": int(replicas["steps"].sum()),
         "computed_tokens": int(replicas["computed"].sum()),
-        "recomputed_tokens": int(replicas["lost"].sum()),
+        "tokens_lost_to_preemption": int(replicas["lost"].sum()),
         "preemptions": int(replicas["preemptions"].sum()),
     }
 

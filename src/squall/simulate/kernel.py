@@ -371,7 +371,8 @@ def _receive_tokens(
         it.in_flight -= limits.asynchronous
         if it.generated == it.output:
             if it.state == QUEUED:
-                _unlink(me, attempts, a)  # preempted with its last token in flight
+                _unlink(me, attempts, a)  # preempted with its last token in flight: nothing has to be computed again
+                me.lost -= it.prompt + it.output - 1
             else:
                 finished = True
             it.state = OK

@@ -81,16 +81,11 @@ class Bound:
 
 BOUNDS = {
     "e_bw": Bound(0.3, 1.0),
-    "e_kv": Bound(0.3, 1.0),
     "e_fl": Bound(0.3, 1.0),
-    "e_at": Bound(0.2, 1.0),
     "o0": Bound(0.0, 20e-3),
-    "o1": Bound(0.0, 50e-6),
     "o_gap": Bound(0.0, 2e-3),
-    "a0": Bound(0.0, 20e-3),
-    "a1": Bound(0.0, 10e-6),
-    "a2": Bound(0.0, 5e-3),
 }
+"""Of the coefficients that are fitted."""
 
 
 def default_step_time(gpu: GPU, tp: int = 1) -> StepTime:
