@@ -133,17 +133,17 @@ def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: floa
     return gemm + attention + cost.reduce + cost.reduce_per_token * tokens
 
 
-@njit(cache=True)
+@njit
 def _ticks(seconds: float) -> Any:
     return np.int64(np.rint(seconds * TICKS))
 
 
-@njit(cache=True)
+@njit
 def _blocks(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@njit(cache=True)
+@njit
 def _random(state: np.ndarray) -> Any:
     """The next of the splitmix64 stream in `state[0]`, as a float in [0, 1)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -154,7 +154,7 @@ def _random(state: np.ndarray) -> Any:
     return np.float64(z >> np.uint64(11)) * 2.0**-53
 
 
-@njit(cache=True)
+@njit
 def _seen(limits: Limits, sent: Any, prompt: int) -> Any:
     """When the cluster sees a request that is sent at `sent`."""
     return sent + limits.ingest + limits.ingest_per_token * prompt
@@ -163,7 +163,7 @@ def _seen(limits: Limits, sent: Any, prompt: int) -> Any:
 # The queue of a replica: a doubly linked list through the attempts.
 
 
-@njit(cache=True)
+@njit
 def _append(me: Any, attempts: np.ndarray, a: int) -> None:
     attempts[a].next = -1
     attempts[a].previous = me.tail
@@ -175,7 +175,7 @@ def _append(me: Any, attempts: np.ndarray, a: int) -> None:
     me.waiting += 1
 
 
-@njit(cache=True)
+@njit
 def _prepend(me: Any, attempts: np.ndarray, a: int) -> None:
     attempts[a].previous = -1
     attempts[a].next = me.head
@@ -187,7 +187,7 @@ def _prepend(me: Any, attempts: np.ndarray, a: int) -> None:
     me.waiting += 1
 
 
-@njit(cache=True)
+@njit
 def _unlink(me: Any, attempts: np.ndarray, a: int) -> None:
     before, after = attempts[a].previous, attempts[a].next
     if before >= 0:
@@ -201,7 +201,7 @@ def _unlink(me: Any, attempts: np.ndarray, a: int) -> None:
     me.waiting -= 1
 
 
-@njit(cache=True)
+@njit
 def _drop_done(me: Any, attempts: np.ndarray, running: np.ndarray) -> None:
     """Take what is in a final state out of the running, keeping their order; free the blocks it still holds."""
     kept = 0
@@ -217,7 +217,7 @@ def _drop_done(me: Any, attempts: np.ndarray, running: np.ndarray) -> None:
     me.aborted = 0
 
 
-@njit(cache=True)
+@njit
 def _preempt_last(me: Any, attempts: np.ndarray, running: np.ndarray) -> int:
     """Give up the last admitted: its blocks are freed, it goes to the head of the queue and will compute all again."""
     me.running -= 1
@@ -245,7 +245,7 @@ class _Replicas(NamedTuple):
     width: np.ndarray  # (1,) ticks of a sample
 
 
-@njit(cache=True)
+@njit
 def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost) -> Any:
     """Schedule a step of replica `r` into the slot that is not in flight; returns the number of its sequences."""
     me = engines.state[r]
@@ -341,7 +341,7 @@ def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, c
     return size
 
 
-@njit(cache=True)
+@njit
 def _receive_tokens(
     engines: _Replicas,
     r: int,
@@ -382,7 +382,7 @@ def _receive_tokens(
     me.busy = 0
 
 
-@njit(cache=True)
+@njit
 def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost, now: Any) -> Any:
     """Let an idle replica start its next step, if there is one; returns the ticks that it takes, or 0."""
     me = engines.state[r]
@@ -404,7 +404,7 @@ def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limit
     return plan.ticks
 
 
-@njit(cache=True)
+@njit
 def _account(engines: _Replicas, r: int, blocks: int, now: Any) -> None:
     """Add the state that held since the last call to the samples."""
     me = engines.state[r]
@@ -422,7 +422,7 @@ def _account(engines: _Replicas, r: int, blocks: int, now: Any) -> None:
         start = end
 
 
-@njit(cache=True)
+@njit
 def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
     """Merge neighbouring samples until `now` lies in the last one or before."""
     while now >= width[0] * SAMPLES:
@@ -435,7 +435,7 @@ def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
         width[0] *= 2
 
 
-@njit(cache=True)
+@njit
 def _route(replicas: np.ndarray, limits: Limits, turn: np.ndarray, random: np.ndarray) -> Any:
     """The replica for the next arrival; `turn` counts them."""
     if limits.router == RANDOM:
@@ -455,7 +455,7 @@ def _route(replicas: np.ndarray, limits: Limits, turn: np.ndarray, random: np.nd
     return best
 
 
-@njit(cache=True)
+@njit
 def _fail(
     events: list, attempts: np.ndarray, a: int, state: int, ended: Any, limits: Limits, jitter: np.ndarray
 ) -> None:
@@ -471,7 +471,7 @@ def _fail(
         heappush(events, (max(arrival, ended + 1), np.int64(RETRY), np.int64(a)))
 
 
-@njit(cache=True)
+@njit
 def _new_attempt(it: Any, request: int, number: int, sent: Any, prompt: int, output: int) -> None:
     it.request = request
     it.number = number
@@ -481,7 +481,7 @@ def _new_attempt(it: Any, request: int, number: int, sent: Any, prompt: int, out
     it.first = it.last = it.ended = it.replica = -1
 
 
-@njit(cache=True)
+@njit
 def _enter(
     engines: _Replicas,
     attempts: np.ndarray,
@@ -512,7 +512,7 @@ def _enter(
     return r
 
 
-@njit(cache=True)
+@njit
 def _give_up(
     engines: _Replicas, attempts: np.ndarray, a: int, events: list, limits: Limits, jitter: np.ndarray, now: Any
 ) -> None:
