@@ -24,13 +24,14 @@ def demo(
     Parameters
     ----------
     trace
-        A trace file, - for standard input, or a profile; by default a day of burstgpt://all is drawn.
+        A trace file, - for standard input, or a profile; by default an afternoon of burstgpt://all is drawn.
     out
         Directory for report.html and the trace, model and runs that it is made from.
     local
         Whether to load the real server too.
     """
     from squall.study.demo import demo as run
+    from squall.study.demo import first_token
 
     result = run(trace, out=out, local=local, **as_options(select))
     if output.json:
@@ -44,10 +45,10 @@ def demo(
         *("arrivals", "P99 TTFT", "over seeds", "P99 E2E", "peak KV", "preemptions", "failed", "goodput"),
     )
     for arm in result.arms:
-        spread = f"{in_words(arm.ttft_p99_range[0])} – {in_words(arm.ttft_p99_range[1])}" if arm.ttft_p99_range else ""
-        times = [in_words(value) if value is not None else "-" for value in (arm.ttft_p99, arm.e2e_p99)]
+        spread = " – ".join(map(first_token, arm.ttft_p99_range)) if arm.runs > 1 else ""
+        slowest = "-" if arm.e2e_p99 is None else in_words(arm.e2e_p99)
         row(
-            *(listing, arm.arrivals, times[0], spread, times[1], percent(arm.peak_kv)),
+            *(listing, arm.arrivals, first_token(arm.ttft_p99), spread, slowest, percent(arm.peak_kv)),
             *(number(arm.preemptions), number(arm.failed), percent(arm.goodput_share)),
         )
     page = console()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from squall.cli.common import Output, Select, TraceArgument, as_options, print_json
-from squall.progress import printable
+from squall.progress import note, printable
 from squall.trace.select import TraceOptions
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def simulate(
     engine
         vllm-0.11, vllm-0.14, vllm-0.19 or vllm-0.24. [default: the calibration's, or vllm-0.24]
     calibration
-        What `squall calibrate` wrote for this model and GPU.
+        What `squall calibrate` wrote for this model and GPU, or the built-in rtx4090-llama-3.1-8b-vllm-0.19.
     kv_blocks
         KV-cache blocks per replica (num_gpu_blocks of the server). [default: estimated]
     block_size
@@ -117,6 +117,8 @@ def simulate(
     )
     from squall.run import metrics
 
+    for line in run.meta.notes:
+        note(line)
     result = metrics(run)
     if output.json:
         import msgspec

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
-from squall.progress import note, progress
+from squall.progress import progress
 from squall.run.table import Run
 from squall.seeds import DEFAULT_SEED
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
@@ -119,8 +119,6 @@ def simulate(
     ):
         remarks = [] if fitted is None else fitted.remarks(asked, cluster)
         run = run_trace(asked, cluster, seed=options.get("seed", DEFAULT_SEED), title=title, remarks=remarks)
-    for line in run.meta.notes:
-        note(f"note: {line}")
     if out is not None:
         write_run(run, out)
     return run

@@ -29,6 +29,9 @@ from squall.simulate.kernel import TICKS
 from squall.simulate.step_time import BOUNDS, StepTime
 from squall.trace.table import Trace
 
+BUILT_IN = Path(__file__).parent / "calibrations"
+"""Fitted by benchmarks/derive_calibrations.py, which names their sources."""
+
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
@@ -209,13 +212,17 @@ def calibrate(
 
 
 def read_calibration(source: str | Path | Calibration) -> Calibration:
-    """The calibration in a file that `calibrate` wrote (or the object itself). Raises InputError."""
+    """The calibration called `source`, or in the file there that `calibrate` wrote, or itself. Raises InputError."""
     if isinstance(source, Calibration):
         return source
+    path = BUILT_IN / f"{source}.json"
     try:
-        return msgspec.json.decode(Path(source).read_bytes(), type=Calibration)
+        return msgspec.json.decode((path if path.is_file() else Path(source)).read_bytes(), type=Calibration)
     except FileNotFoundError:
-        raise InputError(f"--calibration {source}: there is no such file; `squall calibrate` makes one.") from None
+        names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.json")))
+        raise InputError(
+            f"--calibration {source}: there is no such file; `squall calibrate` makes one, and built in is {names}."
+        ) from None
     except OSError as error:
         raise InputError(f"--calibration {source}: it cannot be read: {error.strerror}.") from error
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
