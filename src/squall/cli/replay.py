@@ -137,6 +137,8 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     screen = console()
     target = run.meta.target
     screen.print(result.verdict, style="bold green" if result.verdict == "VALID" else "bold red", markup=False)
+    if result.state != "complete":
+        screen.print(f"The replay was {result.state}: this is a part of the trace.", style="bold", markup=False)
     for reason in result.verdict_reasons:
         screen.print(f"  {printable(reason)}", markup=False)
     loop = (
@@ -150,7 +152,12 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     for name in ("ttft", "tpot", "itl", "e2e"):
         it = getattr(result, name)
         if it.n:
-            row(shown, name.upper(), it.n, it.mean, it.p50, it.p90, it.p95, it.p99, it.max)
+            row(
+                shown,
+                name.upper(),
+                it.n,
+                *(number(value) for value in (it.mean, it.p50, it.p90, it.p95, it.p99, it.max)),
+            )
     if result.ttft.n:
         screen.print(shown)
     lengths = target["lengths"]
@@ -164,9 +171,7 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     lines = {
         "outcomes": f"{result.succeeded:,} ok, {result.failed:,} failed",
         "failures": failures,
-        "sent late": f"p50 {number(1e3 * (late.p50 or 0))} ms, p99 {number(1e3 * (late.p99 or 0))} ms"
-        if late.n
-        else "-",
+        "sent late": f"p50 {_in_ms(late.p50)}, p99 {_in_ms(late.p99)}, at most {_in_ms(late.max)}",
         "throughput": f"{number(result.throughput)} requests/s, "
         f"{number(result.output_token_throughput)} response tokens/s; offered {number(result.offered_rate)} requests/s",
         "mean tokens": "; ".join(said) or "not reported by the server",
@@ -178,3 +183,7 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
         text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"
         screen.print(f"  {printable(text)}", markup=False)
+
+
+def _in_ms(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.3g} ms"

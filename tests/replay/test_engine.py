@@ -452,23 +452,23 @@ def test_wrong_settings_are_refused(options, words):
 PROGRAM = """
 import sys
 sys.path.insert(0, {here!r})
-from test_replay import trace
+from test_engine import trace
 from squall.replay import replay
 if __name__ == "__main__":
-    run = replay(trace(250, gap=0.02, response=8), url={url!r}, out={out!r}, workers={workers})
+    run = replay(trace(150, gap=0.02, response=8), url={url!r}, out={out!r}, workers={workers})
     print(run.meta.state, len(run.table))
 """
 
 
 def _start(mock: Mock, out: Path, workers: int = 1) -> subprocess.Popen:
-    """A replay of 5 s in a process of its own, 2 s after its first request arrived."""
+    """A replay of 3 s in a process of its own, 1.5 s after its first request arrived."""
     program = out.with_name("program.py")
     program.write_text(PROGRAM.format(here=str(Path(__file__).parent), url=mock.url, out=str(out), workers=workers))
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not mock.run and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(2)
+    time.sleep(1.5)
     return process
 
 
@@ -483,16 +483,16 @@ def test_kill_9_leaves_a_readable_journal(tmp_path, workers):
         arrived = len(mock.run)
     journal = tmp_path / "run.parquet.journal"
     run = read_run(journal)
-    check(run, 250)
+    check(run, 150)
     assert run.meta.state == "interrupted"
     kinds = statuses(run)
-    assert kinds["ok"] + kinds["cancelled/lost"] == 250
+    assert kinds["ok"] + kinds["cancelled/lost"] == 150
     assert arrived - 1.3 / 0.02 < kinds["ok"] <= arrived  # at most the last second is lost
     assert read_run(out).table.equals(run.table)  # the run's own name leads to its journal too
     with pytest.raises(InputError, match="left its journal"):
         replay(trace(2), url="http://127.0.0.1:9", out=out)
     lines = journal / "worker-0.jsonl"
-    lines.write_bytes(lines.read_bytes() + b'{"request": 249, "att')
+    lines.write_bytes(lines.read_bytes() + b'{"request": 149, "att')
     assert read_journal(journal).table.equals(run.table)
     lines.write_bytes(b"nonsense\n" + lines.read_bytes())
     with pytest.raises(InputError, match="line 1 cannot be read"):
@@ -507,12 +507,12 @@ def test_an_interrupt_ends_with_a_whole_run(number, workers, tmp_path):
         process.send_signal(number)
         said, _ = process.communicate(timeout=20)
         arrived = len(mock.run)
-    assert said.split()[:2] == ["interrupted", "250"]
+    assert said.split()[:2] == ["interrupted", "150"]
     run = read_run(out)
-    check(run, 250)
+    check(run, 150)
     kinds = statuses(run)
     assert kinds["ok"] == arrived  # what was in flight was waited for
-    assert kinds["cancelled/stop"] == 250 - arrived
+    assert kinds["cancelled/stop"] == 150 - arrived
     assert sorted(os.listdir(tmp_path)) == ["program.py", "run.parquet"]
 
 
@@ -528,10 +528,10 @@ def test_a_worker_that_dies_is_a_client_fault(tmp_path):
         names = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()}
         os.kill(next(pid for pid, name in names.items() if b"spawn_main" in name), signal.SIGKILL)
         said, _ = process.communicate(timeout=30)
-    assert said.split()[:2] == ["failed", "250"]
+    assert said.split()[:2] == ["failed", "150"]
     run = read_run(out)
     kinds = statuses(run)
-    assert kinds["ok"] + kinds["client_fault/internal"] == 250
+    assert kinds["ok"] + kinds["client_fault/internal"] == 150
     assert run.meta.verdict == "CLIENT-LIMITED"
 
 
