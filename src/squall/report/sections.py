@@ -141,15 +141,24 @@ def run_sections(runs: Mapping[str, MeasuredRun]) -> list[Section]:
 def _run_entry(name: str, metrics: Metrics) -> Entry:
     if metrics.verdict == "CLIENT-LIMITED":
         return Entry(name, metrics.verdict, bad=True)
-    return Entry(name, "uncalibrated" if "uncalibrated" in (metrics.step_time or "") else "")
+    return Entry(name, _calibrated(metrics).strip("-"))
+
+
+def _calibrated(metrics: Metrics) -> str:
+    """A simulation's step time in one word; `_how_sure` has the whole of it."""
+    if not metrics.step_time:
+        return "-"
+    return "uncalibrated" if "uncalibrated" in metrics.step_time else "calibrated"
 
 
 def _how_sure(runs: Mapping[str, MeasuredRun]) -> str:
-    uncalibrated = [name for name, m in runs.items() if "uncalibrated" in (m.metrics.step_time or "")]
+    uncalibrated = [name for name, m in runs.items() if _calibrated(m.metrics) == "uncalibrated"]
+    calibrated = sorted({m.metrics.step_time or "" for m in runs.values() if _calibrated(m.metrics) == "calibrated"})
     sentences = ["Each is a single run: small differences may be chance."] if len(runs) > 1 else []
     if uncalibrated:
         whose = "The simulation is" if len(uncalibrated) == 1 else "The simulations are"
         sentences.append(f"{whose} not calibrated on a real server: read the order and the shape, not the seconds.")
+    sentences += [f"The simulator's step time is {text}." for text in calibrated]
     return " ".join(sentences)
 
 
@@ -162,7 +171,7 @@ def _comparison(runs: Mapping[str, MeasuredRun]) -> Table:
     rows = [
         Row("verdict", cells(lambda m: m.verdict), text=True),
         Row("made by", cells(lambda m: m.kind), text=True),
-        Row("step time", cells(lambda m: m.step_time or "-"), text=True),
+        Row("step time", cells(_calibrated)),
         Row("requests offered", cells(lambda m: m.requests, _count), group=True),
         Row("offered rate", cells(lambda m: m.offered_rate, _per_second)),
         Row("failed", cells(lambda m: f"{m.failed:,} ({percent(m.failed / m.requests if m.requests else None)})")),

@@ -30,7 +30,7 @@ from squall.workload import Workload, fit, generate, smooth
 
 DEFAULT_TRACE = "burstgpt://all?start=14h&duration=4h"
 LOCAL_SECONDS = 45.0
-LOCAL_LOAD = 0.7
+LOCAL_LOAD = 0.85
 """Share of the local server's measured capacity that the slice asks of it: bursts queue, and drain again."""
 LOCAL_PROMPT, LOCAL_RESPONSE = 96, 32
 """Longer requests of the slice are clipped: a laptop's CPU computes some 200 prompt tokens a second."""
