@@ -172,8 +172,9 @@ def _about_trace(trace: Trace, found: Characterization) -> str:
 
 def _replay_slice(served: Trace, seed: int) -> tuple[Run, str]:
     """A slice from the middle of the trace against llama.cpp, its time stretched to the load that it can just bear."""
-    limits = {"max_request_tokens": LOCAL_PROMPT, "max_response_tokens": LOCAL_RESPONSE, "over_limit": "clip"}
-    small = open_trace(served, **limits)
+    clipped = [pl.col("request_tokens").clip(upper_bound=LOCAL_PROMPT)]
+    clipped += [pl.col("response_tokens").clip(upper_bound=LOCAL_RESPONSE)]
+    small = served.replace(served.table.with_columns(clipped), f"clipped to {LOCAL_PROMPT} / {LOCAL_RESPONSE} tokens")
     threads = max(1, (os.cpu_count() or 1) - 1)  # the rest is for the client: it must not be what is measured
     with serving(slots=LOCAL_SLOTS, threads=threads) as server:
         probe = small.replace(small.table.head(2 * LOCAL_SLOTS).with_columns(arrival=pl.lit(0.0)))
