@@ -50,6 +50,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(args, sentence):
     assert not result.stdout
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_names_every_verb():
     begin = time.perf_counter()
     result = squall("--help")
@@ -58,7 +59,7 @@ def test_help_is_quick_and_names_every_verb():
 
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in VERBS)
-    assert took < 2.0  # the target is 0.3 s on an idle machine; a loaded one must not fail the suite
+    assert took < 0.6  # the target is 0.3 s on an idle machine
 
 
 def test_help_imports_nothing_heavy():

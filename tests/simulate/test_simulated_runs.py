@@ -219,6 +219,7 @@ def test_bursts_hurt_more_than_their_rate():
     assert tails[1] > 2 * tails[0]
 
 
+@pytest.mark.alone
 def test_time_grows_linearly_with_the_trace():
     def took(n, **words):
         trace = poisson(n, 60, prompt=60, output=20)
