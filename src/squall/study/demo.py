@@ -44,6 +44,12 @@ SEEDS = 5
 LOCAL_SLOTS = 4
 FEWEST = 20
 OWN, MODELLED = "the trace's own", "drawn from the fitted model"
+TITLES = {
+    OWN: "the trace's own arrivals",
+    "Poisson": "Poisson arrivals",
+    "uniform": "uniform arrivals",
+    MODELLED: "drawn from the fitted model",
+}
 FILES = {OWN: "own", "Poisson": "poisson", "uniform": "uniform", MODELLED: "model"}
 SMALL_KV_TOKENS = 2587 * 16
 TARGETS: dict[str, dict[str, Any]] = {
@@ -233,7 +239,7 @@ def _compare(
         for name, traces in arms.items():
             measured = []
             for number, trace in enumerate(traces):
-                run = simulate(trace, timeout=TIMEOUT, title=f"{name} arrivals, simulated", **target)
+                run = simulate(trace, timeout=TIMEOUT, title=f"{TITLES[name]}, simulated", **target)
                 measured.append(metrics(run, slo=SLO))
                 done += 1
                 advance(done)
