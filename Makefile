@@ -22,8 +22,10 @@ unit: $(VENV)/.developed
 	$(BIN)/python -m pytest -n 2 -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
+# derive_*.py make numbers that lie in the package, readme_*.py pictures: neither measures.
 bench: $(VENV)/.developed
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/derive_% benchmarks/readme_%,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "squall needs Python 3.11 or later; try make PYTHON=python3.12")'
