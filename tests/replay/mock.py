@@ -63,6 +63,8 @@ class Seen:
     headers: dict[str, str]
     body: dict[str, Any]
     connection: int
+    opened: float
+    """When that connection was made."""
 
 
 def prompt_tokens(body: dict[str, Any]) -> int:
@@ -147,7 +149,7 @@ class _Serve(asyncio.Protocol):
     def __init__(self, mock: Mock) -> None:
         self.mock, self.loop = mock, asyncio.get_running_loop()
         mock.connections += 1
-        self.number = mock.connections
+        self.number, self.opened = mock.connections, time.monotonic()
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -187,7 +189,7 @@ class _Serve(asyncio.Protocol):
             run = [seen.at for seen in self.mock.run]
             self.document(Behaviour(body=json.dumps(run).encode()))
         else:
-            seen = Seen(at, path, headers, json.loads(body), self.number)
+            seen = Seen(at, path, headers, json.loads(body), self.number, self.opened)
             number = len(self.mock.seen)
             self.mock.seen.append(seen)
             refused = next((name for name in self.mock.refuse if name in seen.body), None)

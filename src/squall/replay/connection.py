@@ -105,9 +105,10 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """One connection, one exchange at a time."""
 
-    def __init__(self, pool: "Pool", first: Exchange) -> None:
+    def __init__(self, pool: "Pool", first: Exchange | None) -> None:
         self._pool = pool
-        self._first: Exchange | None = first
+        self._first = first
+        self._spare = first is None
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
@@ -125,15 +126,19 @@ class Connection(asyncio.Protocol):
         self._exchange = exchange
         exchange.connection = self
         exchange.connected = monotonic_ns()
-        exchange.reused = self.served > 0
+        exchange.reused = self.idle_since > 0
         self._headers = self._complete = False
         self._transport.write(exchange.payload)
         if not self._paused:
             exchange.sent = monotonic_ns()
 
+    def fresh(self, now: int) -> bool:
+        """Whether nothing is known against the connection, idle until now."""
+        return not (self._lost or self._transport.is_closing() or now - self.idle_since > IDLE_LIMIT)
+
     def usable(self, now: int) -> bool:
-        """Whether the connection, idle until now, can be trusted with a request."""
-        if self._lost or self._transport.is_closing() or now - self.idle_since > IDLE_LIMIT:
+        """Whether the connection, idle until now, can be trusted with a request: it looks at the socket."""
+        if not self.fresh(now):
             return False
         waiting = select.poll()
         waiting.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
@@ -154,6 +159,9 @@ class Connection(asyncio.Protocol):
         first, self._first = self._first, None
         if first is not None and first.ended is None:
             self.send(first)
+        elif self._spare:
+            self.idle_since = monotonic_ns()
+            self._pool.idle.append(self)
         else:
             self.abort()
 
@@ -263,6 +271,7 @@ class Pool:
         self._loop, self._address, self._tls, self._hostname = loop, address, tls, hostname
         self._connect_timeout = connect_timeout
         self._opening: set[asyncio.Task[None]] = set()
+        self._spares = 0  # among the opening ones
         self.idle: list[Connection] = []  # youngest last
         self.connections: set[Connection] = set()
 
@@ -276,6 +285,17 @@ class Pool:
                     connection.send(exchange)
                     return
                 connection.abort()
+        self._start(exchange)
+
+    def prepare(self, wanted: int) -> None:
+        """See to it that `wanted` connections are idle or on their way: the next sends then need not wait for one."""
+        now = monotonic_ns()
+        ready = sum(connection.fresh(now) for connection in self.idle[-wanted:]) if wanted else 0
+        for _ in range(wanted - ready - self._spares):
+            self._spares += 1
+            self._start(None)
+
+    def _start(self, exchange: Exchange | None) -> None:
         task = self._loop.create_task(self._open(exchange))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
@@ -291,7 +311,7 @@ class Pool:
         for connection in list(self.connections):
             connection.abort()
 
-    async def _open(self, exchange: Exchange) -> None:
+    async def _open(self, exchange: Exchange | None) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await self._loop.create_connection(
@@ -301,7 +321,11 @@ class Pool:
                     server_hostname=self._hostname if self._tls else None,
                 )
         except (OSError, ValueError) as error:
-            exchange.end(*connect_failure(error))
+            # A spare one has nobody to tell: the request that misses it will open its own, and fail or not.
+            if exchange is not None:
+                exchange.end(*connect_failure(error))
+        finally:
+            self._spares -= exchange is None
 
 
 def connect_failure(error: Exception) -> tuple[str, str]:

@@ -37,6 +37,11 @@ class Pacer:
         """When the next row is due; None after the last."""
         return self._at[self.next] if self.next < self._count else None
 
+    def soon(self, until: int, most: int) -> int:
+        """How many rows are due by `until`, counted up to `most`."""
+        rows = range(self.next, min(self.next + most, self._count))
+        return sum(self._at[row] <= until for row in rows)
+
     def when(self, row: int) -> int:
         """When `row` is due."""
         return self._at[row]

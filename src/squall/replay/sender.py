@@ -31,6 +31,8 @@ from squall.run.verdict import Client
 
 BEAT = 10_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
+SPARES, SPARES_AHEAD = 16, 100_000_000
+"""At most so many connections are opened ahead of the rows that are due within so many nanoseconds."""
 QUIET = 300_000
 """Nanoseconds before a deadline in which no answer is parsed."""
 BACKLOG = 512
@@ -332,12 +334,18 @@ class Sender:
         if self._plan.timeout is not None:
             self._time_out(now - round(self._plan.timeout * 1e9))
         self._beats += 1
+        self._pool.prepare(self._pacer.soon(now + SPARES_AHEAD, self._room()))
         if self._beats % 10 == 0:
             self.counts.in_flight = len(self._flying)
             self._stop(self._watch(self.counts))
         if self._beats % 100 == 0:
             self._journal.flush()
         self._look_after_end(now)
+
+    def _room(self) -> int:
+        """How many more requests may be sent now, as far as it matters for opening connections."""
+        limit = self._plan.max_concurrency
+        return SPARES if limit is None else min(SPARES, max(0, limit - len(self._flying)))
 
     def _time_out(self, released: int) -> None:
         """Give up what was released before; the oldest stand first."""
