@@ -40,15 +40,16 @@ def demo(
     from squall.report.terminal import console, number, percent, row, table
     from squall.units import in_words
 
+    tail = result.percentile.upper()
     listing = table(
         "The same requests at the same mean rate; only the arrivals differ (simulated)",
-        *("arrivals", "P99 TTFT", "over seeds", "P99 E2E", "peak KV", "preemptions", "failed", "goodput"),
+        *("arrivals", f"{tail} TTFT", "over seeds", f"{tail} E2E", "peak KV", "preemptions", "failed", "goodput"),
     )
     for arm in result.arms:
-        spread = " – ".join(map(first_token, arm.ttft_p99_range)) if arm.runs > 1 else ""
-        slowest = "-" if arm.e2e_p99 is None else in_words(arm.e2e_p99)
+        spread = " – ".join(map(first_token, arm.ttft_tail_range)) if arm.runs > 1 else ""
+        slowest = "-" if arm.e2e_tail is None else in_words(arm.e2e_tail)
         row(
-            *(listing, arm.arrivals, first_token(arm.ttft_p99), spread, slowest, percent(arm.peak_kv)),
+            *(listing, arm.arrivals, first_token(arm.ttft_tail), spread, slowest, percent(arm.peak_kv)),
             *(number(arm.preemptions), number(arm.failed), percent(arm.goodput_share)),
         )
     page = console()

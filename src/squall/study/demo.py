@@ -63,10 +63,12 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
 
     arrivals: str
     runs: int
-    ttft_p99: float
-    """Of all requests offered, from schedule; one that failed counts as never answered, so TIMEOUT is a lower bound."""
-    ttft_p99_range: tuple[float, float]
-    e2e_p99: float | None
+    ttft_tail: float
+    """The demo's `percentile` of TTFT, of all requests offered, from schedule: one that failed counts as never
+    answered, so TIMEOUT is a lower bound."""
+    ttft_tail_range: tuple[float, float]
+    e2e_tail: float | None
+    """The same percentile of E2E, of the requests that succeeded."""
     peak_kv: float | None
     preemptions: int
     failed: int
@@ -84,6 +86,8 @@ class Demo(msgspec.Struct, frozen=True, kw_only=True):
     """Of the replay against the real server; null if it was skipped."""
     target: dict[str, Any]
     """The modelled server, everything resolved."""
+    percentile: str
+    """`p99`, or `p90` where the trace has fewer than 100 requests."""
     arms: list[Arm]
     took: float
 
@@ -142,6 +146,7 @@ def demo(
         findings=findings,
         local=measured,
         target=own[0].meta.target,
+        percentile=_percentile(served),
         arms=arms,
         took=time.monotonic() - begin,
     )
@@ -246,22 +251,28 @@ def _compare(
                 if number == 0:
                     shown.append(run)
                     write_run(run, folder / f"simulated-{FILES[name]}.parquet")
-            results.append(_arm(name, measured))
+            results.append(_arm(name, measured, _percentile(served)))
     return shown, results, _about_arms(own, results, shown[0], rate)
 
 
-def _arm(name: str, measured: list[Metrics]) -> Arm:
+def _percentile(served: Trace) -> str:
+    """The highest percentile of the comparison that the number of requests supports."""
+    return "p99" if len(served) >= 100 else "p90"
+
+
+def _arm(name: str, measured: list[Metrics], percentile: str) -> Arm:
     def middle(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return float(np.median(known)) if known else None
 
-    ttft = [TIMEOUT if m.of_offered.ttft.p99 is None else m.of_offered.ttft.p99 for m in measured]
+    tails: list[float | None] = [getattr(m.of_offered.ttft, percentile) for m in measured]
+    ttft = [TIMEOUT if tail is None else tail for tail in tails]
     return Arm(
         arrivals=name,
         runs=len(measured),
-        ttft_p99=float(np.median(ttft)),
-        ttft_p99_range=(min(ttft), max(ttft)),
-        e2e_p99=middle([m.e2e.p99 for m in measured]),
+        ttft_tail=float(np.median(ttft)),
+        ttft_tail_range=(min(ttft), max(ttft)),
+        e2e_tail=middle([getattr(m.e2e, percentile) for m in measured]),
         peak_kv=middle([m.kv_cache.peak for m in measured]),
         preemptions=int(np.median([m.preemptions or 0 for m in measured])),
         failed=int(np.median([m.failed for m in measured])),
@@ -274,15 +285,16 @@ def _about_arms(own: Trace, arms: list[Arm], run: Run, rate: float) -> list[str]
     target = run.meta.target
     lines = [
         f"Simulated on {target.get('replicas', 1)} x {target['gpu']} with {target['model']} ({run.meta.step_time}): "
-        f"{rate:.3g} requests/s, {SIMULATED_LOAD:.0%} of what it can sustain, which is {own.meta.speed:.3g} times the "
-        "trace's own pace."
+        f"{rate:.3g} requests/s, {SIMULATED_LOAD:.0%} of what it can sustain, which is "
+        f"{number(own.meta.speed)} times the trace's own pace."
     ]
-    low, high = poisson.ttft_p99_range
-    ratio = real.ttft_p99 / poisson.ttft_p99
+    low, high = poisson.ttft_tail_range
+    ratio = real.ttft_tail / poisson.ttft_tail
     compared = "about the same as" if 0.9 < ratio < 1.1 else f"{number(ratio, 2)} times"
     lines.append(
-        f"P99 TTFT under the trace's own arrivals is {first_token(real.ttft_p99)}, {compared} the "
-        f"{first_token(poisson.ttft_p99)} ({first_token(low)} to {first_token(high)} over {poisson.runs} seeds) of "
+        f"{_percentile(own).upper()} TTFT under the trace's own arrivals is {first_token(real.ttft_tail)}, {compared} "
+        "the "
+        f"{first_token(poisson.ttft_tail)} ({first_token(low)} to {first_token(high)} over {poisson.runs} seeds) of "
         "Poisson arrivals at the same mean rate."
     )
     lines.append(
@@ -294,7 +306,7 @@ def _about_arms(own: Trace, arms: list[Arm], run: Run, rate: float) -> list[str]
 
 
 def first_token(seconds: float) -> str:
-    """A P99 TTFT of the comparison in words: from TIMEOUT on nobody was there to see it."""
+    """A tail TTFT of the comparison in words: from TIMEOUT on nobody was there to see it."""
     return f"more than {TIMEOUT:g} s" if seconds >= TIMEOUT else in_words(seconds)
 
 
