@@ -1,5 +1,6 @@
 """What was asked: the Trace table, its file formats, filters and scaling."""
 
+from squall.trace.fetch import fetch
 from squall.trace.files import convert, open_trace, read_trace, write_trace
 from squall.trace.formats import Finding
 from squall.trace.select import TraceOptions
@@ -15,6 +16,7 @@ __all__ = [
     "TraceSource",
     "Validation",
     "convert",
+    "fetch",
     "open_trace",
     "read_trace",
     "validate",
