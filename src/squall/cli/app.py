@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from squall import __version__
 from squall.errors import SquallError
@@ -41,6 +41,7 @@ def build() -> App:
         version=__version__,
         version_flags=["--version"],
         help_format="plaintext",
+        default_parameter=Parameter(negative_iterable=()),
     )
     groups = {name: Group.create_ordered(name) for _, name in VERBS.values()}
     for verb, (line, group) in VERBS.items():

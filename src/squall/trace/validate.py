@@ -1,5 +1,6 @@
 """Everything that is wrong or odd with a trace file, with row numbers."""
 
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -24,9 +25,10 @@ class Validation(msgspec.Struct, kw_only=True, frozen=True):
     findings: list[Finding]
 
 
-def validate(source: str | Path, *, format: str | None = None) -> Validation:
+def validate(source: str | Path, *, format: str | None = None, columns: str | None = None) -> Validation:
     """All findings in a trace file, errors first. Raises InputError only if the file is not a trace at all."""
-    parsed, form, sha256 = examine(source, format)
+    parsed, form, data = examine(source, format, columns)
+    sha256 = hashlib.sha256(data).hexdigest()
     findings = parsed.findings + _oddities(parsed)
     if parsed.columns.is_empty():
         findings.append(
