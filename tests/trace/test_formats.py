@@ -304,3 +304,44 @@ def test_head_of_burstgpt_part_3(traces):
     assert trace.table["session"].n_unique() == 141
     assert trace.table["turn"].max() == 24
     assert not math.isnan(trace.rate)
+
+
+# ---------------------------------------------------------------------------------------- the fast way and the careful
+
+
+@settings(max_examples=40, deadline=None)
+@given(table=_tables(), name=st.sampled_from(["burstgpt", "azure"]), end=st.sampled_from(["\n", "\r\n"]))
+def test_the_fast_reader_and_the_careful_one_agree(table, name, end):
+    import squall.trace.formats.azure as azure
+    import squall.trace.formats.burstgpt as burstgpt
+    from squall.trace.formats import FORMATS
+
+    trace = Trace.of(table, TraceMeta(source="x", format=name, clock=1000.0))
+    data = FORMATS[name].write(trace.table, trace.meta).replace(b"\n", end.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        fast = FORMATS[name].parse(data)
+        for module in (azure, burstgpt):
+            patch.setattr(module, "read_typed", lambda *args: None)
+        careful = FORMATS[name].parse(data)
+    assert not fast.findings
+    assert not careful.findings
+    assert fast.columns.equals(careful.columns)
+    assert fast.meta == careful.meta
+    assert fast.session_kind == careful.session_kind
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["12.0", " 12", "-3", "3000000000", "", "nan", "abc", '"12"'],
+)
+def test_whatever_is_unusual_goes_the_careful_way(field):
+    from squall.trace.formats.rows import read_typed
+
+    types = {"a": pl.Int32, "b": pl.String}
+    assert read_typed(b"a,b\n1,x\n", types, ("a",)) is not None
+    frame = read_typed(f"a,b\n1,x\n{field},y\n".encode(), types, ("a",))
+    assert frame is None or frame["a"].to_list() == [1, 12]
+    assert read_typed(b"a,b\n1, x\n", types, ("a",)) is None
+    assert read_typed(b"a,c\n1,x\n", types, ("a",)) is None
+    assert read_typed(b"b\nx\n", types, ("a",)) is None
+    assert read_typed(b"a,b\n1,\xff\n", types, ("a",)) is None

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from squall.trace.formats.rows import Parsed, read_csv, token_column
+from squall.trace.formats.rows import Finding, Parsed, read_csv, read_typed, token_column
 from squall.trace.formats.times import wall_clock
 from squall.trace.table import TraceMeta
 
@@ -12,9 +12,15 @@ AZURE_ATTRIBUTION = (
 )
 
 
+_TYPES = {"TIMESTAMP": pl.String, "ContextTokens": pl.Int32, "GeneratedTokens": pl.Int32}
+
+
 def parse_azure(data: bytes) -> Parsed:
     """Azure 2023 and 2024: wall-clock times with up to 9 digits of fraction, with or without an offset from UTC."""
-    frame, findings = read_csv(data, set())
+    findings: list[Finding] = []
+    frame = read_typed(data, _TYPES, tuple(_TYPES))
+    if frame is None:
+        frame, findings = read_csv(data, set())
     arrival, clocks = wall_clock(frame["TIMESTAMP"], "TIMESTAMP", findings)
     columns = {
         "arrival": arrival,

@@ -3,12 +3,14 @@
 import polars as pl
 
 from squall.trace.formats.rows import (
+    Finding,
     Parsed,
     blank_to_null,
     finding_at,
     float_column,
     quote,
     read_csv,
+    read_typed,
     session_kind,
     session_numbers,
     token_column,
@@ -27,12 +29,27 @@ BURSTGPT_DAY0_WEEKDAY = 2
 _SERVICE_OF_LOG_TYPE = {"Conversation log": "conversation", "API log": "api"}
 _LOG_TYPE_OF_SERVICE = {service: log_type for log_type, service in _SERVICE_OF_LOG_TYPE.items()}
 
-_BURSTGPT_OPTIONAL = {"Session ID", "Session prefix", "Elapsed time", "Model", "Log Type", "Total tokens"}
+REQUIRED_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
+
+_TYPES = {
+    "Timestamp": pl.Float64,
+    "Session ID": pl.String,
+    "Session prefix": pl.String,
+    "Elapsed time": pl.Float64,
+    "Model": pl.String,
+    "Request tokens": pl.Int32,
+    "Response tokens": pl.Int32,
+    "Total tokens": pl.Int32,
+    "Log Type": pl.Enum(list(_SERVICE_OF_LOG_TYPE)),
+}
 
 
 def parse_burstgpt(data: bytes) -> Parsed:
     """Both published schemas (6 and 8 columns) and cuts of them, by column name: positions differ between the parts."""
-    frame, findings = read_csv(data, _BURSTGPT_OPTIONAL)
+    findings: list[Finding] = []
+    frame = read_typed(data, _TYPES, REQUIRED_COLUMNS)
+    if frame is None:
+        frame, findings = read_csv(data, set(_TYPES) - set(REQUIRED_COLUMNS))
     have, kind = set(frame.columns), None
     columns = {
         "arrival": float_column(frame, "Timestamp", findings),
@@ -40,12 +57,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
         "response_tokens": token_column(frame, "Response tokens", findings),
     }
     if "Log Type" in have:
-        text = frame["Log Type"]
-        unknown = text.is_not_null() & (text != "") & ~text.is_in(list(_SERVICE_OF_LOG_TYPE))
-        if unknown.any():
-            message = f"'Log Type' is {quote(text, unknown)}; known are {' and '.join(map(repr, _SERVICE_OF_LOG_TYPE))}"
-            findings.append(finding_at("error", "unknown-log-type", message, unknown))
-        columns["service"] = text.replace_strict(_SERVICE_OF_LOG_TYPE, default=None, return_dtype=pl.Enum(SERVICES))
+        columns["service"] = _services(frame["Log Type"], findings)
     if "Model" in have:
         columns["model"] = blank_to_null(frame["Model"])
     for name in ("Session ID", "Session prefix"):
@@ -67,6 +79,19 @@ def parse_burstgpt(data: bytes) -> Parsed:
     if not (columns["arrival"] % 1 != 0).any():
         meta["tick"] = 1.0
     return Parsed(pl.DataFrame(columns), findings, meta, total, kind)
+
+
+def _services(text: pl.Series, findings: list[Finding]) -> pl.Series:
+    """Log types as services; anything else is a finding and null."""
+    if text.dtype != pl.Enum:
+        unknown = text.is_not_null() & (text != "") & ~text.is_in(list(_SERVICE_OF_LOG_TYPE))
+        if unknown.any():
+            known = " and ".join(map(repr, _SERVICE_OF_LOG_TYPE))
+            message = f"'Log Type' is {quote(text, unknown)}; known are {known}"
+            findings.append(finding_at("error", "unknown-log-type", message, unknown))
+        return text.replace_strict(_SERVICE_OF_LOG_TYPE, default=None, return_dtype=pl.Enum(SERVICES))
+    services = pl.Series(list(_SERVICE_OF_LOG_TYPE.values()), dtype=pl.Enum(SERVICES))
+    return services.gather(text.to_physical().cast(pl.UInt32))
 
 
 def write_burstgpt(table: pl.DataFrame, meta: TraceMeta) -> bytes:
