@@ -114,6 +114,37 @@ def test_a_whole_download_lands_under_its_name(server, known, tmp_path):
     assert os.listdir(path.parent) == ["data.bin"]  # no .part, no .etag, no record where the hash is published
 
 
+def test_a_network_that_breaks_within_an_answer_is_tried_again(server, known, module, tmp_path, monkeypatch):
+    really, left = module._next, [None, None, OSError(errno.ENETUNREACH, "Network is unreachable")]
+
+    class Answer:
+        def __init__(self, answer):
+            self.answer = answer
+
+        def read(self, size):
+            error = left.pop(0) if left else None
+            if error:
+                raise error
+            return self.answer.read(size)
+
+    monkeypatch.setattr(module, "_next", lambda answer: really(Answer(answer)))
+    assert squall.fetch("known", to=tmp_path, base_url=server.url).read_bytes() == DATA
+    assert server.asked[1][1] == f"bytes={2 * module.CHUNK}-"
+
+
+def test_an_interrupted_download_keeps_its_part(server, known, module, tmp_path, monkeypatch):
+    def interrupt(answer):
+        raise KeyboardInterrupt
+
+    (tmp_path / "data.bin.part").write_bytes(DATA[:1000])
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_next", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            squall.fetch("known", to=tmp_path, base_url=server.url)
+    assert (tmp_path / "data.bin.part").read_bytes() == DATA[:1000]
+    assert squall.fetch("known", to=tmp_path, base_url=server.url).read_bytes() == DATA
+
+
 def test_what_is_there_is_not_fetched_again(server, known, tmp_path):
     squall.fetch("known", to=tmp_path, base_url=server.url)
     squall.fetch("known", to=tmp_path, base_url=server.url)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from squall.errors import InputError
-from squall.trace import read_servegen
+from squall.trace import read_servegen, read_trace
 
 WINDOWS = "0,0,0,,0,0\n600,0.5,2.0,Gamma,0.25,99\n1200,1.5,3.0,Weibull,0.4,1\n"
 BLOCK = {"input_tokens": "{45: 0.25, 7: 0.75}", "output_tokens": "{1: 1.0}", "reason_ratio": "{0.5: 1}"}
@@ -96,6 +96,8 @@ def test_missing_halves_and_folders(pool, tmp_path):
         read_servegen(pool)
     with pytest.raises(InputError, match="is a directory of"):
         read_servegen(tmp_path / "absent")
+    with pytest.raises(InputError, match="fits and not requests"):
+        read_trace(pool)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no chunk-N-trace"):
         read_servegen(tmp_path / "empty")

@@ -279,7 +279,7 @@ def _receive(
     have = start
     try:
         with part.open("ab" if start else "wb") as file:
-            while chunk := answer.read(CHUNK):
+            while chunk := _next(answer):
                 file.write(chunk)
                 have += len(chunk)
                 bar(have)
@@ -294,6 +294,14 @@ def _receive(
     if total is not None and have > total:
         _discard(part)
         raise _Cut("the server sent more than it announced")
+
+
+def _next(answer: IO[bytes]) -> bytes:
+    """The next bytes of an answer. Whatever fails here is the network; what fails in writing them is the disk."""
+    try:
+        return answer.read(CHUNK)
+    except (http.client.HTTPException, OSError) as error:
+        raise _Cut(f"the connection was cut ({_words(error)})") from error
 
 
 def _refused(error: urllib.error.HTTPError, url: str, part: Path, have: int) -> None:

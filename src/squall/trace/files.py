@@ -100,6 +100,11 @@ def _open(source: str | Path, format: str | None, columns: str | None = None) ->
     else:
         path = Path(source)
         if path.is_dir():
+            if next(path.glob("chunk-*-trace.csv"), None):
+                raise InputError(
+                    f"{source}: it is a ServeGen pool, which holds fits and not requests; squall.trace.read_servegen "
+                    "reads it."
+                )
             raise InputError(f"{source}: it is a directory; name a trace file in it.")
         try:
             data = path.read_bytes()
