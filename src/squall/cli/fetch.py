@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from squall.cli.common import Output, print_json
+from squall.cli.common import Output, Seed, print_json
 
 
 def fetch(
@@ -12,6 +12,7 @@ def fetch(
     *,
     to: str = ".",
     base_url: Annotated[str | None, Parameter(name="--base-url")] = None,
+    seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
     """Download a public data set: resumable, checked by sha256. Without a NAME: what there is.

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from squall.cli.common import Output, TraceArgument, print_json
+from squall.cli.common import Output, Seed, TraceArgument, print_json
 
 
 def validate(
@@ -12,6 +12,7 @@ def validate(
     *,
     format: Annotated[str | None, Parameter(name="--format")] = None,
     columns: str | None = None,
+    seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
     """Everything that is wrong or odd with a trace file, with row numbers. Exit code 2 if a row is wrong.
