@@ -101,3 +101,29 @@ def test_validate_exits_2_on_a_wrong_row_and_shows_escape_sequences_as_text(tmp_
     assert result.returncode == 2
     assert "row 3" in result.stdout
     assert "\x1b[31mred" not in result.stdout
+
+
+def test_parts_are_joined_and_ties_broken_on_the_way(csv, tmp_path):
+    parts = []
+    for day in (1, 2):
+        path = tmp_path / f"part{day}.csv"
+        path.write_text(CSV.splitlines()[0] + f"\n{day * 86400},ChatGPT,1,2,3,API log\n" * 1)
+        parts.append(path)
+    joined = squall(
+        "convert", csv, "--join", parts[1], "--join", parts[0], tmp_path / "o.csv", "--ties", "even", "--json"
+    )
+    result = json.loads(joined.stdout)
+    assert result["requests"] == 4
+    assert result["span"] == 2 * 86400 - 5
+    assert result["steps"][-1] == "--ties even (ticks of 1 s)"
+    assert squall("convert", csv, tmp_path / "o.csv", "--join", csv).returncode == 2
+
+
+def test_any_csv_is_read_by_its_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("when,in,out\n2024-05-10T00:00:00Z,5,6\n2024-05-10T00:00:02Z,7,8\n")
+    mapping = "arrival=when,request_tokens=in,response_tokens=out"
+    assert json.loads(squall("validate", path, "--columns", mapping, "--json").stdout)["rows"] == 2
+    result = squall("convert", path, "-", "--columns", mapping, "--to", "azure", "--quiet")
+    assert result.stdout.splitlines()[2] == "2024-05-10 00:00:02.0000000,7,8"
+    assert squall("validate", path).returncode == 2

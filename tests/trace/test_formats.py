@@ -155,7 +155,51 @@ def test_validate_lists_everything_with_rows(tmp_path):
         "duplicate": [4],
         "silence": [8],
         "tie": [3],
+        "raw": [],
+        "head-only": [],
+        "no-prefixes": [],
     }
+
+
+def test_validate_names_the_quirks_of_burstgpt(tmp_path):
+    uuid = "1722ac82-0a46-4bf0-aa08-89794e7a2b3f"
+    rows = [
+        f"20000000.0,{uuid},43,GPT-4,906,446,1352,Conversation log",
+        "20000001.0,,0,ChatGPT,36000,29,36029,API log",
+        "20000002.0,,,ChatGPT,36,29,65,API log",
+        f"20000003.0,{uuid},2,GPT-4,90,12,102,Conversation log",
+    ]
+    path = _write(tmp_path / "BurstGPT_3.csv", HEADER8, *rows, end="\r\n", last=False, bom=True)
+    result = squall.validate(path)
+    assert result.ok
+    assert {f.code: f.rows for f in result.findings} == {
+        "not-the-published-file": [],
+        "without-failures": [],
+        "byte-order-mark": [],
+        "crlf": [],
+        "no-last-newline": [],
+        "uuid-sessions": [],
+        "long-context": [2],
+        "elapsed-zero": [2],
+        "elapsed-missing": [3],
+        "shrinking-session": [4],
+        "no-prefixes": [],
+    }
+    numbered = _write(tmp_path / "t.csv", HEADER8, rows[0].replace(uuid, "7"))
+    assert "number-sessions" in {f.code for f in squall.validate(numbered).findings}
+
+
+def test_validate_knows_a_published_file(tmp_path, monkeypatch):
+    import hashlib
+
+    from squall.trace import catalogue
+
+    path = _write(tmp_path / "renamed.csv", HEADER6, *ROWS6)
+    file = catalogue.PublicFile("x.csv", 1, hashlib.sha256(path.read_bytes()).hexdigest())
+    entry = catalogue.DataSet("known", "a title", "none", "https://nowhere.invalid", (file,))
+    monkeypatch.setattr(catalogue, "_DATA_SETS", (entry,))
+    finding = next(f for f in squall.validate(path).findings if f.code == "published-file")
+    assert finding.message == "byte for byte the published known: a title"
 
 
 def test_gzip_is_read(tmp_path):
@@ -304,3 +348,44 @@ def test_head_of_burstgpt_part_3(traces):
     assert trace.table["session"].n_unique() == 141
     assert trace.table["turn"].max() == 24
     assert not math.isnan(trace.rate)
+
+
+# ---------------------------------------------------------------------------------------- the fast way and the careful
+
+
+@settings(max_examples=40, deadline=None)
+@given(table=_tables(), name=st.sampled_from(["burstgpt", "azure"]), end=st.sampled_from(["\n", "\r\n"]))
+def test_the_fast_reader_and_the_careful_one_agree(table, name, end):
+    import squall.trace.formats.azure as azure
+    import squall.trace.formats.burstgpt as burstgpt
+    from squall.trace.formats import FORMATS
+
+    trace = Trace.of(table, TraceMeta(source="x", format=name, clock=1000.0))
+    data = FORMATS[name].write(trace.table, trace.meta).replace(b"\n", end.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        fast = FORMATS[name].parse(data)
+        for module in (azure, burstgpt):
+            patch.setattr(module, "read_typed", lambda *args: None)
+        careful = FORMATS[name].parse(data)
+    assert not fast.findings
+    assert not careful.findings
+    assert fast.columns.equals(careful.columns)
+    assert fast.meta == careful.meta
+    assert fast.session_kind == careful.session_kind
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["12.0", " 12", "-3", "3000000000", "", "nan", "abc", '"12"'],
+)
+def test_whatever_is_unusual_goes_the_careful_way(field):
+    from squall.trace.formats.rows import read_typed
+
+    types = {"a": pl.Int32, "b": pl.String}
+    assert read_typed(b"a,b\n1,x\n", types, ("a",)) is not None
+    frame = read_typed(f"a,b\n1,x\n{field},y\n".encode(), types, ("a",))
+    assert frame is None or frame["a"].to_list() == [1, 12]
+    assert read_typed(b"a,b\n1, x\n", types, ("a",)) is None
+    assert read_typed(b"a,c\n1,x\n", types, ("a",)) is None
+    assert read_typed(b"b\nx\n", types, ("a",)) is None
+    assert read_typed(b"a,b\n1,\xff\n", types, ("a",)) is None

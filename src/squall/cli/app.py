@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from squall import __version__
 from squall.errors import SquallError
@@ -12,6 +12,7 @@ from squall.errors import SquallError
 # Verb -> (one line of help, group). The function is squall.cli.<verb>:<verb>, imported when it is called.
 VERBS = {
     "demo": ("The main job end to end, on embedded defaults or on a TRACE of yours.", "Start here"),
+    "fetch": ("Download a public data set, resumable and checked; without NAME: which there are.", "Traces"),
     "validate": ("Everything that is wrong or odd with a trace file, with row numbers.", "Traces"),
     "convert": ("Convert a trace between formats; filter and scale it on the way.", "Traces"),
     "characterize": ("What is in a trace: concurrency, conversations, lengths, failures.", "Traces"),
@@ -40,6 +41,7 @@ def build() -> App:
         version=__version__,
         version_flags=["--version"],
         help_format="plaintext",
+        default_parameter=Parameter(negative_iterable=()),
     )
     groups = {name: Group.create_ordered(name) for _, name in VERBS.values()}
     for verb, (line, group) in VERBS.items():

@@ -26,7 +26,7 @@ def convert(
         The file to write: .parquet (squall, keeps everything), .csv (BurstGPT, or Azure if it was read as such),
         .jsonl (Mooncake), - for CSV on standard output.
     to
-        Format to write (burstgpt, azure, mooncake, squall), if the suffix should not say it.
+        Format to write (burstgpt, azure, mooncake, ragpulse, squall), if the suffix should not say it.
     """
     from squall.progress import note
     from squall.trace import convert as run

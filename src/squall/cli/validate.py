@@ -4,11 +4,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from squall.cli.common import Output, TraceArgument, print_json
+from squall.cli.common import Output, Seed, TraceArgument, print_json
 
 
 def validate(
-    trace: TraceArgument, *, format: Annotated[str | None, Parameter(name="--format")] = None, output: Output = Output()
+    trace: TraceArgument,
+    *,
+    format: Annotated[str | None, Parameter(name="--format")] = None,
+    columns: str | None = None,
+    seed: Seed = Seed(),
+    output: Output = Output(),
 ) -> int:
     """Everything that is wrong or odd with a trace file, with row numbers. Exit code 2 if a row is wrong.
 
@@ -17,11 +22,13 @@ def validate(
     trace
         A trace file, or - for standard input.
     format
-        burstgpt, azure, mooncake or squall; detected if not given.
+        burstgpt, azure, mooncake, ragpulse, conversations or squall; detected if not given.
+    columns
+        Columns of any CSV file: arrival=NAME,request_tokens=NAME,response_tokens=NAME,...
     """
     from squall.trace import validate as run
 
-    result = run(trace, format=format)
+    result = run(trace, format=format, columns=columns)
     if output.json:
         print_json(result)
         return 0 if result.ok else 2

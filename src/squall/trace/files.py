@@ -15,7 +15,8 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.progress import note, progress
-from squall.trace.formats import FORMATS, Finding, Format, Parsed
+from squall.trace.formats import FORMATS, Finding, Format, Parsed, columns_format
+from squall.trace.join import joined
 from squall.trace.select import TraceOptions, select
 from squall.trace.table import Trace, TraceMeta, TraceSource
 
@@ -36,24 +37,34 @@ def open_trace(source: TraceSource, **options: Any) -> Trace:
         if name not in known:
             raise InputError(f"{name}: there is no such option; the trace options are {', '.join(sorted(known))}.")
     chosen = TraceOptions(**options)
+    if isinstance(chosen.join, str):
+        raise InputError(f"join={chosen.join!r}: a tuple of files is needed, such as join=({chosen.join!r},).")
+    trace = _source(source, chosen)
+    if chosen.join:
+        trace = joined([trace, *(_source(part, chosen) for part in chosen.join)])
+    return select(trace, chosen)
+
+
+def _source(source: TraceSource, chosen: TraceOptions) -> Trace:
     if isinstance(source, Trace):
-        return select(source, chosen)
+        return source
     scheme, found, name = str(source).partition("://")
-    if found:
-        if scheme not in _SCHEMES:
-            names = ", ".join(f"{known}://NAME" for known in _SCHEMES)
-            raise InputError(f"{source}: no such kind of source; a TRACE is a file, - or {names}.")
-        module, _, function = _SCHEMES[scheme].partition(":")
-        return select(getattr(importlib.import_module(module), function)(name, chosen.seed), chosen)
-    return select(read_trace(source, chosen.format), chosen)
+    if not found:
+        return read_trace(source, chosen.format, chosen.columns)
+    if scheme not in _SCHEMES:
+        names = ", ".join(f"{known}://NAME" for known in _SCHEMES)
+        raise InputError(f"{source}: no such kind of source; a TRACE is a file, - or {names}.")
+    module, _, function = _SCHEMES[scheme].partition(":")
+    drawn: Trace = getattr(importlib.import_module(module), function)(name, chosen.seed)
+    return drawn
 
 
-def read_trace(source: str | Path, format: str | None = None) -> Trace:
-    """The whole trace in a file, unfiltered. `format` overrides the detection.
+def read_trace(source: str | Path, format: str | None = None, columns: str | None = None) -> Trace:
+    """The whole trace in a file, unfiltered. `format` overrides the detection; `columns` maps those of any CSV file.
 
     Rows out of order are sorted (stable) with a note. Raises InputError for the first thing wrong with the file.
     """
-    data, form = _open(source, format)
+    data, form = _open(source, format, columns)
     with progress(f"Reading {Path(str(source)).name}"):
         parsed = _parse(source, data, form)
     for finding in parsed.findings:
@@ -62,10 +73,10 @@ def read_trace(source: str | Path, format: str | None = None) -> Trace:
     return _trace(source, data, form, parsed)
 
 
-def examine(source: str | Path, format: str | None = None) -> tuple[Parsed, Format, str]:
-    """What a file's rows are and everything its parser found, good or bad; with its format and sha256."""
-    data, form = _open(source, format)
-    return _parse(source, data, form), form, hashlib.sha256(data).hexdigest()
+def examine(source: str | Path, format: str | None = None, columns: str | None = None) -> tuple[Parsed, Format, bytes]:
+    """What a file's rows are and everything its parser found, good or bad; with its format and its bytes."""
+    data, form = _open(source, format, columns)
+    return _parse(source, data, form), form, data
 
 
 def where(finding: Finding) -> str:
@@ -78,7 +89,10 @@ def where(finding: Finding) -> str:
     return f"rows {shown}{', …' if finding.count > 3 else ''} ({finding.count:,} in all)"
 
 
-def _open(source: str | Path, format: str | None) -> tuple[bytes, Format]:
+def _open(source: str | Path, format: str | None, columns: str | None = None) -> tuple[bytes, Format]:
+    if columns is not None and format is not None:
+        raise InputError("--columns and --format both say how to read the file; give one of them.")
+    mapped = columns_format(columns) if columns is not None else None
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
     if str(source) == "-":
@@ -86,6 +100,11 @@ def _open(source: str | Path, format: str | None) -> tuple[bytes, Format]:
     else:
         path = Path(source)
         if path.is_dir():
+            if next(path.glob("chunk-*-trace.csv"), None):
+                raise InputError(
+                    f"{source}: it is a ServeGen pool, which holds fits and not requests; squall.trace.read_servegen "
+                    "reads it."
+                )
             raise InputError(f"{source}: it is a directory; name a trace file in it.")
         try:
             data = path.read_bytes()
@@ -104,6 +123,10 @@ def _open(source: str | Path, format: str | None) -> tuple[bytes, Format]:
             ) from error
     if not data.strip():
         raise InputError(f"{source}: the file is empty.")
+    if mapped is not None:
+        if data[:4] == b"PAR1" or data.lstrip()[:1] in (b"{", b"["):
+            raise InputError(f"{source}: --columns maps the columns of a CSV file, and this is none; leave it out.")
+        return data, mapped
     return data, _demand_columns(source, data, FORMATS[format]) if format else _detect(source, data)
 
 
@@ -111,8 +134,8 @@ def _detect(source: str | Path, data: bytes) -> Format:
     if data[:4] == b"PAR1":
         return FORMATS["squall"]
     line, names = _header(data)
-    if line.startswith("{"):
-        return FORMATS["mooncake"]
+    if line.startswith(("{", "[")):
+        return FORMATS[_json_format(line)]
     for form in FORMATS.values():
         if form.kind == "csv" and set(form.required) <= names:
             return form
@@ -123,7 +146,24 @@ def _detect(source: str | Path, data: bytes) -> Format:
     if set(best.required) & names:
         return _demand_columns(source, data, best)
     titles = ", ".join(form.title for form in FORMATS.values())
-    raise InputError(f"{source}: not a trace format that squall knows ({titles}); it begins {line[:60]!r}.")
+    mapping = " --columns maps the columns of any CSV file." if len(names) >= 3 else ""
+    raise InputError(f"{source}: not a trace format that squall knows ({titles}); it begins {line[:60]!r}.{mapping}")
+
+
+def _json_format(line: str) -> str:
+    """Which JSON format a file has, by its first line."""
+    try:
+        first = msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        first = None
+    if line.startswith("[") or (line == "{" and first is None):
+        return "conversations"
+    if isinstance(first, dict):
+        if "conversations" in first or "conversation" in first:
+            return "conversations"
+        if isinstance(first.get("timestamp"), str) or isinstance(first.get("hash_ids"), dict):
+            return "ragpulse"
+    return "mooncake"
 
 
 def _demand_columns(source: str | Path, data: bytes, form: Format) -> Format:
@@ -151,7 +191,8 @@ def _parse(source: str | Path, data: bytes, form: Format) -> Parsed:
 
 
 def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Trace:
-    known, notes = dict(parsed.meta), []
+    known = dict(parsed.meta)
+    notes = list(known.pop("notes", []))
     kept: TraceMeta | None = known.pop("kept", None)
     columns = parsed.columns
     if columns.is_empty():
@@ -205,7 +246,10 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
         what = f"--to {format}: no such format" if format else f"{path}: the suffix {path.suffix!r} names no format"
         known = "|".join(FORMATS)
         raise InputError(f"{what}; use .parquet (squall), .csv (BurstGPT or Azure), .jsonl (Mooncake) or --to {known}.")
-    data = FORMATS[name].write(trace.table, trace.meta)
+    write = FORMATS[name].write
+    if write is None:
+        raise InputError(f"{path}: squall reads {FORMATS[name].title} but does not write it; use .parquet or .csv.")
+    data = write(trace.table, trace.meta)
     if str(path) == "-":
         sys.stdout.buffer.write(data)
         return

@@ -11,6 +11,7 @@ from squall.errors import InputError
 from squall.progress import note
 from squall.seeds import DEFAULT_SEED, stream
 from squall.trace.table import Trace
+from squall.trace.ties import TieRule, break_ties
 from squall.units import seconds
 
 ScaleMethod = Literal["compress", "thin", "superpose", "model"]
@@ -22,7 +23,13 @@ class TraceOptions:
     """Filters and scaling, applied in the order of these fields."""
 
     format: str | None = None
-    """Format of the input (burstgpt, azure, mooncake, squall); detected if not given."""
+    """Format of the input (burstgpt, azure, mooncake, ragpulse, conversations, squall); detected if not given."""
+    columns: str | None = None
+    """Columns of any CSV file: arrival=NAME,request_tokens=NAME,response_tokens=NAME,..."""
+    join: tuple[str, ...] = ()
+    """A further part on the same clock, such as BurstGPT_2.csv after BurstGPT_1.csv; may be repeated."""
+    ties: TieRule = "keep"
+    """Requests inside one tick of a coarse clock: keep together, spread (sorted uniform, seeded) or even."""
     service: Literal["conversation", "api"] | None = None
     """Only this service."""
     model_name: str | None = None
@@ -54,12 +61,14 @@ class TraceOptions:
 def select(trace: Trace, options: TraceOptions) -> Trace:
     """`trace` with `options` applied in the order of their fields; every step is noted in the metadata.
 
+    Ties are broken before anything is left out, so that a request's time does not depend on the filters.
     The result starts at arrival 0: START of `between`, else its first request. Raises InputError if nothing is left.
     """
     if options.rate is not None and options.speed is not None:
         raise InputError("--rate and --speed both set the load; give one of them.")
     if options.seed < 0:
         raise InputError(f"--seed {options.seed}: a seed is a whole number from 0.")
+    trace = break_ties(trace, options.ties, options.seed)
     trace = _filter(trace, options)
     trace = _limit(trace, options)
     if options.sample is not None:

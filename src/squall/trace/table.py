@@ -90,8 +90,7 @@ class Trace:
         if not table["arrival"].is_sorted():
             table = table.sort("arrival", maintain_order=True)
         if table["turn"].null_count() == len(table) and table["session"].null_count() < len(table):
-            turn = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("session")
-            table = table.with_columns(turn=pl.when(pl.col("session").is_not_null()).then(turn))
+            table = table.with_columns(turn=_turns(table["session"]))
         return cls(table, meta)
 
     def __len__(self) -> int:
@@ -111,6 +110,14 @@ class Trace:
         """This trace with other rows and, if `step` is given, that step added to the metadata."""
         steps = [*self.meta.steps, step] if step else self.meta.steps
         return Trace(table, msgspec.structs.replace(self.meta, steps=steps, **meta))
+
+
+def _turns(session: pl.Series) -> pl.Series:
+    """The place of each request in its session, from 1; null outside of sessions (which are most rows, so left out)."""
+    rows = session.is_not_null().arg_true()
+    known = pl.DataFrame({"session": session.gather(rows)})
+    place = known.select(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("session")).to_series()
+    return pl.zeros(len(session), pl.Int32, eager=True).set(session.is_null(), None).scatter(rows, place)
 
 
 TraceSource = Trace | str | Path

@@ -1,0 +1,41 @@
+"""squall's own Parquet: the Trace table, its metadata in the file's key-value metadata."""
+
+import io
+
+import msgspec
+import polars as pl
+
+from squall.errors import InputError
+from squall.trace.formats.rows import Finding, Parsed, finding_at
+from squall.trace.table import REQUIRED, SCHEMA, TraceMeta
+
+_META_KEY = "squall.trace"
+
+
+def parse_squall(data: bytes) -> Parsed:
+    """squall's own Parquet: the Trace table, its metadata in the file's key-value metadata."""
+    try:
+        frame = pl.read_parquet(io.BytesIO(data))
+        kept = pl.read_parquet_metadata(io.BytesIO(data)).get(_META_KEY)
+        meta = msgspec.json.decode(kept, type=TraceMeta) if kept else None
+    except (pl.exceptions.PolarsError, msgspec.DecodeError, OSError) as error:
+        raise InputError(f"it cannot be read as a squall Parquet file: {str(error).splitlines()[0]}") from error
+    missing = [name for name in REQUIRED if name not in frame.columns]
+    if missing:
+        raise InputError(f"the column {missing[0]!r} is missing; a squall Parquet trace has {', '.join(REQUIRED)}")
+    findings: list[Finding] = []
+    for name in REQUIRED:
+        if not frame.schema[name].is_numeric():
+            raise InputError(f"the column {name!r} holds {frame.schema[name]}, not numbers")
+        column = frame[name].cast(pl.Float64)
+        bad = column.is_null() | ~column.is_finite() | (column < 0)
+        if bad.any():
+            findings.append(finding_at("error", "bad-value", f"{name!r} is missing, negative or not finite", bad))
+    frame = frame.select([name for name in SCHEMA if name in frame.columns])
+    return Parsed(frame, findings, {"kept": meta} if meta else {})
+
+
+def write_squall(table: pl.DataFrame, meta: TraceMeta) -> bytes:
+    out = io.BytesIO()
+    table.write_parquet(out, metadata={_META_KEY: msgspec.json.encode(meta).decode()})
+    return out.getvalue()
