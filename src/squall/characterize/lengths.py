@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 from msgspec import Struct
 
-from squall.characterize.concurrency import bin_counts, gamma_shape
-from squall.characterize.summary import Summary, correlation, describe, known, position, ranks
+from squall.characterize.concurrency import gamma_shape
+from squall.characterize.summary import LONGEST_TABLE, Summary, correlation, describe, known, position, ranks
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
@@ -109,11 +109,15 @@ class LengthTime(Struct, frozen=True, kw_only=True):
 
 def length_statistics(tokens: np.ndarray) -> Lengths:
     """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order)."""
-    ordered = np.sort(tokens)
-    if ordered.size == 0:
+    if tokens.size == 0:
         return Lengths()
-    first = np.flatnonzero(np.diff(ordered, prepend=-1))
-    values, counts = ordered[first].astype(np.int64), np.diff(first, append=ordered.size)
+    if tokens.max() < LONGEST_TABLE:
+        table = np.bincount(tokens)
+        values = np.flatnonzero(table)
+        counts = table[values]
+    else:
+        values, counts = np.unique(tokens.astype(np.int64), return_counts=True)
+    ordered = np.repeat(values, counts)
     positive = values > 0
     zipf, fits = _fits(values[positive], counts[positive])
     return Lengths(
@@ -145,7 +149,12 @@ def response_bands(request: np.ndarray, response: np.ndarray) -> list[Band]:
         return []
     edges = _edges(int(request.max()), 2)
     # One sort of (bin, response) packed into an integer puts every bin in a run and its responses in order.
-    packed = np.sort((np.digitize(request, edges) << 32) + response)
+    longest = int(request.max())
+    if longest < LONGEST_TABLE:
+        bins = np.digitize(np.arange(longest + 1), edges)[request]
+    else:
+        bins = np.digitize(request, edges)
+    packed = np.sort((bins << 32) + response)
     bin_of, response = packed >> 32, packed & 0xFFFFFFFF
     bands = []
     for start, stop in pairwise(np.flatnonzero(np.diff(bin_of, prepend=-1, append=-1)).tolist()):
@@ -163,15 +172,18 @@ def length_time(
 ) -> list[LengthTime]:
     """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed."""
     result = []
+    all_lengths = tokens.astype(float)
+    until = np.concatenate(([0.0], np.cumsum(all_lengths)))
     for scale in scales:
         windows = int((end - start) // scale)
-        inside = arrivals < start + windows * scale
-        if not 5 <= windows <= 10_000_000 or not inside.any():
+        if not 5 <= windows <= 10_000_000:
             continue
-        length = tokens[inside].astype(float)
-        window_of = np.floor((arrivals[inside] - start) / scale).astype(np.int64)
-        count = bin_counts(arrivals[inside], scale, start, end)[:windows]
-        load = np.bincount(window_of, length, windows)
+        # Sorted arrivals are cut at the edges of the windows.
+        places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
+        length = all_lengths[: places[-1]]
+        if length.size == 0:
+            continue
+        count, load = np.diff(places), np.diff(until[places])
         busy = count > 0
         # Drawn without replacement, a window of c of n lengths has mean c m and variance c s^2 (n - c) / (n - 1).
         n, mean, variance = length.size, length.mean(), length.var()
