@@ -25,6 +25,7 @@ _VERBS = {
     "replay": "replay",
     "report": "report",
     "simulate": "simulate",
+    "study": "study",
     "validate": "trace",
 }
 

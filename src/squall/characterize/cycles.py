@@ -260,12 +260,12 @@ def periodicity(arrivals: np.ndarray, start: float, end: float) -> Periodicity:
         if hours < 48:
             return Periodicity(bin=width, periods=periods)
         counts = bin_counts(arrivals, HOUR, start, end)[:hours].astype(float)
-    day, mean = _autocorrelation(counts, 24), counts.mean()
+    day, mean = autocorrelation(counts, 24), counts.mean()
     return Periodicity(
         verdict=None if day is None else "periodic" if day >= REPEATS else "aperiodic",
-        acf_hour=_autocorrelation(counts, 1),
+        acf_hour=autocorrelation(counts, 1),
         acf_day=day,
-        acf_week=_autocorrelation(counts, 168),
+        acf_week=autocorrelation(counts, 168),
         hour_of_day_share=_explained(counts, 24),
         hour_of_week_share=_explained(counts, 168),
         cv=float(counts.std() / mean) if mean > 0 else None,
@@ -363,7 +363,7 @@ def _known(values: np.ndarray) -> list[float | None]:
     return [value if np.isfinite(value) else None for value in values.tolist()]
 
 
-def _autocorrelation(series: np.ndarray, lag: int) -> float | None:
+def autocorrelation(series: np.ndarray, lag: int) -> float | None:
     """Sample autocorrelation at `lag`; None for fewer than two lags of data or a constant series."""
     if series.size < 2 * lag:
         return None
