@@ -26,6 +26,7 @@ _VERBS = {
     "replay": "replay",
     "report": "report",
     "simulate": "simulate",
+    "study": "study",
     "validate": "trace",
 }
 

@@ -1,9 +1,8 @@
-"""Arrivals against slow obvious versions, closed forms, and the published statistics of the real series."""
+"""Arrivals against slow obvious versions and closed forms."""
 
 from itertools import pairwise
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,15 +10,11 @@ from scipy import stats
 
 from squall.characterize.concurrency import (
     bin_counts,
-    day_of_week,
     despread,
     dispersion,
     gamma_fits,
     gamma_windows,
     gap_statistics,
-    hour_of_day,
-    peak_to_trough,
-    periodicity,
     rate_series,
 )
 from squall.errors import InputError
@@ -153,56 +148,3 @@ def test_bins_lose_nothing(arrivals: np.ndarray, width: float) -> None:
     series = rate_series(arrivals, arrivals[0], arrivals[-1])
     assert sum(series.counts) == arrivals.size
     assert len(series.counts) <= 500
-
-
-def test_hours_and_weekdays_are_counted_over_the_time_observed() -> None:
-    # One request every ten minutes for 10.5 days from a Friday, 06:00: every hour has 6, every day 144.
-    arrivals = np.arange(0, 10.5 * 86400, 600.0)
-    end = 10.5 * 86400
-    assert hour_of_day(arrivals, 0, end, 6 * 3600.0) == pytest.approx([6.0] * 24)
-    assert day_of_week(arrivals, 0, end, 6 * 3600.0, 4) == pytest.approx([144.0] * 7)
-    assert hour_of_day(arrivals, 0, end, None) == []
-    assert hour_of_day(arrivals[:100], 0, arrivals[99], 0.0) == []
-    assert day_of_week(arrivals, 0, end, 0.0, None) == []
-    night = arrivals[(arrivals % 86400 < 6 * 3600)]
-    by_hour = hour_of_day(night, 0, end, 6 * 3600.0)
-    assert [hour for hour, mean in enumerate(by_hour) if mean > 0] == [6, 7, 8, 9, 10, 11]
-    assert peak_to_trough(by_hour) is None
-    friday = day_of_week(arrivals[:108], 0, end, 6 * 3600.0, 4)
-    assert [day for day, mean in enumerate(friday) if mean > 0] == [4]
-
-
-# The columns of burstgpt_1_hourly.csv against the published statistics of BurstGPT part 1.
-@pytest.mark.parametrize(
-    ("service", "ratio", "peak", "trough", "daily", "weekly", "hourly_index", "daily_index"),
-    [
-        ("conversation", 45.6, (16, 237.0), (6, 5.2), 0.78, 0.80, 78, None),
-        ("api", 11.3, (12, 1662.3), (7, 147.0), 0.06, 0.01, 5890, 33236),
-        ("all", 11.7, (14, 1795.9), (7, 153.3), 0.07, 0.02, 5322, None),
-    ],
-)
-def test_the_hourly_series_of_burstgpt(
-    traces,  # type: ignore[no-untyped-def]
-    service: str,
-    ratio: float,
-    peak: tuple[int, float],
-    trough: tuple[int, float],
-    daily: float,
-    weekly: float,
-    hourly_index: float,
-    daily_index: float | None,
-) -> None:
-    counts = pl.read_csv(traces / "burstgpt" / "burstgpt_1_hourly.csv")[service].to_numpy()
-    arrivals = np.concatenate([hour * 3600 + np.arange(n) * (3600 / max(n, 1)) for hour, n in enumerate(counts)])
-    end = len(counts) * 3600.0
-    by_hour = hour_of_day(arrivals, 0, end, 0.0)
-    assert peak_to_trough(by_hour) == pytest.approx(ratio, abs=0.05)
-    assert by_hour[peak[0]] == max(by_hour) == pytest.approx(peak[1], abs=0.05)
-    assert by_hour[trough[0]] == min(by_hour) == pytest.approx(trough[1], abs=0.05)
-    repeats = periodicity(arrivals, 0, end)
-    assert repeats.acf_day == pytest.approx(daily, abs=0.005)
-    assert repeats.acf_week == pytest.approx(weekly, abs=0.005)
-    index = dict(dispersion(arrivals, (3600.0, 86400.0), 0.0, end))
-    assert index[3600.0] == pytest.approx(hourly_index, abs=0.6)
-    if daily_index:
-        assert index[86400.0] == pytest.approx(daily_index, abs=1)

@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from squall.characterize.concurrency import gamma_windows
 from squall.characterize.failures import Failures, failure_statistics
 
 
@@ -80,3 +81,36 @@ def test_the_five_minute_series_of_burstgpt(
     if lag1 is not None:
         assert found.lag1_count == pytest.approx(lag1, abs=0.01)
         assert found.load_correlation == pytest.approx(load, abs=0.005)
+
+
+def test_failures_by_the_burstiness_of_the_window_and_their_runs() -> None:
+    # Ten-minute windows in turn bursty (CV 2, 30 % fail) and regular (1 % fail).
+    rng = np.random.default_rng(4)
+    parts, lost = [], []
+    for window in range(60):
+        bursty = window % 2 == 0
+        gaps = rng.gamma(0.25, 8, 300) if bursty else rng.gamma(4, 0.5, 300)
+        times = np.cumsum(gaps) / gaps.sum() * 599 + 600 * window
+        parts.append(times)
+        lost.append(rng.random(300) < (0.3 if bursty else 0.01))
+    arrivals, failed = np.concatenate(parts), np.concatenate(lost)
+    fits = gamma_windows(arrivals, 600.0)
+    found = failure_statistics(arrivals, failed, np.zeros(arrivals.size, int), 0.0, 36000.0, fits)
+    shares = {bucket.low: bucket.failed_share for bucket in found.by_alpha}
+    assert sum(bucket.windows for bucket in found.by_alpha) == 60
+    assert sum(bucket.requests for bucket in found.by_alpha) == arrivals.size
+    assert max(shares) == 2.0
+    assert shares[2.0] < 0.03
+    assert min(shares[low] for low in shares if low < 1) > 0.2
+    assert found.alpha_correlation is not None
+    assert found.alpha_correlation < -0.5
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], failed.astype(int), [0]))))
+    assert found.runs.n == len(edges) // 2
+    assert found.runs.max == np.diff(edges)[::2].max()
+
+
+def test_independent_failures_have_runs_of_the_length_of_chance() -> None:
+    failed = np.random.default_rng(5).random(100_000) < 0.2
+    found = failure_statistics(np.arange(100_000.0), failed, np.zeros(100_000, int), 0.0, 99_999.0)
+    assert found.runs.mean == pytest.approx(1.25, abs=0.02)
+    assert found.by_alpha == ()

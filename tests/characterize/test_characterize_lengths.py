@@ -159,3 +159,21 @@ def test_the_cv_of_shuffled_lengths_is_that_of_shuffling_them() -> None:
     assert found.cv is not None
     assert found.shuffled_cv is not None
     assert found.cv > 2 * found.shuffled_cv
+
+
+def test_a_mixture_of_two_lognormals_is_found_again_and_ranked_first() -> None:
+    short, long = rng().lognormal(3.5, 0.6, 12_000), rng().lognormal(6.5, 0.5, 8_000)
+    tokens = np.maximum(np.round(np.concatenate([short, long])), 1).astype(int)
+    best = length_statistics(tokens).best_fit
+    assert best is not None
+    assert best.family == "lognormal-mixture"
+    expected = {"weight": 0.6, "mu1": 3.5, "sigma1": 0.6, "mu2": 6.5, "sigma2": 0.5}
+    assert best.parameters == pytest.approx(expected, rel=0.03)
+    assert best.ks < 0.01
+    assert best.bic == pytest.approx(best.aic + 5 * (np.log(20_000) - 2))
+    # The likelihood is that of the density, where lengths are long.
+    component = stats.lognorm(best.parameters["sigma1"], scale=np.exp(best.parameters["mu1"]))
+    other = stats.lognorm(best.parameters["sigma2"], scale=np.exp(best.parameters["mu2"]))
+    weight = best.parameters["weight"]
+    density = np.log(weight * component.pdf(tokens) + (1 - weight) * other.pdf(tokens)).sum()
+    assert best.aic == pytest.approx(10 - 2 * density, rel=1e-3)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
 HEADER = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
@@ -66,6 +67,21 @@ def test_the_report_is_written_beside_the_json(csv, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["requests"] == 100
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
+
+
+def test_the_series_are_written_to_a_directory(csv, tmp_path):
+    folder = tmp_path / "new" / "series"
+    done = squall(csv, "--json", "-o", folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "characterization.json").read_text()) == json.loads(done.stdout)
+    windows = pl.read_parquet(folder / "windows.parquet")
+    assert windows.filter(pl.col("service").is_null())["requests"].sum() == 300
+    assert windows.filter(pl.col("service").is_not_null())["requests"].sum() == 300
+    assert sorted(windows["model"].drop_nulls().unique()) == ["ChatGPT", "GPT-4"]
+    assert pl.read_parquet(folder / "hours.parquet").filter(pl.col("model").is_null())["requests"].sum() == 300
+    taken = squall(csv, "-o", csv)
+    assert taken.returncode == 2
+    assert "name a directory" in taken.stderr
 
 
 def test_one_row_and_hostile_names(tmp_path):

@@ -11,19 +11,22 @@ from squall.trace import Trace, TraceMeta
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> {{ 7*7 }} \u2028 & ' \""
 
 
-def trace(requests: int = 2000, source: str = "made.csv", model: str | None = "GPT-4", seed: int = 0) -> Trace:
-    """Two days of bursty requests of two services, some of them failed."""
+def trace(
+    requests: int = 2000, source: str = "made.csv", model: str | None = "GPT-4", seed: int = 0, days: float = 2.0
+) -> Trace:
+    """Some days of bursty requests of two services, some of them failed, with block hashes of their prompts."""
     rng = np.random.default_rng(seed)
     gaps = rng.gamma(0.4, 1 / 0.4, requests)
     response = np.where(rng.random(requests) < 0.05, 0, rng.integers(1, 800, requests))
     columns = {
-        "arrival": np.cumsum(gaps) / gaps.sum() * 2 * 86400,
+        "arrival": np.cumsum(gaps) / gaps.sum() * days * 86400,
         "request_tokens": np.exp(rng.normal(6, 1, requests)).astype(int) + 1,
         "response_tokens": response,
         "service": ["api" if k % 3 else "conversation" for k in range(requests)],
         "model": [model] * requests,
+        "prefix": [list(range(k % 5 + 1)) for k in range(requests)],
     }
-    return Trace.of(columns, TraceMeta(source=source, format="burstgpt", midnight=0.0, weekday=0))
+    return Trace.of(columns, TraceMeta(source=source, format="burstgpt", midnight=0.0, weekday=0, block_size=16))
 
 
 def run(

@@ -77,7 +77,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every kind of chart, on input that is hostile and has failures."""
     out = tmp_path_factory.mktemp("browser") / "page.html"
     runs = [run("The trace's own arrivals", message=EVIL), run(EVIL, seed=1), run("live", 60, kind="replay", seed=2)]
-    return squall.report(trace(), *runs, out=out, title="What smooth load hides", slo="ttft=1s", lead=["A finding."])
+    title, lead = "What smooth load hides", ["A finding."]
+    return squall.report(trace(8000, days=15.0), *runs, out=out, title=title, slo="ttft=1s", lead=lead)
 
 
 def browse(address: Path, profile: Path, *flags: str) -> str:
@@ -103,9 +104,17 @@ def test_every_chart_is_drawn(page: Path, tmp_path: Path, dark: bool) -> None:
     assert set(drawn) == {
         *("cdf-ttft", "cdf-e2e", "cdf-tpot", "run-arrivals", "run-dispersion", "in-flight", "waiting", "running"),
         *("kv-used", "failures", "rate", "dispersion", "alpha", "request-tokens", "response-tokens", "hours"),
+        *("boxes-requests", "boxes-request-tokens", "boxes-response-tokens", "bursts", "failed-share", "failed-alpha"),
+        *("week-days-0", "week-days-1", "week-days-2", "week-hours-0", "week-hours-1", "week-hours-2"),
+        *("working-day", "prefixes"),
     }
     for name, chart in drawn.items():
         lines = re.findall(r'class="mark-line[^>]*>(?:<path[^>]*? d="([^"]*)")', chart)
+        shapes = re.findall(r'class="mark-(?:rect|symbol)[^>]*>((?:<path[^>]*>(?:</path>)?)*)', chart)
+        if name.startswith(("boxes", "week", "bursts")):
+            assert sum(shape.count("<path") for shape in shapes) >= 2, name
+            assert "NaN" not in "".join(shapes), name
+            continue
         assert sum(line.count("L") for line in lines) >= 2, name
         assert "NaN" not in "".join(lines), name
 

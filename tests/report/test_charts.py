@@ -105,3 +105,38 @@ def test_a_chart_is_drawn_as_png(tmp_path: Path, dark: bool) -> None:
     assert content.startswith(b"\x89PNG")
     width = int.from_bytes(content[16:20], "big")
     assert 800 <= width <= 1000
+
+
+def values(chart: Any) -> list[dict[str, Any]]:
+    spec = charts.declaration(chart)
+    data = spec.get("data") or spec["layer"][0]["data"]
+    return data["values"] if "values" in data else spec["datasets"][data["name"]]
+
+
+def test_the_weekly_maps_and_boxes_hold_what_was_characterised() -> None:
+    stream = characterize(trace(8000, days=15.0)).total
+    cells = {(row["x"], row["day"]): row["y"] for row in values(charts.week_by_day(stream))}
+    assert len(cells) == 15
+    assert cells[3, "Mon"] == stream.weeks.days[2][0]
+    cells = {(row["x"], row["day"]): row["y"] for row in values(charts.week_by_hour(stream))}
+    assert len(cells) == 168
+    assert cells[23, "Sun"] == stream.weeks.hours[6][23]
+    for what in ("requests", "request_tokens", "response_tokens"):
+        rows = values(charts.hour_boxes({"a": stream}, what, "title"))
+        box = getattr(stream.hours, what)[5]
+        (row,) = (row for row in rows if row["x"] == 5)
+        numbers = (row["least"], row["low"], row["y"], row["high"], row["most"])
+        assert numbers == (box.min, box.q1, box.median, box.q3, box.max)
+
+
+def test_bursts_slots_failures_and_caches_are_drawn_as_they_are() -> None:
+    stream = characterize(trace(8000, days=4.0)).total
+    found = next(one for one in stream.bursts if one.scale == 600)
+    assert [y for _, y in rows(charts.burst_sizes({"a": stream}, 600.0), "a")] == found.series.requests
+    assert len(rows(charts.working_day_alpha({"a": stream}), "a")) == 72
+    shares = [y for _, y in rows(charts.failed_share_by_alpha({"a": stream}), "a")]
+    assert shares == [bucket.failed_share for bucket in stream.failures.by_alpha]
+    counted = zip(stream.failures.series.requests, stream.failures.series.failed, strict=True)
+    expected = [lost / count if count else None for count, lost in counted]
+    assert [y for _, y in rows(charts.failed_share_over_time({"a": stream}), "a")] == expected
+    assert rows(charts.cache_hits({"a": stream}), "a")[-1][1] == stream.prefixes.cache[-1].hit_share

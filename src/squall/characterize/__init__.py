@@ -2,31 +2,42 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from msgspec import Struct, structs
 
+from squall.characterize.bursts import Bursts, bursts
 from squall.characterize.concurrency import (
     Dispersion,
     FitMethod,
     GammaFits,
     Gaps,
-    Periodicity,
     RateSeries,
-    day_of_week,
     despread,
     dispersion_curve,
     gamma_fits,
     gamma_windows,
     gap_statistics,
-    hour_of_day,
-    peak_to_trough,
-    periodicity,
     rate_series,
 )
 from squall.characterize.conversations import Conversations, session_statistics
+from squall.characterize.cycles import (
+    HourBoxes,
+    Periodicity,
+    Weeks,
+    WorkingDay,
+    clock_hours,
+    day_of_week,
+    hour_boxes,
+    hour_of_day,
+    peak_to_trough,
+    periodicity,
+    weekly_maps,
+    working_day,
+)
 from squall.characterize.failures import Failures, failure_statistics
 from squall.characterize.findings import sentences
 from squall.characterize.lengths import (
@@ -39,6 +50,8 @@ from squall.characterize.lengths import (
     request_response,
     response_bands,
 )
+from squall.characterize.prefixes import Prefixes, prefix_sharing
+from squall.characterize.series import Series, series_of, write_series
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
 from squall.trace import Trace, TraceMeta, TraceSource, open_trace
@@ -79,9 +92,18 @@ class Stream(Struct, frozen=True, kw_only=True):
     peak_to_trough: float | None
     """Of `hour_of_day`."""
     periodicity: Periodicity
+    hours: HourBoxes
+    """Requests and tokens per hour, by hour of the day: five numbers each."""
+    weeks: Weeks
+    """Requests by week and day, and by weekday and hour."""
+    working_day: WorkingDay
+    """The average working day's Gamma parameters by slot of one window."""
+    bursts: list[Bursts]
+    """At several scales."""
     rate_series: RateSeries
     conversations: Conversations
     failures: Failures
+    prefixes: Prefixes
 
     @property
     def name(self) -> str:
@@ -109,30 +131,39 @@ class Characterization(Struct, frozen=True, kw_only=True):
 
 
 def characterize(
-    trace: TraceSource, *, window: Duration = "20m", fit: FitMethod = "moments", **options: Any
+    trace: TraceSource,
+    *,
+    window: Duration = "20m",
+    fit: FitMethod = "moments",
+    out: str | Path | None = None,
+    **options: Any,
 ) -> Characterization:
     """Concurrency, conversations, lengths and failures of a trace, per service and model.
 
-    `window` is the time over which gaps are fitted by a Gamma distribution, by `fit` "moments" or "mle"; `options` are
-    the trace options (see TraceOptions). Raises InputError for a trace or an option that cannot be used.
+    `window` is the time over which gaps are fitted by a Gamma distribution, by `fit` "moments" or "mle"; `out` is a
+    directory for characterization.json and the whole series as Parquet; `options` are the trace options (see
+    TraceOptions). Raises InputError for a trace or an option that cannot be used.
     """
     width = seconds(window, "--window")
     if width == 0:
         raise InputError("--window 0: a window is longer than 0 s; take 20m, for instance.")
     opened = open_trace(trace, **options)
     seed = options.get("seed", DEFAULT_SEED)
-    table = opened.table.drop("prefix")
+    hashed = opened.table["prefix"].null_count() < len(opened)
+    table = opened.table if hashed else opened.table.drop("prefix")
     parts = table.partition_by("service", "model", maintain_order=True)
     parts.sort(key=len, reverse=True)
     # Sorting and fitting release the interpreter lock; of one class the whole trace says it all.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tables = [table, *(parts if len(parts) > 1 else [])]
-        total, *streams = pool.map(lambda rows: _stream(rows, opened, width, fit, seed), tables)
+        measured = pool.map(lambda rows: _stream(rows, opened, width, fit, seed, keep=out is not None), tables)
+        (total, whole), *rest = measured
+    streams = [stream for stream, _ in rest] or [total]
     classes = [
         structs.replace(stream, service=part["service"][0], model=part["model"][0])
-        for stream, part in zip(streams or [total], parts, strict=True)
+        for stream, part in zip(streams, parts, strict=True)
     ]
-    return Characterization(
+    result = Characterization(
         meta=opened.meta,
         requests=len(opened),
         span=opened.span,
@@ -142,10 +173,17 @@ def characterize(
         classes=classes,
         findings=sentences(total, classes),
     )
+    if out is not None:
+        series = [whole, *(one for _, one in rest)]
+        names = [(None, None), *((one.service, one.model) for one in classes)]
+        write_series(Path(out), result, zip(names, series, strict=False))
+    return result
 
 
-def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, seed: int) -> Stream:
-    """The four aspects of `rows`, which are all of `trace` or one class of it."""
+def _stream(
+    rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, seed: int, keep: bool
+) -> tuple[Stream, Series]:
+    """The aspects of `rows`, which are all of `trace` or one class of it, and if `keep` their whole series."""
     meta = trace.meta
     arrivals = rows["arrival"].to_numpy()
     start, end = float(trace.table["arrival"][0]), float(trace.table["arrival"][-1])
@@ -154,11 +192,13 @@ def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, see
     answered = ~failed & (request > 0)
     # Compressed time has no hours of the day.
     midnight = meta.midnight if meta.speed == 1 else None
-    cycle = hour_of_day(arrivals, start, end, midnight)
+    hours = None if midnight is None else clock_hours(arrivals, request, response, start, end, midnight)
+    cycle = hour_of_day(hours)
     # Spreading a single tick would invent a process out of nothing.
     spread = despread(arrivals, meta.tick, seed) if meta.tick and arrivals[-1] > arrivals[0] else None
-    fits = gamma_windows(arrivals if spread is None else spread, window, method=fit)
-    return Stream(
+    finest = arrivals if spread is None else spread
+    fits = gamma_windows(finest, window, method=fit, phase=midnight or 0.0)
+    stream = Stream(
         service=None,
         model=None,
         requests=len(rows),
@@ -174,13 +214,19 @@ def _stream(rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, see
         gamma_windows=gamma_fits(fits, meta.tick),
         dispersion=dispersion_curve(arrivals, start, end, spread, meta.tick),
         hour_of_day=cycle,
-        day_of_week=day_of_week(arrivals, start, end, midnight, meta.weekday),
+        day_of_week=day_of_week(hours, meta.weekday),
         peak_to_trough=peak_to_trough(cycle),
-        periodicity=periodicity(arrivals, start, end),
+        periodicity=periodicity(finest, start, end),
+        hours=hour_boxes(hours),
+        weeks=weekly_maps(hours, midnight, meta.weekday),
+        working_day=working_day(fits, start, end, midnight, meta.weekday),
+        bursts=bursts(finest, start, end),
         rate_series=rate_series(arrivals, start, end),
         conversations=session_statistics(rows),
-        failures=failure_statistics(arrivals, failed, request, start, end),
+        failures=failure_statistics(arrivals, failed, request, start, end, fits),
+        prefixes=prefix_sharing(rows, meta.block_size) if "prefix" in rows.columns else Prefixes(),
     )
+    return stream, series_of(stream, fits, hours, finest, midnight, start, end) if keep else {}
 
 
 callable_room(__name__)

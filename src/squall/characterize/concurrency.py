@@ -1,4 +1,4 @@
-"""When requests arrive: rate, gaps, burstiness over all time scales, and the daily and weekly cycle.
+"""When requests arrive: rate, gaps, and burstiness over all time scales.
 
 Gaps tau inside one window of time follow Gamma(shape alpha, rate beta),
 
@@ -30,9 +30,10 @@ MINIMUM_BINS = 5
 MAXIMUM_WINDOWS = 10_000_000
 """More windows than this are a slip in the flag, not a question."""
 
+STRIDE = 8
+"""The distance between gaps and fit is looked for at every eighth gap first."""
 MAXIMUM_POINTS = 500
 """A series that is kept for a chart has at most this many points."""
-HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 
 FitMethod = Literal["moments", "mle"]
 
@@ -97,19 +98,6 @@ class Dispersion(Struct, frozen=True, kw_only=True):
     """Of the arrivals spread inside the clock's ticks, at scales below 10 ticks, where ticks colour `index`."""
 
 
-class Periodicity(Struct, frozen=True, kw_only=True):
-    """How much of the hourly counts repeats; null where the trace is shorter than two periods."""
-
-    acf_day: float | None = None
-    """Autocorrelation of the hourly counts at 24 h."""
-    acf_week: float | None = None
-    """The same at 168 h."""
-    hour_of_day_share: float | None = None
-    """Share of the variance of the hourly counts that the hour of day explains."""
-    hour_of_week_share: float | None = None
-    """Share that the hour of the week explains."""
-
-
 class RateSeries(Struct, frozen=True, kw_only=True):
     """Requests per bin over the whole trace, at most 500 bins of a round width."""
 
@@ -127,7 +115,7 @@ class GammaWindows:
     window: float
     """Length of a window, s."""
     start: np.ndarray
-    """Start of each window, s on the clock of the arrivals; multiples of `window`, without a hole."""
+    """Start of each window, s on the clock of the arrivals, without a hole."""
     count: np.ndarray
     """Arrivals in each window."""
     gaps: np.ndarray
@@ -142,6 +130,11 @@ class GammaWindows:
     """Coefficient of variation of the gaps, population standard deviation / mean."""
     ks: np.ndarray
     """Kolmogorov-Smirnov distance between the gaps and the fitted Gamma."""
+    mean: np.ndarray
+    variance: np.ndarray
+    log_mean: np.ndarray
+    """Mean and population variance of the gaps, and mean of their logarithms (nan for the method of moments); also of
+    skipped windows, nan only without a gap."""
     method: FitMethod
     tick: float | None
     """The arrivals were spread inside ticks of this many seconds before the fit; None: fitted as recorded."""
@@ -165,30 +158,33 @@ def gamma_windows(
     method: FitMethod = "moments",
     minimum: int = 10,
     seed: int = DEFAULT_SEED,
+    phase: float = 0.0,
 ) -> GammaWindows:
     """Fit a Gamma distribution to the gaps in each window of time.
 
-    `arrivals` are sorted seconds; windows of `window` seconds start at its multiples, from the first arrival's to the
-    last's. With `tick` (resolution of the recorded times, s) the arrivals are first spread by `despread`. "moments"
-    takes alpha = m^2/v and beta = m/v (population variance); "mle" is maximum likelihood over the positive gaps.
+    `arrivals` are sorted seconds; windows of `window` seconds start at its multiples less `phase` (the time of day at
+    arrival 0, for windows that begin on the hour), from the first arrival's to the last's. With `tick` (resolution of
+    the recorded times, s) the arrivals are first spread by `despread`. "moments" takes alpha = m^2/v and beta = m/v
+    (population variance); "mle" is maximum likelihood over the positive gaps.
     Windows with fewer than `minimum` gaps, or whose gaps are all equal, are skipped.
     """
     if tick:
         arrivals = despread(arrivals, tick, seed)
     arrivals = np.asarray(arrivals, dtype=float)
-    first = int(arrivals[0] // window)
-    windows = int(arrivals[-1] // window) - first + 1
+    first = int((arrivals[0] + phase) // window)
+    windows = int((arrivals[-1] + phase) // window) - first + 1
     if windows > MAXIMUM_WINDOWS:
         raise InputError(
             f"window: {in_words(window)} cuts {in_words(arrivals[-1] - arrivals[0])} into {windows:,} windows; "
             f"take one that gives at most {MAXIMUM_WINDOWS:,}."
         )
-    slot = np.floor(arrivals / window).astype(np.int64) - first
+    slot = np.floor((arrivals + phase) / window).astype(np.int64) - first
     count = np.bincount(slot, minlength=windows)
     gap, owner = np.diff(arrivals), slot[1:]
     if method == "mle":
         gap, owner = gap[gap > 0], owner[gap > 0]
     gaps = np.bincount(owner, minlength=windows)
+    log_mean = np.full(windows, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.bincount(owner, gap, windows) / gaps
         variance = np.bincount(owner, (gap - mean[owner]) ** 2, windows) / gaps
@@ -203,7 +199,7 @@ def gamma_windows(
         beta = alpha / mean
     return GammaWindows(
         window=window,
-        start=(first + np.arange(windows)) * window,
+        start=(first + np.arange(windows)) * window - phase,
         count=count,
         gaps=gaps,
         rate=count / window,
@@ -211,6 +207,9 @@ def gamma_windows(
         beta=beta,
         cv=cv,
         ks=_gamma_distance(gap, owner, alpha, beta),
+        mean=mean,
+        variance=variance,
+        log_mean=log_mean,
         method=method,
         tick=tick,
     )
@@ -244,24 +243,34 @@ def dispersion(
     start = float(arrivals[0]) if start is None else start
     end = float(arrivals[-1]) if end is None else end
     result = []
+    occupied, held, of = arrivals, np.ones(0), 0.0
     for scale in scales:
         bins = int((end - start) // scale)
-        inside = int(np.searchsorted(arrivals, start + bins * scale))
-        if bins < MINIMUM_BINS or inside == 0:
+        if bins < MINIMUM_BINS or arrivals[0] >= start + bins * scale:
             continue
         # Sorted arrivals: equal bins stand side by side, so the empty ones need no memory, however long the span is.
-        bin_of = np.floor((arrivals[:inside] - start) / scale)
-        counts = np.diff(np.flatnonzero(np.diff(bin_of, prepend=-1.0, append=np.inf)))
-        mean = inside / bins
-        result.append((scale, float((counts.astype(float) ** 2).sum() / bins / mean - mean)))
+        # Bins of a multiple of the scale before are made of its bins.
+        if of and scale % of == 0:
+            bin_of = occupied // int(scale / of)
+            first = np.flatnonzero(np.diff(bin_of, prepend=-1))
+            held = np.add.reduceat(held, first)
+        else:
+            bin_of = np.floor((arrivals - start) / scale).astype(np.int64)
+            first = np.flatnonzero(np.diff(bin_of, prepend=-1))
+            held = np.diff(first, append=arrivals.size).astype(float)
+        occupied, of = bin_of[first], scale
+        counts = held[: np.searchsorted(occupied, bins)]
+        mean = counts.sum() / bins
+        result.append((scale, float(counts @ counts / bins / mean - mean)))
     return result
 
 
 def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> np.ndarray:
-    """Arrivals (int) in each bin of `width` seconds that covers [start, end]; the last bin may reach beyond `end`."""
+    """Sorted arrivals (int) in each bin of `width` s that covers [start, end]; the last bin may reach beyond `end`."""
     bins = max(1, int(np.floor((end - start) / width)) + 1)
-    inside = arrivals[(arrivals >= start) & (arrivals <= end)]
-    return np.bincount(np.floor((inside - start) / width).astype(np.int64), minlength=bins)
+    # Sorted arrivals are cut at the edges of the bins, which are far fewer.
+    places = np.searchsorted(arrivals, start + width * np.arange(bins))
+    return np.diff(places, append=np.searchsorted(arrivals, end, side="right"))
 
 
 def gap_statistics(arrivals: np.ndarray, spread: np.ndarray | None = None) -> Gaps:
@@ -331,93 +340,40 @@ def rate_series(arrivals: np.ndarray, start: float, end: float) -> RateSeries:
     return RateSeries(start=start, width=width, counts=bin_counts(arrivals, width, start, end).tolist())
 
 
-def hour_of_day(arrivals: np.ndarray, start: float, end: float, midnight: float | None) -> list[float]:
-    """Mean requests per hour in each of the 24 hours of the day, over the time [start, end] s that was observed.
-
-    `midnight` is the time of day, s, at arrival 0. Empty if it is unknown or if less than a day was observed.
-    """
-    if midnight is None or end - start < DAY:
-        return []
-    return _mean_over_cycle(arrivals + midnight, start + midnight, end + midnight, HOUR, 24)
-
-
-def day_of_week(
-    arrivals: np.ndarray, start: float, end: float, midnight: float | None, weekday: int | None
-) -> list[float]:
-    """Mean requests per day on each weekday, Monday first; as `hour_of_day`, with `weekday` that of the first midnight.
-
-    Empty if that is unknown or if less than a week was observed.
-    """
-    if midnight is None or weekday is None or end - start < WEEK:
-        return []
-    shift = midnight + weekday * DAY
-    return _mean_over_cycle(arrivals + shift, start + shift, end + shift, DAY, 7)
-
-
-def peak_to_trough(cycle: list[float]) -> float | None:
-    """Highest over lowest value of a daily cycle; None if there is none or if its trough is empty."""
-    return max(cycle) / min(cycle) if cycle and min(cycle) > 0 else None
-
-
-def periodicity(arrivals: np.ndarray, start: float, end: float) -> Periodicity:
-    """Daily and weekly repetition of the counts in the whole hours from `start` to `end`."""
-    hours = int((end - start) // HOUR)
-    if not 48 <= hours <= MAXIMUM_WINDOWS:
-        return Periodicity()
-    counts = bin_counts(arrivals, HOUR, start, end)[:hours].astype(float)
-    return Periodicity(
-        acf_day=_autocorrelation(counts, 24),
-        acf_week=_autocorrelation(counts, 168),
-        hour_of_day_share=_explained(counts, 24),
-        hour_of_week_share=_explained(counts, 168),
-    )
-
-
-def _mean_over_cycle(times: np.ndarray, start: float, end: float, part: float, parts: int) -> list[float]:
-    """Mean count per `part` seconds in each part of a cycle of `parts` of them, which begins at time 0."""
-    counts = np.bincount(np.floor(times / part).astype(np.int64) % parts, minlength=parts)
-    offset, cycle = np.arange(parts) * part, parts * part
-
-    def observed(until: float) -> np.ndarray:
-        return until // cycle * part + np.clip(until % cycle - offset, 0, part)
-
-    return (counts / ((observed(end) - observed(start)) / part)).tolist()
-
-
-def _autocorrelation(series: np.ndarray, lag: int) -> float | None:
-    """Sample autocorrelation at `lag`; None for fewer than two lags of data or a constant series."""
-    if series.size < 2 * lag:
-        return None
-    off = series - series.mean()
-    total = float(off @ off)
-    return float(off[lag:] @ off[:-lag]) / total if total > 0 else None
-
-
-def _explained(series: np.ndarray, period: int) -> float | None:
-    """Share of the variance of `series` that the mean of each phase of `period` explains; None as above."""
-    if series.size < 2 * period or series.var() == 0:
-        return None
-    phase = np.arange(series.size) % period
-    means = np.bincount(phase, series) / np.bincount(phase)
-    return float(1 - ((series - means[phase]) ** 2).mean() / series.var())
-
-
 def _gamma_distance(gap: np.ndarray, owner: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """Kolmogorov-Smirnov distance of each window's gaps to its own Gamma(alpha, rate beta); nan without a fit."""
     from scipy.special import gammainc
 
-    distance = np.full(alpha.size, np.nan)
-    fitted = np.isfinite(alpha)[owner]
-    gap, owner = gap[fitted], owner[fitted]
-    if gap.size == 0:
-        return distance
-    # Owners are sorted and a cdf lies in [0, 1), so that one sort of their sum sorts every window in its place.
-    cdf = np.minimum(gammainc(alpha[owner], beta[owner] * gap), 1 - 1e-8)
-    cdf = np.sort(owner + cdf, kind="stable") - owner
+    fitted = np.isfinite(alpha)
+    if not fitted.any():
+        return np.full(alpha.size, np.nan)
+    if not fitted.all():
+        gap, owner = gap[fitted[owner]], owner[fitted[owner]]
+    # The bits of positive 32-bit floats sort like the numbers, so one sort of integers sorts every window in its place.
+    packed = np.sort(owner << 32 | gap.astype(np.float32).view(np.uint32).astype(np.int64))
+    gap = (packed & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(float)
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     size = np.diff(first, append=gap.size)
     rank = np.arange(gap.size) - np.repeat(first, size)
     number = np.repeat(size, size)
-    off = np.maximum((rank + 1) / number - cdf, cdf - rank / number)
-    distance[owner[first]] = np.maximum.reduceat(off, first)
-    return distance
+
+    def off(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cdf = gammainc(alpha[owner[at]], beta[owner[at]] * gap[at])
+        return cdf, np.maximum((rank[at] + 1) / number[at] - cdf, cdf - rank[at] / number[at])
+
+    # Both steps and cdf rise, so between two gaps the distance cannot exceed their cross differences: look at every
+    # eighth first, and then only where the distance could be larger than what was found.
+    some = np.flatnonzero((rank % STRIDE == 0) | (rank == number - 1))
+    cdf, found = off(some)
+    window_of = owner[some]
+    best = np.maximum.reduceat(found, np.flatnonzero(np.diff(window_of, prepend=-1)))
+    largest = np.full(alpha.size, np.nan)
+    largest[owner[first]] = best
+    inside = window_of[1:] == window_of[:-1]
+    above = rank[some[1:]] / number[some[1:]] - cdf[:-1]
+    below = cdf[1:] - (rank[some[:-1]] + 1) / number[some[:-1]]
+    open_ = np.flatnonzero(inside & (np.maximum(above, below) > largest[window_of[1:]]))
+    rest = some[open_][:, None] + np.arange(1, STRIDE)
+    rest = rest[rest < some[open_ + 1][:, None]]
+    np.fmax.at(largest, owner[rest], off(rest)[1])
+    return largest

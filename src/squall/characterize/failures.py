@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from squall.characterize.concurrency import MAXIMUM_POINTS, MAXIMUM_WINDOWS, MINIMUM_BINS, bin_counts
-from squall.characterize.summary import bin_width, correlation
+from squall.characterize.concurrency import MAXIMUM_POINTS, MAXIMUM_WINDOWS, MINIMUM_BINS, GammaWindows, bin_counts
+from squall.characterize.summary import Summary, bin_width, correlation, ranks, summary
 
 BIN = 300.0
 """Bins in which failures are looked at for clustering, s."""
@@ -34,6 +34,17 @@ class LengthBucket(Struct, frozen=True, kw_only=True):
     failed_share: float
 
 
+class AlphaBucket(Struct, frozen=True, kw_only=True):
+    """Failures in the windows whose gaps have a Gamma shape alpha in [low, high)."""
+
+    low: float
+    high: float | None
+    """null: without limit."""
+    windows: int
+    requests: int
+    failed_share: float
+
+
 class Failures(Struct, frozen=True, kw_only=True):
     """Null where there is nothing to compare: no failure, no success, or a trace of fewer than 5 bins."""
 
@@ -52,13 +63,32 @@ class Failures(Struct, frozen=True, kw_only=True):
     """Of a bin's failed share with its requests."""
     by_request_length: tuple[LengthBucket, ...] = ()
     """Empty where the lengths of failed requests are not recorded."""
+    by_alpha: tuple[AlphaBucket, ...] = ()
+    """By burstiness of the window; empty if no window has a Gamma fit or nothing failed."""
+    alpha_correlation: float | None = None
+    """Rank correlation of a window's failed share with its alpha: below 0, bursty windows fail more."""
+    runs: Summary = Summary()
+    """Lengths of the runs of requests that failed one after the other; independent failures have a mean of
+    1 / (1 - share)."""
     series: FailureSeries
 
 
+BURSTINESS = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Lower limits of the buckets of alpha."""
+
+
 def failure_statistics(
-    arrivals: np.ndarray, failed: np.ndarray, request_tokens: np.ndarray, start: float, end: float
+    arrivals: np.ndarray,
+    failed: np.ndarray,
+    request_tokens: np.ndarray,
+    start: float,
+    end: float,
+    windows: GammaWindows | None = None,
 ) -> Failures:
-    """Failures over [start, end] s: sorted `arrivals` (s), `failed`, `request_tokens` (0 = unknown) per row."""
+    """Failures over [start, end] s: sorted `arrivals` (s), `failed`, `request_tokens` (0 = unknown) per row.
+
+    `windows` are the Gamma fits of the same arrivals.
+    """
     width = bin_width(end - start, MAXIMUM_POINTS)
     series = FailureSeries(
         start=start,
@@ -71,8 +101,12 @@ def failure_statistics(
         share=float(failed.mean()),
         bin=BIN,
         by_request_length=_by_length(failed, request_tokens),
+        runs=_runs(failed),
         series=series,
     )
+    if windows is not None and found.failed:
+        buckets, against_alpha = _by_alpha(arrivals, failed, windows)
+        found = msgspec.structs.replace(found, by_alpha=buckets, alpha_correlation=against_alpha)
     if not MINIMUM_BINS <= (end - start) / BIN <= MAXIMUM_WINDOWS or not 0 < found.share < 1:
         return found
     count = bin_counts(arrivals, BIN, start, end).astype(float)
@@ -102,3 +136,34 @@ def _by_length(failed: np.ndarray, tokens: np.ndarray) -> tuple[LengthBucket, ..
         LengthBucket(low=2**i, high=2 ** (i + 1), requests=int(requests[i]), failed_share=float(lost[i] / requests[i]))
         for i in np.flatnonzero(requests).tolist()
     )
+
+
+def _by_alpha(
+    arrivals: np.ndarray, failed: np.ndarray, windows: GammaWindows
+) -> tuple[tuple[AlphaBucket, ...], float | None]:
+    """Failed share by the burstiness of the window, and its rank correlation with alpha over the fitted windows."""
+    window_of = np.floor((arrivals[failed] - windows.start[0]) / windows.window).astype(np.int64)
+    lost = np.bincount(np.minimum(window_of, windows.count.size - 1), minlength=windows.count.size)
+    fitted = windows.fitted & (windows.count > 0)
+    alpha, count, lost = windows.alpha[fitted], windows.count[fitted], lost[fitted]
+    if alpha.size == 0:
+        return (), None
+    bucket = np.digitize(alpha, BURSTINESS) - 1
+    number, requests, failures = (np.bincount(bucket, weight) for weight in (None, count, lost))
+    buckets = tuple(
+        AlphaBucket(
+            low=BURSTINESS[k],
+            high=BURSTINESS[k + 1] if k + 1 < len(BURSTINESS) else None,
+            windows=int(number[k]),
+            requests=int(requests[k]),
+            failed_share=float(failures[k] / requests[k]),
+        )
+        for k in np.flatnonzero(number).tolist()
+    )
+    return buckets, correlation(ranks(alpha), ranks(lost / count))
+
+
+def _runs(failed: np.ndarray) -> Summary:
+    """Lengths of the runs of failures."""
+    edges = np.flatnonzero(np.diff(failed, prepend=False, append=False))
+    return summary(edges[1::2] - edges[::2])

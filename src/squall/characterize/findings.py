@@ -17,10 +17,10 @@ POISSON_GAPS = (0.8, 1.25)
 """Gap CVs that are called close to Poisson."""
 MOST_CLASSES = 6
 """Classes that get sentences of their own."""
+MANY = 0.1
+"""Bursts that hold a smaller share of the requests are not spoken of."""
 FEW = 10
 """Fewer gaps or failures than this say nothing."""
-REPEATS = 0.3
-"""Below this autocorrelation at 24 h there is no daily cycle to speak of."""
 NO_FAMILY = 0.1
 """From this KS distance on, even the best family is called a poor fit."""
 
@@ -29,11 +29,11 @@ def sentences(total: "Stream", classes: "list[Stream]") -> list[str]:
     """Sentences on the whole trace, and for each of the largest classes what a mixture of classes would distort."""
     found = [*_clock(total), *_burstiness(total), *_windows(total)]
     found += [*_lengths("Request", total.request_tokens), *_lengths("Response", total.response_tokens)]
-    found += [*_length_time(total), *_conversations(total)]
+    found += [*_length_time(total), *_conversations(total), *_prefixes(total)]
     if len(classes) == 1:
-        return [*found, *_cycle(total), *_dependence(total), *_failures(total)]
+        return [*found, *_cycle(total), *_bursts(total), *_dependence(total), *_failures(total)]
     for stream in classes[:MOST_CLASSES]:
-        about = " ".join((*_cycle(stream), *_dependence(stream), *_failures(stream)))
+        about = " ".join((*_cycle(stream), *_bursts(stream), *_dependence(stream), *_failures(stream)))
         if about:
             found.append(f"{stream.name}: {about}")
     return found
@@ -95,8 +95,8 @@ def _windows(stream: "Stream") -> Iterator[str]:
 
 def _cycle(stream: "Stream") -> Iterator[str]:
     daily, acf = stream.hour_of_day, stream.periodicity.acf_day
-    if acf is not None and acf < REPEATS:
-        yield f"Hourly counts do not repeat daily (autocorrelation at 24 h {acf:.2f})."
+    if acf is not None and stream.periodicity.verdict == "aperiodic":
+        yield f"Hourly counts do not repeat daily (autocorrelation at 24 h {acf:.2f}): aperiodic."
     elif daily and stream.peak_to_trough:
         peak, trough = int(np.argmax(daily)), int(np.argmin(daily))
         repeats = f" (autocorrelation at 24 h {acf:.2f})" if acf is not None else ""
@@ -145,6 +145,28 @@ def _conversations(stream: "Stream") -> Iterator[str]:
         share = talk.history_share
         history = f"; {_percent(share)} of the follow-ups resend the history" if share is not None else ""
         yield f"Half of the silences inside a conversation are shorter than {in_words(talk.gaps.p50)}{history}."
+
+
+def _bursts(stream: "Stream") -> Iterator[str]:
+    """At the scale at which bursts hold most requests."""
+    found = max(stream.bursts, key=lambda one: one.request_share, default=None)
+    if found is not None and found.bursts and found.length.p50 is not None and found.request_share >= MANY:
+        bursts = f"{found.bursts:,} burst{'s' if found.bursts > 1 else ''}"
+        hold = "hold" if found.bursts > 1 else "holds"
+        yield (
+            f"{bursts} (above twice the mean per {in_words(found.scale)}, median length {in_words(found.length.p50)}) "
+            f"{hold} {_percent(found.request_share)} of the requests in {_percent(found.time_share)} of the time."
+        )
+
+
+def _prefixes(stream: "Stream") -> Iterator[str]:
+    shared = stream.prefixes
+    if shared.hit_share is None or shared.shared.p50 is None:
+        return
+    half = next((size for size in shared.cache if size.hit_share >= shared.hit_share / 2), None)
+    lasting = f"; {half.blocks:,} blocks get half of that" if half is not None and half.hit_share > 0 else ""
+    hits = f"{100 * shared.hit_share:.1f} %"
+    yield f"A prefix cache that forgets nothing would hold {hits} of the prompts' blocks{lasting}."
 
 
 def _failures(stream: "Stream") -> Iterator[str]:

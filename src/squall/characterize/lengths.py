@@ -1,10 +1,10 @@
 """How long requests and responses are, how the two hang together, and how lengths hang together with time.
 
-Four families are fitted by maximum likelihood to the distinct lengths and their counts: Zipf, P(L = k) proportional to
-k^-theta for 1 <= k <= longest (Wang et al., BurstGPT, KDD 2025), and lognormal, Gamma and Weibull, whose probability of
-the integer k is the mass between k - 1/2 and k + 1/2 (from 0 for k = 1), so that all four compare by AIC = 4 - 2 log L
-(two parameters each) and by KS distance. Of thousands of rows every such family is rejected by a test; the distances
-say how far off it is.
+Five families are fitted by maximum likelihood to the distinct lengths and their counts: Zipf, P(L = k) proportional to
+k^-theta for 1 <= k <= longest (Wang et al., BurstGPT, KDD 2025), and lognormal, Gamma, Weibull and a mixture of two
+lognormals (by expectation-maximisation; Dempster, Laird and Rubin, 1977), whose probability of the integer k is the
+mass between k - 1/2 and k + 1/2 (from 0 for k = 1). So all five compare by BIC = p log n - 2 log L (p parameters) and
+by KS distance. Of thousands of rows every such family is rejected by a test; the distances say how far off it is.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,13 @@ from itertools import pairwise
 import numpy as np
 from msgspec import Struct
 
-from squall.characterize.concurrency import bin_counts, gamma_shape
-from squall.characterize.summary import Summary, correlation, describe, known, position
+from squall.characterize.concurrency import gamma_shape
+from squall.characterize.summary import LONGEST_TABLE, Summary, correlation, describe, known, position, ranks
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
 MINIMUM_IN_BAND = 20
 """A bin of request lengths with fewer requests has no quantiles to speak of, and is left out."""
-LONGEST_TABLE = 10_000_000
-"""A table with an entry per length is not made beyond this length."""
 ZIPF_HEAD = 1000
 """Up to here the harmonic sums are exact; beyond, Euler-Maclaurin adds the tail to better than 1e-8."""
 
@@ -36,13 +34,15 @@ class Zipf(Struct, frozen=True, kw_only=True):
 
 
 class Fit(Struct, frozen=True, kw_only=True):
-    """A fitted family: lognormal (mu, sigma), gamma (shape, rate), weibull (shape, scale) or zipf (theta, max)."""
+    """A fitted family: lognormal (mu, sigma), gamma (shape, rate), weibull (shape, scale), zipf (theta, max) or
+    lognormal-mixture (weight of the first, mu1, sigma1, mu2, sigma2; mu1 < mu2)."""
 
     family: str
     parameters: dict[str, float]
     ks: float
     """Kolmogorov-Smirnov distance."""
     aic: float
+    bic: float
 
 
 class Mode(Struct, frozen=True, kw_only=True):
@@ -65,7 +65,7 @@ class Lengths(Summary, frozen=True, kw_only=True):
 
     zipf: Zipf | None = None
     best_fit: Fit | None = None
-    """The family of lowest AIC."""
+    """The family of lowest BIC."""
     fits: tuple[Fit, ...] = ()
     """All families, best first."""
     modes: tuple[Mode, ...] = ()
@@ -109,11 +109,15 @@ class LengthTime(Struct, frozen=True, kw_only=True):
 
 def length_statistics(tokens: np.ndarray) -> Lengths:
     """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order)."""
-    ordered = np.sort(tokens)
-    if ordered.size == 0:
+    if tokens.size == 0:
         return Lengths()
-    first = np.flatnonzero(np.diff(ordered, prepend=-1))
-    values, counts = ordered[first].astype(np.int64), np.diff(first, append=ordered.size)
+    if tokens.max() < LONGEST_TABLE:
+        table = np.bincount(tokens)
+        values = np.flatnonzero(table)
+        counts = table[values]
+    else:
+        values, counts = np.unique(tokens.astype(np.int64), return_counts=True)
+    ordered = np.repeat(values, counts)
     positive = values > 0
     zipf, fits = _fits(values[positive], counts[positive])
     return Lengths(
@@ -134,7 +138,7 @@ def request_response(request: np.ndarray, response: np.ndarray) -> Correlation:
     return Correlation(
         n=x.size,
         pearson=correlation(x, y),
-        spearman=correlation(_ranks(request), _ranks(response)),
+        spearman=correlation(ranks(request), ranks(response)),
         slope=None if pearson is None else pearson * float(y[middle].std() / spread),
     )
 
@@ -145,7 +149,12 @@ def response_bands(request: np.ndarray, response: np.ndarray) -> list[Band]:
         return []
     edges = _edges(int(request.max()), 2)
     # One sort of (bin, response) packed into an integer puts every bin in a run and its responses in order.
-    packed = np.sort((np.digitize(request, edges) << 32) + response)
+    longest = int(request.max())
+    if longest < LONGEST_TABLE:
+        bins = np.digitize(np.arange(longest + 1), edges)[request]
+    else:
+        bins = np.digitize(request, edges)
+    packed = np.sort((bins << 32) + response)
     bin_of, response = packed >> 32, packed & 0xFFFFFFFF
     bands = []
     for start, stop in pairwise(np.flatnonzero(np.diff(bin_of, prepend=-1, append=-1)).tolist()):
@@ -163,15 +172,18 @@ def length_time(
 ) -> list[LengthTime]:
     """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed."""
     result = []
+    all_lengths = tokens.astype(float)
+    until = np.concatenate(([0.0], np.cumsum(all_lengths)))
     for scale in scales:
         windows = int((end - start) // scale)
-        inside = arrivals < start + windows * scale
-        if not 5 <= windows <= 10_000_000 or not inside.any():
+        if not 5 <= windows <= 10_000_000:
             continue
-        length = tokens[inside].astype(float)
-        window_of = np.floor((arrivals[inside] - start) / scale).astype(np.int64)
-        count = bin_counts(arrivals[inside], scale, start, end)[:windows]
-        load = np.bincount(window_of, length, windows)
+        # Sorted arrivals are cut at the edges of the windows.
+        places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
+        length = all_lengths[: places[-1]]
+        if length.size == 0:
+            continue
+        count, load = np.diff(places), np.diff(until[places])
         busy = count > 0
         # Drawn without replacement, a window of c of n lengths has mean c m and variance c s^2 (n - c) / (n - 1).
         n, mean, variance = length.size, length.mean(), length.var()
@@ -185,14 +197,6 @@ def length_time(
             )
         )
     return result
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks of integers (>= 0), equal ones sharing their mean rank."""
-    if values.size and values.max() > LONGEST_TABLE:
-        values = np.unique(values, return_inverse=True)[1]
-    counts = np.bincount(values)
-    return (np.cumsum(counts) - (counts - 1) / 2)[values]
 
 
 def _edges(longest: int, per_octave: int) -> list[int]:
@@ -217,13 +221,15 @@ def _fits(values: np.ndarray, counts: np.ndarray) -> tuple[Zipf | None, tuple[Fi
         return None, ()
     zipf = _zipf(values, counts)
     parameters = {"theta": zipf.theta, "max": float(zipf.max)}
+    bic = zipf.aic + _penalty(2, counts)
     fits = (
         _lognormal(values, counts),
         _gamma(values, counts),
         _weibull(values, counts),
-        Fit(family="zipf", parameters=parameters, ks=zipf.ks, aic=zipf.aic),
+        _mixture(values, counts),
+        Fit(family="zipf", parameters=parameters, ks=zipf.ks, aic=zipf.aic, bic=bic),
     )
-    return zipf, tuple(sorted((fit for fit in fits if fit), key=lambda fit: fit.aic))
+    return zipf, tuple(sorted((fit for fit in fits if fit), key=lambda fit: fit.bic))
 
 
 def _lognormal(values: np.ndarray, counts: np.ndarray) -> Fit:
@@ -235,6 +241,50 @@ def _lognormal(values: np.ndarray, counts: np.ndarray) -> Fit:
     below, above = ((np.log(limit) - mu) / sigma for limit in _cells(values))
     parameters = {"mu": mu, "sigma": sigma}
     return _fit("lognormal", parameters, (ndtr(below), ndtr(above)), (ndtr(-below), ndtr(-above)), counts)
+
+
+def _mixture(values: np.ndarray, counts: np.ndarray) -> Fit | None:
+    """Two lognormals, the likeliest of three starts; None for fewer than 8 distinct lengths.
+
+    The steps work on the logs in at most 512 bins, with each bin's mean log; a sigma is at least 0.05, so that neither
+    component can shrink onto a single length.
+    """
+    from scipy.special import ndtr
+
+    if values.size < 8:
+        return None
+    logs = np.log(values)
+    bin_of = np.minimum((512 * (logs - logs[0]) / (logs[-1] - logs[0])).astype(np.int64), 511)
+    weight = np.bincount(bin_of, counts)
+    point = np.bincount(bin_of, counts * logs) / np.maximum(weight, 1)
+    point, weight = point[weight > 0], weight[weight > 0] / counts.sum()
+    below = np.cumsum(weight)
+    found = [_maximise(point, weight, below <= split) for split in (0.25, 0.5, 0.75)]
+    share, mu, sigma = max(found, key=lambda one: one[0])[1:]
+    if mu[0] > mu[1]:
+        share, mu, sigma = share[::-1], mu[::-1], sigma[::-1]
+    limits = [(np.log(limit)[:, None] - mu) / sigma for limit in _cells(values)]
+    cdf, survival = (tuple(ndtr(sign * limit) @ share for limit in limits) for sign in (1, -1))
+    parameters = {"weight": share[0], "mu1": mu[0], "sigma1": sigma[0], "mu2": mu[1], "sigma2": sigma[1]}
+    return _fit("lognormal-mixture", {name: float(one) for name, one in parameters.items()}, cdf, survival, counts)
+
+
+def _maximise(
+    point: np.ndarray, weight: np.ndarray, first: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Expectation-maximisation of two normals from the split `first`; log-likelihood, shares, means, deviations."""
+    belongs, likelihood = np.column_stack((first, ~first)).astype(float), -np.inf
+    for _ in range(500):
+        part = weight[:, None] * belongs
+        share = np.maximum(part.sum(0), 1e-9)
+        mu = part.T @ point / share
+        sigma = np.sqrt(np.maximum((part * (point[:, None] - mu) ** 2).sum(0) / share, 0.05**2))
+        density = share / sigma * np.exp(-0.5 * ((point[:, None] - mu) / sigma) ** 2) + 1e-300
+        total = density.sum(1)
+        belongs, before, likelihood = density / total[:, None], likelihood, float(weight @ np.log(total))
+        if likelihood - before < 1e-9:
+            break
+    return likelihood, share / share.sum(), mu, sigma
 
 
 def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
@@ -283,8 +333,15 @@ def _fit(
     """A continuous family as a distribution on the integers, given its cdf and survival at both limits of each cell."""
     # In the upper tail the survival function keeps the digits that the cdf has lost.
     mass = np.where(cdf[0] < 0.5, cdf[1] - cdf[0], survival[0] - survival[1])
-    aic = float(4 - 2 * counts @ np.log(np.maximum(mass, 1e-300)))
-    return Fit(family=family, parameters=parameters, ks=_distance(*cdf, counts), aic=aic)
+    number = len(parameters)
+    aic = float(2 * number - 2 * counts @ np.log(np.maximum(mass, 1e-300)))
+    bic = aic + _penalty(number, counts)
+    return Fit(family=family, parameters=parameters, ks=_distance(*cdf, counts), aic=aic, bic=bic)
+
+
+def _penalty(parameters: int, counts: np.ndarray) -> float:
+    """What BIC asks for the parameters beyond what AIC asks."""
+    return parameters * (float(np.log(counts.sum())) - 2)
 
 
 def _zipf(values: np.ndarray, counts: np.ndarray) -> Zipf:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+LONGEST_TABLE = 10_000_000
+"""A table with an entry per integer is not made for integers beyond this."""
 QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90, "p99": 0.99}
 
 
@@ -62,6 +64,14 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     x, y = x - x.mean(), y - y.mean()
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale > 0 else None
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of any numbers, equal ones sharing their mean rank."""
+    if values.size and (values.dtype.kind != "i" or values.max() > LONGEST_TABLE):
+        values = np.unique(values, return_inverse=True)[1]
+    counts = np.bincount(values)
+    return (np.cumsum(counts) - (counts - 1) / 2)[values]
 
 
 def bin_width(span: float, bins: int = 500) -> float:

@@ -27,6 +27,7 @@ def characterize(
     *,
     window: str = "20m",
     fit: Literal["moments", "mle"] = "moments",
+    out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
     html: Annotated[str | None, Parameter(name="--html")] = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
@@ -41,6 +42,9 @@ def characterize(
         Time over which the gaps between arrivals are fitted by a Gamma distribution.
     fit
         Estimator of that fit: moments, or mle (maximum likelihood over the positive gaps).
+    out
+        Also write characterization.json and the whole series (windows, hours, bursts, working day) as Parquet to this
+        directory.
     html
         Also write the report of the trace to this file.
     """
@@ -49,7 +53,7 @@ def characterize(
     from squall.trace import open_trace
 
     opened = open_trace(trace, **as_options(select))
-    result = run(opened, window=window, fit=fit, seed=select.seed)
+    result = run(opened, window=window, fit=fit, out=out, seed=select.seed)
     if html is not None:
         from squall.report import report
 

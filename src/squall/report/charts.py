@@ -51,7 +51,10 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "background": None,
         "font": font,
         "view": {"stroke": None},
-        "range": {"category": list(DARK if dark else LIGHT)},
+        "range": {
+            "category": list(DARK if dark else LIGHT),
+            "heatmap": ["#1c2329", "#256a99", "#c4e6fb"] if dark else ["#f1f5f9", "#4f9bcb", "#00375a"],
+        },
         "axis": {
             "labelColor": faint,
             "titleColor": text,
@@ -75,6 +78,8 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "axisX": {"tickCount": 6, "labelOverlap": True, "labelFlush": True},
         "legend": {
             "labelColor": text,
+            "titleColor": text,
+            "titleFontWeight": "normal",
             "orient": "top",
             "offset": 24,
             "title": None,
@@ -180,6 +185,141 @@ def hours(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     ]
     x = _axis("hour of the day", domain=(0, 24), values=tuple(range(0, 25, 3)))
     return _curves(rows, streams, x=x, y=_axis("requests/h"), step=True, filled=True)
+
+
+def hour_boxes(streams: "Mapping[str, Stream]", what: str, title: str) -> "alt.LayerChart":
+    """Totals per hour by hour of the day: a box over the middle half of the days with a line at the median.
+
+    `what` is a field of the hour boxes: `requests`, `request_tokens` or `response_tokens`. The extremes, which floods
+    carry out of sight, are in the tooltip.
+    """
+    import altair as alt
+
+    names = list(streams)
+    rows = [
+        {"name": name, "x": hour, "y": box.median, "low": box.q1, "high": box.q3, "least": box.min, "most": box.max}
+        for name, stream in streams.items()
+        for hour, box in enumerate(getattr(stream.hours, what))
+    ]
+    fields = {"least": "least", "low": "lower quartile", "y": "median", "high": "upper quartile", "most": "most"}
+    encoded = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("x:O", title="hour of the day", axis=alt.Axis(values=list(range(0, 24, 3)), labelAngle=0, grid=False)),
+        xOffset=alt.XOffset("name:N", sort=names, scale=alt.Scale(domain=names)),
+        color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=None),
+        tooltip=[
+            *([alt.Tooltip("name:N", title="title")] if len(names) > 1 else []),
+            alt.Tooltip("x:O", title="hour"),
+            *(alt.Tooltip(f"{field}:Q", title=label, format=",.4~r") for field, label in fields.items()),
+        ],
+    )
+    boxes = encoded.mark_bar(opacity=0.45).encode(
+        y=alt.Y("low:Q", title=title, stack=None, axis=alt.Axis(format="~s")), y2="high:Q"
+    )
+    medians = encoded.mark_tick(thickness=2).encode(y=alt.Y("y:Q", title=title))
+    return alt.layer(boxes, medians).properties(width="container", height=HEIGHT)
+
+
+def working_day_alpha(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """The mean alpha of each slot of the working day; the fit of all days' gaps together is in the tooltip."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        day = stream.working_day
+        for k, start in enumerate(day.start):
+            alpha, beta = day.parameters.alpha[k], day.parameters.beta[k]
+            pooled = {"pooled": day.pooled.alpha[k], "rate": day.rate[k], "beta": beta, "windows": day.windows[k]}
+            rows.append({"name": name, "x": start / 3600, "y": alpha, **pooled})
+    x = _axis("hour of the day", domain=(0, 24), values=tuple(range(0, 25, 3)))
+    extra = {"beta": ("beta, 1/s", ",.4~r"), "pooled": ("alpha, pooled", ",.4~r"), "rate": ("requests/s", ",.4~r")}
+    extra["windows"] = ("days with a fit", ",d")
+    y = _axis("alpha", log=True)
+    return _curves(rows, streams, x=x, y=y, reference=(1.0, "Poisson"), points=True, extra=extra)
+
+
+def burst_sizes(streams: "Mapping[str, Stream]", scale: float) -> "alt.LayerChart":
+    """Each burst at `scale` as a point: when it began and how many requests it held; the largest 100 of each stream."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        for series in (one.series for one in stream.bursts if one.scale == scale):
+            for start, length, requests in zip(series.start, series.length, series.requests, strict=True):
+                minutes = {"minutes": length / 60, "rate": requests / length}
+                rows.append({"name": name, "x": start, "y": requests, **minutes})
+    extra = {"minutes": ("minutes", ",.4~r"), "rate": ("requests/s", ",.4~r")}
+    y = _axis("requests in the burst", log=True, format=",d")
+    return _curves(rows, streams, x=_time(rows), y=y, points=True, line=False, extra=extra)
+
+
+def failed_share_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Share of the requests that failed, over the trace."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        series = stream.failures.series
+        rows += [
+            {"name": name, "x": series.start + k * series.width, "y": lost / count if count else None}
+            for k, (count, lost) in enumerate(zip(series.requests, series.failed, strict=True))
+        ]
+    return _curves(rows, streams, x=_time(rows), y=_axis("failed", format=".0%"), step=True)
+
+
+def failed_share_by_alpha(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Share of the requests that failed, by the shape alpha of the gaps in their window."""
+    rows = [
+        {"name": name, "x": max(bucket.low, 0.125) * 2**0.5, "y": bucket.failed_share, "n": bucket.requests}
+        for name, stream in streams.items()
+        for bucket in stream.failures.by_alpha
+    ]
+    x, y = _axis("alpha of the window", log=True), _axis("failed", format=".1%")
+    return _curves(rows, streams, x=x, y=y, points=True, extra={"n": ("requests", ",d")})
+
+
+def cache_hits(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Share of prompt blocks that a prefix cache of x tokens holds, if it forgets the least recently used."""
+    rows = [
+        {"name": name, "x": size.blocks * (stream.prefixes.block_size or 1), "y": size.hit_share}
+        for name, stream in streams.items()
+        for size in stream.prefixes.cache
+    ]
+    x, y = _axis("tokens in the cache", log=True, format="~s"), _axis("share of blocks that hit", format=".0%")
+    return _curves(rows, streams, x=x, y=y, points=True)
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+def week_by_hour(stream: "Stream") -> "alt.LayerChart":
+    """Mean requests/h on each hour of the week as colour."""
+    rows = [
+        {"x": hour, "day": day, "y": value}
+        for day, hours in zip(DAYS, stream.weeks.hours, strict=True)
+        for hour, value in enumerate(hours)
+    ]
+    return _heat_map(rows, "hour of the day", "requests/h", tuple(range(0, 24, 3)))
+
+
+def week_by_day(stream: "Stream") -> "alt.LayerChart":
+    """Requests of each day as colour, a column for each week."""
+    rows = [
+        {"x": week + 1, "day": day, "y": value}
+        for week, values in enumerate(stream.weeks.days)
+        for day, value in zip(DAYS, values, strict=True)
+        if value is not None
+    ]
+    return _heat_map(rows, "week", "requests/day", ())
+
+
+def _heat_map(rows: list[dict[str, Any]], x: str, title: str, ticks: Sequence[int]) -> "alt.LayerChart":
+    """`rows` of x, day and y as a rectangle each."""
+    import altair as alt
+
+    axis = alt.Axis(grid=False, labelAngle=0, **({"values": list(ticks)} if ticks else {}))
+    tooltip = [alt.Tooltip("day:N"), alt.Tooltip("x:O", title=x), alt.Tooltip("y:Q", title=title, format=",.4~r")]
+    chart = alt.Chart(alt.InlineData(values=rows)).mark_rect(cornerRadius=2)
+    encoded = chart.encode(
+        x=alt.X("x:O", title=x, axis=axis),
+        y=alt.Y("day:N", title=None, sort=list(DAYS), scale=alt.Scale(domain=list(DAYS))),
+        color=alt.Color("y:Q", title=title, legend=alt.Legend(title=title, format="~s")),
+        tooltip=tooltip,
+    )
+    return alt.layer(encoded).properties(width="container", height=HEIGHT)
 
 
 def latency_cdf(runs: Mapping[str, Latency], which: str, title: str, offered: Mapping[str, int]) -> "alt.LayerChart":
@@ -308,10 +448,14 @@ def _curves(
     step: bool = False,
     filled: bool = False,
     points: bool = False,
+    line: bool = True,
     reference: tuple[float, str] | None = None,
     extra: Mapping[str, tuple[str, str]] | None = None,
 ) -> "alt.LayerChart":
-    """`rows` of name, x, y as one curve per name, with a tooltip at each point, panning and zooming along x."""
+    """`rows` of name, x, y as one curve per name, with a tooltip at each point, panning and zooming along x.
+
+    Without `line` only the points are drawn.
+    """
     import altair as alt
 
     names = list(names)
@@ -331,10 +475,11 @@ def _curves(
     )
     # Not Vega-Lite's `nearest`: under it, version 6.4 shows text in tooltips as "undefined".
     under = alt.selection_point(name="under", on="pointerover", clear="pointerout", empty=False)
-    layers = [encoded.mark_line(clip=True, **shape).add_params(zoom)]
+    drawn = encoded.mark_line(clip=True, **shape) if line else encoded.mark_circle(clip=True, size=18, opacity=0.9)
+    layers = [drawn.add_params(zoom)]
     if filled and len(names) <= 2:  # more areas over each other are mud
         layers.insert(0, encoded.mark_area(clip=True, opacity=0.12, **shape))
-    if points:
+    if points and line:
         layers.append(encoded.mark_circle(clip=True, size=18, opacity=0.9))
     halo = encoded.mark_circle(clip=True, size=160).encode(
         opacity=alt.condition(under, alt.value(0.6), alt.value(0)), tooltip=tooltip

@@ -402,8 +402,10 @@ def _content(streams: Mapping[str, Stream]) -> Table:
             group=True,
         ),
         Row("median alpha of the windows", cells(lambda s: s.gamma_windows.alpha.p50)),
+        Row("repeats daily (hourly counts)", cells(lambda s: s.periodicity.verdict, lambda word: word or "-")),
         Row("conversations", cells(lambda s: s.conversations.sessions or None), group=True),
         Row("mean turns", cells(lambda s: s.conversations.turns.mean)),
+        Row("prompt blocks seen before", cells(lambda s: s.prefixes.hit_share, percent), group=True),
     ]
     note = "CV of the gaps: 1 for Poisson arrivals, more for bursty ones; alpha is below 1 where they are bursty."
     return Table("What is in the trace", ["", *streams], _known(rows), note)
@@ -434,12 +436,97 @@ def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndar
             caption = f"Areas are shares of the requests: {counts}."
             chart = charts.lengths(histograms, "tokens", names=list(streams))
             figures.append(Figure(name.replace("_", "-"), title, chart, caption))
+    figures += _cycle_figures(streams)
+    figures += _burst_figures(streams)
+    figures += _failure_figures(streams)
+    shared = {name: stream for name, stream in streams.items() if stream.prefixes.cache}
+    if shared:
+        hits = ", ".join(f"{name} {percent(one.prefixes.hit_share)}" for name, one in shared.items())
+        caption = f"{_CACHE} A cache that forgets nothing: {hits} of the blocks."
+        figures.append(Figure("prefixes", "Shared prefixes", charts.cache_hits(streams), caption))
+    return figures
+
+
+_CACHE = "Share of prompt blocks that a cache of x tokens would hold, forgetting the least recently used first."
+MOST_MAPS = 3
+"""Weekly maps are drawn of the whole and of the largest classes, so many in all."""
+
+
+def _cycle_figures(streams: Mapping[str, Stream]) -> list[Figure]:
+    """What repeats by hour, weekday and slot, of the traces that are long enough and have a clock."""
+    figures = []
     if any(stream.hour_of_day for stream in streams.values()):
         ratios = [f"{name} {number(s.peak_to_trough)}" for name, s in streams.items() if s.peak_to_trough]
         caption = "Mean requests in each hour of the day, in the trace's own clock."
         if ratios:
             caption += f" Peak / trough: {', '.join(ratios)}."
+        verdicts = [
+            f"{name} {s.periodicity.verdict} ({s.periodicity.acf_day:.2f})"
+            for name, s in streams.items()
+            if s.periodicity.verdict and s.periodicity.acf_day is not None
+        ]
+        if verdicts:
+            caption += f" Autocorrelation of the hourly counts at 24 h: {', '.join(verdicts)}."
         figures.append(Figure("hours", "Hour of the day", charts.hours(streams), caption))
+    for what, title, axis in (
+        ("requests", "Requests per hour", "requests/h"),
+        ("request_tokens", "Request tokens per hour", "tokens/h"),
+        ("response_tokens", "Response tokens per hour", "tokens/h"),
+    ):
+        counts = [boxes[0].n for s in streams.values() if (boxes := getattr(s.hours, what))]
+        if counts and max(counts) > 1:
+            caption = f"By hour of the day over up to {max(counts)} days: the middle half of them, and the median."
+            figure_id = f"boxes-{what.replace('_', '-')}"
+            figures.append(Figure(figure_id, title, charts.hour_boxes(streams, what, axis), caption))
+    for k, (name, stream) in enumerate(list(streams.items())[:MOST_MAPS]):
+        if stream.weeks.hours:
+            caption = f"{name}: mean requests on each hour of the week."
+            figures.append(Figure(f"week-hours-{k}", f"The week: {name}", charts.week_by_hour(stream), caption))
+        if len(stream.weeks.days) > 1:
+            caption = f"{name}: requests of each day; days that the trace does not cover are left out."
+            figures.append(Figure(f"week-days-{k}", f"Day by day: {name}", charts.week_by_day(stream), caption))
+    working = [s.working_day for s in streams.values() if any(s.working_day.parameters.alpha)]
+    if working and max(day.days for day in working) > 1:
+        caption = (
+            f"Mean alpha of the Gamma fits of each {in_words(working[0].slot or 0)} slot over "
+            f"{max(day.days for day in working)} working days (Monday to Friday)."
+        )
+        chart = charts.working_day_alpha(streams)
+        figures.append(Figure("working-day", "Burstiness over the working day", chart, caption))
+    return figures
+
+
+def _burst_figures(streams: Mapping[str, Stream]) -> list[Figure]:
+    found = [(one.scale, name, one) for name, s in streams.items() for one in s.bursts if one.bursts]
+    if not found:
+        return []
+    scale = max((scale for scale, _, _ in found if scale <= 600), default=min(scale for scale, _, _ in found))
+    told = "; ".join(
+        f"{name}: {one.bursts:,} bursts hold {percent(one.request_share)} of the requests in "
+        f"{percent(one.time_share)} of the time"
+        for at, name, one in found
+        if at == scale
+    )
+    caption = (
+        f"Runs of {in_words(scale)} bins with more than twice the mean count (and more than Poisson arrivals have in "
+        f"one of a thousand). {told}."
+    )
+    return [Figure("bursts", "Bursts", charts.burst_sizes(streams, scale), caption)]
+
+
+def _failure_figures(streams: Mapping[str, Stream]) -> list[Figure]:
+    if not any(stream.failures.failed for stream in streams.values()):
+        return []
+    clustered = [f"{n} {number(s.failures.dispersion)}" for n, s in streams.items() if s.failures.dispersion]
+    caption = "Share of the requests that failed."
+    if clustered:
+        caption += f" Variance over that of independent failures: {', '.join(clustered)}."
+    figures = [Figure("failed-share", "Failures over time", charts.failed_share_over_time(streams), caption)]
+    if any(len(stream.failures.by_alpha) > 1 for stream in streams.values()):
+        ranks = [f"{n} {s.failures.alpha_correlation:+.2f}" for n, s in streams.items() if s.failures.alpha_correlation]
+        caption = f"By the burstiness of the window. Rank correlation with alpha: {', '.join(ranks) or 'none'}."
+        chart = charts.failed_share_by_alpha(streams)
+        figures.append(Figure("failed-alpha", "Failures against burstiness", chart, caption))
     return figures
 
 

@@ -1,0 +1,86 @@
+"""The whole series behind a characterisation, as Parquet: what the JSON holds in few numbers or thinned for a chart.
+
+windows.parquet      the Gamma fit of every window: start, requests, gaps, rate, alpha, beta, cv, ks
+hours.parquet        every hour of the clock: start, requests, request_tokens, response_tokens, covered
+bursts.parquet       every burst at every scale: scale, start, length, requests, peak
+working_day.parquet  the average working day: start, windows, rate, alpha, beta, pooled_alpha, pooled_beta
+
+Each has the columns service and model, both null for all requests together. Times are seconds on the trace's clock.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall.characterize.bursts import burst_table
+from squall.characterize.concurrency import GammaWindows
+from squall.characterize.cycles import HOUR, Hours
+from squall.errors import InputError
+
+if TYPE_CHECKING:
+    from squall.characterize import Characterization, Stream
+
+Series = dict[str, pl.DataFrame]
+"""File name without suffix -> table."""
+
+
+def series_of(
+    stream: "Stream",
+    windows: GammaWindows,
+    hours: Hours | None,
+    arrivals: np.ndarray,
+    midnight: float | None,
+    start: float,
+    end: float,
+) -> Series:
+    """The series of one class; those that its trace cannot have are left out."""
+    found = {
+        "windows": pl.DataFrame(
+            {"start": windows.start, "requests": windows.count, "gaps": windows.gaps, "rate": windows.rate}
+            | {"alpha": windows.alpha, "beta": windows.beta, "cv": windows.cv, "ks": windows.ks},
+        ).fill_nan(None)
+    }
+    if hours is not None and midnight is not None:
+        begin = (hours.first + np.arange(hours.requests.size)) * HOUR - midnight
+        tokens = {"request_tokens": hours.request_tokens, "response_tokens": hours.response_tokens}
+        found["hours"] = pl.DataFrame(
+            {"start": begin, "requests": hours.requests} | tokens | {"covered": hours.covered}
+        ).with_columns(pl.col(*tokens).cast(pl.Int64))
+    runs = [
+        burst_table(arrivals, one.scale, start, end)[0].select(pl.lit(one.scale).alias("scale"), pl.all())
+        for one in stream.bursts
+    ]
+    if runs:
+        found["bursts"] = pl.concat(runs)
+    day = stream.working_day
+    if day.start:
+        columns = {"start": day.start, "windows": day.windows, "rate": day.rate}
+        columns |= {"alpha": day.parameters.alpha, "beta": day.parameters.beta}
+        columns |= {"pooled_alpha": day.pooled.alpha, "pooled_beta": day.pooled.beta}
+        found["working_day"] = pl.DataFrame(
+            columns, schema_overrides={name: pl.Float64 for name in columns if name != "windows"}
+        )
+    return found
+
+
+def write_series(
+    folder: Path, result: "Characterization", series: Iterable[tuple[tuple[str | None, str | None], Series]]
+) -> None:
+    """Write characterization.json and one Parquet file per series into `folder`, which is made if need be."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: it is a file; name a directory for the series.")
+    folder.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, list[pl.DataFrame]] = {}
+    for (service, model), found in series:
+        for name, table in found.items():
+            named = table.select(
+                pl.lit(service, pl.String).alias("service"), pl.lit(model, pl.String).alias("model"), pl.all()
+            )
+            tables.setdefault(name, []).append(named)
+    for name, parts in tables.items():
+        pl.concat(parts).write_parquet(folder / f"{name}.parquet")
+    (folder / "characterization.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
