@@ -16,6 +16,7 @@ _VERBS = {
     "characterize": "characterize",
     "convert": "trace",
     "demo": "study.demo",
+    "fidelity": "fidelity",
     "fit": "workload",
     "generate": "workload",
     "local": "local",
