@@ -87,7 +87,9 @@ def _print(result: "Fidelity") -> None:
     columns = ("real", "generated", "range", "ratio", "real inside")
     felt = table("Downstream, simulated", "load, metric", *columns)
     for one in result.downstream:
-        shown = {"peak_kv": percent, "preemptions": number}.get(one.metric, duration)
+        shown: Callable[[float | None], str] = duration
+        if one.metric in ("peak_kv", "preemptions"):
+            shown = percent if one.metric == "peak_kv" else number
         row(felt, f"{one.load:g} {one.metric}", *_cells(one, shown))
     screen.print(felt)
     target = result.target
