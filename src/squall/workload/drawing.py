@@ -11,6 +11,7 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import Trace, TraceMeta, write_trace
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import DAY
+from squall.workload.episodes import Episodes
 from squall.workload.model import Workload, read_workload
 
 MOST_REQUESTS = 200_000_000
@@ -98,7 +99,12 @@ def rescale(trace: Trace, rate: float, seed: int = DEFAULT_SEED) -> Trace:
 
     drawn = generate(fit(trace, seed=seed), rate=rate, seed=seed)
     return trace.replace(
-        drawn.table, tick=None, midnight=drawn.meta.midnight, weekday=drawn.meta.weekday, clock=0.0, speed=1.0
+        drawn.table,
+        tick=drawn.meta.tick,
+        midnight=drawn.meta.midnight,
+        weekday=drawn.meta.weekday,
+        clock=0.0,
+        speed=1.0,
     )
 
 
@@ -156,6 +162,8 @@ def _meta(model: Workload, name: str, begin: float, rows: int, seed: int, rate: 
         attribution=model.attribution,
         midnight=None if since is None else since % DAY,
         weekday=weekday,
+        tick=max((one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes)), default=0.0)
+        or None,
         rows=rows,
         seed=seed,
         steps=[f"--rate {rate:g} (model scaling)"] if rate else [],
