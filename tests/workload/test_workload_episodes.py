@@ -8,7 +8,7 @@ from scipy.special import betaln
 
 from squall.errors import InputError
 from squall.trace import Trace, TraceMeta, read_trace, write_trace
-from squall.workload import fit, generate, read_workload, save_workload
+from squall.workload import bootstrap, fit, generate, read_workload, save_workload
 from squall.workload.concurrency import Renewal
 from squall.workload.episodes import EPISODE, Episodes, concentration, fit_episodes, held_out, leaves
 from squall.workload.lengths import fit_lengths
@@ -160,6 +160,19 @@ def test_a_coarse_clock_is_kept(tmp_path):
     assert gaps[1] == pytest.approx(gaps[0], abs=0.05)
     write_trace(drawn, tmp_path / "drawn.parquet")
     assert read_trace(tmp_path / "drawn.parquet").meta.tick == 1.0
+
+
+def test_the_bootstrap_keeps_what_is_shorter_than_a_block(trace):
+    drawn = bootstrap(trace, "30s", seed=1)
+    assert drawn.table.equals(bootstrap(trace, 30, seed=1).table)
+    assert drawn.table["arrival"].is_sorted()
+    assert 0.6 < len(drawn) / len(trace) < 1.4
+    pairs = {(a, b) for a, b in trace.table.select("request_tokens", "response_tokens").iter_rows()}
+    assert set(drawn.table.select("request_tokens", "response_tokens").iter_rows()) <= pairs
+    whole = bootstrap(trace, trace.span * (1 + 1 / (len(trace) - 1)), seed=3)
+    assert len(whole) == len(trace)  # one block is the trace itself, from another start
+    with pytest.raises(InputError, match="--block 0"):
+        bootstrap(trace, 0)
 
 
 def test_requests_at_one_time_and_failed_episodes_are_no_obstacle():

@@ -93,6 +93,36 @@ def smooth(trace: Trace, process: Process, *, cv: float | None = None, seed: int
     return trace.replace(trace.table.with_columns(arrival=pl.Series(arrival)), step, tick=None)
 
 
+def bootstrap(trace: Trace, block: Duration, *, seed: int = DEFAULT_SEED) -> Trace:
+    """`trace` cut into stretches of `block` seconds that begin at random times, put together to the same span.
+
+    The non-parametric yardstick of a model (circular block bootstrap, Politis and Romano, 1992): rows keep their
+    lengths and their neighbours, whatever lasts longer than a block is lost. Sessions are left out, being cut.
+    """
+    length = seconds(block, "--block")
+    span = trace.span + trace.span / max(len(trace) - 1, 1)
+    if not 0 < length <= span:
+        raise InputError(f"--block {length:g}: a block has more than 0 and at most the trace's {span:g} s.")
+    arrival = trace.table["arrival"].to_numpy() - float(trace.table["arrival"][0])
+    blocks = int(np.ceil(span / length))
+    begin = stream(seed, "bootstrap").random(blocks) * span
+    twice = np.concatenate([arrival, arrival + span])  # a block that runs over the end goes on at the beginning
+    first, last = np.searchsorted(twice, begin), np.searchsorted(twice, begin + length)
+    size = last - first
+    place = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size) + np.repeat(first, size)
+    times = twice[place] - np.repeat(begin, size) + np.repeat(np.arange(blocks) * length, size)
+    kept = times < span
+    if not kept.any():
+        raise InputError(
+            f"{trace.meta.source}: no request lies in the blocks of {in_words(length)} drawn with seed {seed}."
+        )
+    rows = trace.table[(place % arrival.size)[kept]].with_columns(
+        arrival=pl.Series(times[kept]), session=pl.lit(None, pl.Int64), turn=pl.lit(None, pl.Int32)
+    )
+    step = f"bootstrap in blocks of {in_words(length)}, seed {seed}"
+    return trace.replace(rows.sort("arrival", maintain_order=True), step, tick=None)
+
+
 def rescale(trace: Trace, rate: float, seed: int = DEFAULT_SEED) -> Trace:
     """`trace` modelled and drawn anew over the same span at the mean `rate` (requests/s): the scale method `model`."""
     from squall.workload.fitting import fit

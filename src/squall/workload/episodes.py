@@ -3,7 +3,7 @@
 A tail latency of an hour hangs on one or two episodes of it, so a draw that is to lead to the same conclusions must
 have them: the same requests of the same kind in the same stretch of time. An *episode* is a stretch that held EPISODE
 requests. A draw puts as many there, at new times, and draws their lengths from those that the episode held, each first
-put into one of 32 x 32 length classes and drawn anew inside its class. `freedom` loosens this: that share of the
+put into one of 64 x 64 length classes and drawn anew inside its class. `freedom` loosens this: that share of the
 requests is left to chance, in number (Poisson) and in kind (any of the episode's).
 
 Inside, arrivals follow a multiplicative cascade. The span is halved again and again; the left half of a part gets the
@@ -29,12 +29,13 @@ from squall.workload.concurrency import DAY, Path, cut, join, whole_period
 if TYPE_CHECKING:
     from squall.workload.lengths import Lengths
 
-EPISODE = 32
+EPISODE = 24
 """Requests of an episode."""
-FREEDOM = 0.03
+FREEDOM = 0.015
+"""Share of the requests that is left to chance: little, so that a server near saturation sees the same course."""
 MOST_REQUESTS = 1_000_000
 """A class with more requests than this is not kept at so fine a grain."""
-_CLASSES = 32  # length classes of the requests, and as many of the responses
+_CLASSES = 64  # length classes of the requests, and as many of the responses
 _BLOCKS = 8
 _DEEPEST = 20  # halvings: 2^20 leaves
 _CONCENTRATIONS = 2.0 ** np.arange(-6, 15, 0.5)
