@@ -29,7 +29,7 @@ from squall.workload.concurrency import DAY, Path, cut, join, whole_period
 if TYPE_CHECKING:
     from squall.workload.lengths import Lengths
 
-EPISODE = 24
+EPISODE = 32
 """Requests of an episode."""
 FREEDOM = 0.015
 """Share of the requests that is left to chance: little, so that a server near saturation sees the same course."""

@@ -21,6 +21,8 @@ from squall.workload.model import Arrivals, ClassFit, ClassModel, Workload, save
 KINDS = ("auto", "episodes", "renewal")
 FEWEST_WINDOWS = 6
 """A trace with fewer windows than this is fitted in smaller ones."""
+NO_BETTER = 0.05
+"""Held-out log-likelihoods per request that differ by less than this say nothing."""
 MOST_REGULAR = 2.0
 """Gaps with a larger shape (CV below 0.7) are more regular than a cascade makes them."""
 _SMALLER = (600, 300, 120, 60, 30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.01, 0.001)
@@ -40,9 +42,9 @@ def fit(
     Per (service, model) class: when requests arrive, the joint law of the lengths, conversations where sessions are
     recorded, and failures. `kind` says what the arrivals are made of: "renewal" (the rate and the Gamma shape of the
     gaps in each `window`), "episodes" (the trace's own course, with lengths that move with it), or "auto", which takes
-    for each class the one that predicts a random half of its arrivals better from the other half. `method` estimates
-    the shapes by "moments" or by maximum likelihood ("mle"). `options` are the trace options, among them the seed (for
-    ties and for times inside a coarse clock tick).
+    for each class the one that predicts a random half of its arrivals better from the other half, and "episodes" where
+    neither does. `method` estimates the shapes by "moments" or by maximum likelihood ("mle"). `options` are the trace
+    options, among them the seed (for ties and for times inside a coarse clock tick).
 
     Raises InputError for a trace that has no rate: a single request, or all requests at one time.
     """
@@ -136,7 +138,8 @@ def _choose(
     if quality.alpha[1] > MOST_REGULAR:
         return "renewal", f"renewal: gaps are regular (median shape {quality.alpha[1]:.3g}), which episodes do not keep"
     ours, theirs = held_out(arrival, span, window, tick=tick, seed=seed)
-    better = "episodes" if ours >= theirs else "renewal"
+    # A tie goes to the episodes, which also keep where the long requests are.
+    better = "episodes" if ours >= theirs - NO_BETTER else "renewal"
     reason = (
         f"{better}: log-likelihood of a held-out half of the arrivals, per request, {ours:.4g} as episodes and "
         f"{theirs:.4g} in windows of {in_words(window)}"
