@@ -17,6 +17,7 @@ _VERBS = {
     "convert": "trace",
     "demo": "study.demo",
     "fetch": "trace",
+    "fidelity": "fidelity",
     "fit": "workload",
     "generate": "workload",
     "local": "local",

@@ -35,7 +35,18 @@ def test_fit_prints_how_well_it_fits(tmp_path, capsys):
 def test_fit_speaks_json(tmp_path, capsys):
     path = str(tmp_path / "m.json")
     code, out, _ = call(
-        capsys, "fit", "burstgpt://gpt4-conversation", "-o", path, "--json", "--window", "1h", "--seed", "3"
+        capsys,
+        "fit",
+        "burstgpt://gpt4-conversation",
+        "-o",
+        path,
+        "--json",
+        "--window",
+        "1h",
+        "--seed",
+        "3",
+        "--kind",
+        "renewal",
     )
     result = json.loads(out)
     assert code == 0

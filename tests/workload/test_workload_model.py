@@ -41,7 +41,7 @@ def bursty(seed: int = 0, size: int = 20_000) -> Trace:
 
 @pytest.fixture(scope="module")
 def workload():
-    return fit(bursty())
+    return fit(bursty(), kind="renewal")
 
 
 def test_a_fit_describes_the_classes(workload):
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_bytes(workload, tmp_path):
     a, b, c = ((tmp_path / f"{name}.csv").read_bytes() for name in "abc")
     assert a == b
     assert a != c
-    assert fit(bursty()) == workload
+    assert fit(bursty(), kind="renewal") == workload
 
 
 def test_what_is_asked_for_is_drawn(workload):
@@ -91,8 +91,9 @@ def test_what_is_asked_for_is_drawn(workload):
 @settings(max_examples=10, deadline=None)
 def test_fit_of_generated_finds_rate_and_shape(alpha, rate, seed):
     rng = np.random.default_rng(seed)
-    first = fit(trace_of(np.cumsum(rng.gamma(alpha, 1 / (alpha * rate), 4000))), window=f"{700 / rate}s", method="mle")
-    second = fit(generate(first, seed=seed), window=f"{700 / rate}s", method="mle")
+    words = {"kind": "renewal", "window": f"{700 / rate}s", "method": "mle"}
+    first = fit(trace_of(np.cumsum(rng.gamma(alpha, 1 / (alpha * rate), 4000))), **words)
+    second = fit(generate(first, seed=seed), **words)
     # Counts of 4,000 vary by sqrt(4000 / alpha); the median shape of some six windows of 700 gaps by about 4 %.
     assert second.mean_rate == pytest.approx(first.mean_rate, rel=5 / np.sqrt(4000 * alpha))
     shapes = [np.median(w.classes[0].arrivals.alpha) for w in (first, second)]

@@ -18,6 +18,7 @@ VERBS = {
     "characterize": ("What is in a trace: concurrency, conversations, lengths, failures.", "Traces"),
     "fit": ("Fit a workload model to a trace.", "Workloads"),
     "generate": ("Draw a new trace from a workload model.", "Workloads"),
+    "fidelity": ("How alike two traces are, statistically and downstream.", "Workloads"),
     "replay": ("Send a trace to a live endpoint, open loop.", "Experiments"),
     "simulate": ("Run a trace through a modelled cluster.", "Experiments"),
     "calibrate": ("Fit the simulator's step time to a recorded run.", "Experiments"),

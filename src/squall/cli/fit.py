@@ -30,7 +30,8 @@ def fit(
     out
         The model's JSON file.
     kind
-        What the arrivals are made of: renewal (rate and Gamma shape per window), or auto, which takes renewal.
+        What the arrivals are made of: renewal (rate and Gamma shape per window), episodes (the trace's own course,
+        with lengths that move with it), or auto, which takes for each class what predicts held-out arrivals better.
     window
         Length of the windows in which rate and shape are fitted; a short trace takes a smaller one and says so.
     method
@@ -55,7 +56,7 @@ def summary(workload: "Workload", out: str) -> dict[str, object]:
     return {
         "out": out,
         "source": workload.source,
-        "kind": "renewal",
+        "kind": kind_of(workload),
         "method": workload.method,
         "span": workload.span,
         "rate": workload.mean_rate,
@@ -64,12 +65,20 @@ def summary(workload: "Workload", out: str) -> dict[str, object]:
     }
 
 
+def kind_of(workload: "Workload") -> str:
+    """What the arrivals are made of: one kind, or those of the classes."""
+    import msgspec
+
+    kinds = {str(msgspec.to_builtins(one.arrivals)["kind"]) for one in workload.classes}
+    return " and ".join(sorted(kinds))
+
+
 def _print(workload: "Workload", out: str) -> None:
     from squall.report.terminal import console, number, percent, row, table
     from squall.units import in_words
 
     screen = console()
-    screen.print(f"{out}: renewal model of {workload.source}", markup=False)
+    screen.print(f"{out}: {kind_of(workload)} model of {workload.source}", markup=False)
     screen.print(f"{number(workload.mean_rate)} requests/s over {in_words(workload.span)}", markup=False)
     arrivals = table(
         "Arrivals, trace → draw",
@@ -124,6 +133,9 @@ def _print(workload: "Workload", out: str) -> None:
         "windows: with a shape of their own / with requests. KS: Kolmogorov-Smirnov distance, 0 is perfect.",
         markup=False,
     )
+    for one in workload.classes:
+        if one.fit:
+            screen.print(f"{one.name}: {one.fit.reason}.", markup=False)
     for line in workload.notes:
         screen.print(line, markup=False)
 

@@ -1,6 +1,6 @@
 """The generative model of a workload: fit it to a trace, scale it, draw new traces; and the built-in profiles."""
 
-from squall.workload.drawing import generate, rescale, smooth
+from squall.workload.drawing import bootstrap, generate, rescale, smooth
 from squall.workload.fitting import fit
 from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
 from squall.workload.profiles import PROFILES, profile
@@ -10,6 +10,7 @@ __all__ = [
     "ClassFit",
     "ClassModel",
     "Workload",
+    "bootstrap",
     "fit",
     "generate",
     "profile",

@@ -36,6 +36,8 @@ class Path:
     edges: np.ndarray
     rate: np.ndarray
     alpha: np.ndarray
+    episode: np.ndarray | None = None
+    """Which episode of the fitted trace each piece belongs to, in models that have such (episodes.py)."""
 
     @property
     def expected(self) -> float:
@@ -44,7 +46,7 @@ class Path:
 
     def scaled(self, factor: float) -> "Path":
         """The same path at `factor` times the rate."""
-        return Path(self.edges, self.rate * factor, self.alpha)
+        return Path(self.edges, self.rate * factor, self.alpha, self.episode)
 
 
 def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
@@ -126,7 +128,7 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
         """Rate and shape from `begin` to `end` (s from the fitted trace's start); nothing in it is random."""
         rate, alpha = np.array(self.rate), np.array(self.alpha)
         if end <= self.span:
-            return _cut(Path(self._edges, rate, alpha), begin, end)
+            return cut(Path(self._edges, rate, alpha), begin, end)
         # What lies beyond the span follows it, from the period in which the span ends.
         inside = self._edges[:-1] < self.period
         periods = np.arange(int(max(begin, self.span) // self.period), int(np.ceil(end / self.period)))
@@ -136,15 +138,11 @@ class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):
             np.tile(rate[inside], periods.size),
             np.tile(alpha[inside], periods.size),
         )
-        later = _cut(beyond, max(begin, self.span), end)
+        later = cut(beyond, max(begin, self.span), end)
         if begin >= self.span:
             return later
-        own = _cut(Path(self._edges, rate, alpha), begin, self.span)
-        return Path(
-            np.concatenate([own.edges, own.edges[-1] + later.edges[1:]]),
-            np.concatenate([own.rate, later.rate]),
-            np.concatenate([own.alpha, later.alpha]),
-        )
+        own = cut(Path(self._edges, rate, alpha), begin, self.span)
+        return join([own, later])
 
 
 class Daily(msgspec.Struct, frozen=True, tag="daily", tag_field="kind"):
@@ -193,7 +191,7 @@ class Daily(msgspec.Struct, frozen=True, tag="daily", tag_field="kind"):
             rate = rate * np.exp(sd * level - sd**2 / 2)
         ripple = stream(seed, f"path {self.regime} ripple").standard_normal((hours, _PER_HOUR))
         fine = rate[:, None] * np.exp(self.ripple * ripple - self.ripple**2 / 2)
-        return _cut(_five_minutes(fine, np.full(fine.size, self.alpha)), begin, end)
+        return cut(_five_minutes(fine, np.full(fine.size, self.alpha)), begin, end)
 
 
 class Floods(msgspec.Struct, frozen=True, tag="floods", tag_field="kind"):
@@ -251,10 +249,7 @@ class Floods(msgspec.Struct, frozen=True, tag="floods", tag_field="kind"):
         ripple = stream(seed, f"path {self.regime} ripple").standard_normal((hours, _PER_HOUR))
         fine = _plateaus(load) / HOUR * np.exp(self.ripple * ripple - self.ripple**2 / 2)
         alpha = self.cv.at(stream(seed, f"path {self.regime} cv").random(fine.size)) ** -2.0
-        return _cut(_five_minutes(fine, alpha), begin, end)
-
-
-Arrivals = Renewal | Daily | Floods
+        return cut(_five_minutes(fine, alpha), begin, end)
 
 
 def _wander(steps: int, memory: float, rng: np.random.Generator) -> np.ndarray:
@@ -288,12 +283,25 @@ def _five_minutes(rate: np.ndarray, alpha: np.ndarray) -> Path:
     return Path(np.arange(rate.size + 1) * (HOUR / _PER_HOUR), rate.ravel(), alpha)
 
 
-def _cut(path: Path, begin: float, end: float) -> Path:
+def cut(path: Path, begin: float, end: float) -> Path:
     """The part of a path between `begin` and `end`, on a clock that starts at `begin`."""
     first = max(0, int(np.searchsorted(path.edges, begin, side="right")) - 1)
     last = int(np.searchsorted(path.edges, end, side="left"))
     edges = np.clip(path.edges[first : last + 1], begin, end) - begin
-    return Path(edges, path.rate[first:last], path.alpha[first:last])
+    episode = None if path.episode is None else path.episode[first:last]
+    return Path(edges, path.rate[first:last], path.alpha[first:last], episode)
+
+
+def join(paths: list[Path]) -> Path:
+    """Paths one after another; each one's clock starts at 0."""
+    begins = np.cumsum([0.0] + [path.edges[-1] for path in paths])
+    episodes = [path.episode for path in paths if path.episode is not None]
+    return Path(
+        np.concatenate([[0.0], *(begin + path.edges[1:] for begin, path in zip(begins, paths, strict=False))]),
+        np.concatenate([path.rate for path in paths]),
+        np.concatenate([path.alpha for path in paths]),
+        np.concatenate(episodes) if episodes else None,
+    )
 
 
 def fit_renewal(
@@ -332,7 +340,7 @@ def fit_renewal(
     )
     shape = np.clip(np.where(np.isfinite(alpha), alpha, pooled), *ALPHA_RANGE)
     return Renewal(
-        window, span, _period(span), [float(f"{r:.9g}") for r in rate], [float(f"{a:.6g}") for a in shape]
+        window, span, whole_period(span), [float(f"{r:.9g}") for r in rate], [float(f"{a:.6g}") for a in shape]
     ), quality
 
 
@@ -356,7 +364,7 @@ def _shape(gaps: np.ndarray) -> float:
     return float(np.clip(gaps.mean() ** 2 / max(float(gaps.var()), 1e-300), *ALPHA_RANGE))
 
 
-def _period(span: float) -> float:
+def whole_period(span: float) -> float:
     """Whole weeks or whole days of a span that holds such, else the span: what comes after repeats by the clock."""
     for unit in (WEEK, DAY):
         # A trace of "a day" ends with its last request, a little before midnight.

@@ -11,6 +11,7 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import Trace, TraceMeta, write_trace
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import DAY
+from squall.workload.episodes import Episodes
 from squall.workload.model import Workload, read_workload
 
 MOST_REQUESTS = 200_000_000
@@ -92,13 +93,48 @@ def smooth(trace: Trace, process: Process, *, cv: float | None = None, seed: int
     return trace.replace(trace.table.with_columns(arrival=pl.Series(arrival)), step, tick=None)
 
 
+def bootstrap(trace: Trace, block: Duration, *, seed: int = DEFAULT_SEED) -> Trace:
+    """`trace` cut into stretches of `block` seconds that begin at random times, put together to the same span.
+
+    The non-parametric yardstick of a model (circular block bootstrap, Politis and Romano, 1992): rows keep their
+    lengths and their neighbours, whatever lasts longer than a block is lost. Sessions are left out, being cut.
+    """
+    length = seconds(block, "--block")
+    span = trace.span + trace.span / max(len(trace) - 1, 1)
+    if not 0 < length <= span:
+        raise InputError(f"--block {length:g}: a block has more than 0 and at most the trace's {span:g} s.")
+    arrival = trace.table["arrival"].to_numpy() - float(trace.table["arrival"][0])
+    blocks = int(np.ceil(span / length))
+    begin = stream(seed, "bootstrap").random(blocks) * span
+    twice = np.concatenate([arrival, arrival + span])  # a block that runs over the end goes on at the beginning
+    first, last = np.searchsorted(twice, begin), np.searchsorted(twice, begin + length)
+    size = last - first
+    place = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size) + np.repeat(first, size)
+    times = twice[place] - np.repeat(begin, size) + np.repeat(np.arange(blocks) * length, size)
+    kept = times < span
+    if not kept.any():
+        raise InputError(
+            f"{trace.meta.source}: no request lies in the blocks of {in_words(length)} drawn with seed {seed}."
+        )
+    rows = trace.table[(place % arrival.size)[kept]].with_columns(
+        arrival=pl.Series(times[kept]), session=pl.lit(None, pl.Int64), turn=pl.lit(None, pl.Int32)
+    )
+    step = f"bootstrap in blocks of {in_words(length)}, seed {seed}"
+    return trace.replace(rows.sort("arrival", maintain_order=True), step, tick=None)
+
+
 def rescale(trace: Trace, rate: float, seed: int = DEFAULT_SEED) -> Trace:
     """`trace` modelled and drawn anew over the same span at the mean `rate` (requests/s): the scale method `model`."""
     from squall.workload.fitting import fit
 
     drawn = generate(fit(trace, seed=seed), rate=rate, seed=seed)
     return trace.replace(
-        drawn.table, tick=None, midnight=drawn.meta.midnight, weekday=drawn.meta.weekday, clock=0.0, speed=1.0
+        drawn.table,
+        tick=drawn.meta.tick,
+        midnight=drawn.meta.midnight,
+        weekday=drawn.meta.weekday,
+        clock=0.0,
+        speed=1.0,
     )
 
 
@@ -156,6 +192,8 @@ def _meta(model: Workload, name: str, begin: float, rows: int, seed: int, rate: 
         attribution=model.attribution,
         midnight=None if since is None else since % DAY,
         weekday=weekday,
+        tick=max((one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes)), default=0.0)
+        or None,
         rows=rows,
         seed=seed,
         steps=[f"--rate {rate:g} (model scaling)"] if rate else [],

@@ -11,15 +11,20 @@ from squall.progress import progress
 from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import Trace, TraceSource, open_trace
 from squall.units import Duration, in_words, seconds
-from squall.workload.concurrency import Renewal, RenewalFit, fit_renewal
+from squall.workload.concurrency import RenewalFit, fit_renewal
 from squall.workload.conversations import fit_conversations
+from squall.workload.episodes import EPISODE, MOST_REQUESTS, Episodes, fit_episodes, held_out
 from squall.workload.failures import fit_failures
 from squall.workload.lengths import fit_lengths, ks_distance, spearman
-from squall.workload.model import ClassFit, ClassModel, Workload, save_workload
+from squall.workload.model import Arrivals, ClassFit, ClassModel, Workload, save_workload
 
-KINDS = ("auto", "renewal")
+KINDS = ("auto", "episodes", "renewal")
 FEWEST_WINDOWS = 6
 """A trace with fewer windows than this is fitted in smaller ones."""
+NO_BETTER = 0.05
+"""Held-out log-likelihoods per request that differ by less than this say nothing."""
+MOST_REGULAR = 2.0
+"""Gaps with a larger shape (CV below 0.7) are more regular than a cascade makes them."""
 _SMALLER = (600, 300, 120, 60, 30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.01, 0.001)
 
 
@@ -34,15 +39,17 @@ def fit(
 ) -> Workload:
     """A workload model of `trace`, written to `out` (JSON) if given.
 
-    Per (service, model) class: the rate and the Gamma shape of the gaps in each `window`, the joint law of the lengths,
-    conversations where sessions are recorded, and failures. `kind` says what the arrivals are made of; "renewal" is the
-    only kind, and "auto" takes it. `method` estimates the shapes by "moments" or by maximum likelihood ("mle").
-    `options` are the trace options, among them the seed (for ties and for times inside a coarse clock tick).
+    Per (service, model) class: when requests arrive, the joint law of the lengths, conversations where sessions are
+    recorded, and failures. `kind` says what the arrivals are made of: "renewal" (the rate and the Gamma shape of the
+    gaps in each `window`), "episodes" (the trace's own course, with lengths that move with it), or "auto", which takes
+    for each class the one that predicts a random half of its arrivals better from the other half, and "episodes" where
+    neither does. `method` estimates the shapes by "moments" or by maximum likelihood ("mle"). `options` are the trace
+    options, among them the seed (for ties and for times inside a coarse clock tick).
 
     Raises InputError for a trace that has no rate: a single request, or all requests at one time.
     """
     if kind not in KINDS:
-        raise InputError(f"--kind {kind}: no such kind of arrivals; there are {' and '.join(KINDS)}.")
+        raise InputError(f"--kind {kind}: no such kind of arrivals; there are {', '.join(KINDS)}.")
     if method not in ("moments", "mle"):
         raise InputError(f"--method {method}: no such estimator; there are moments and mle.")
     seed = int(options.get("seed", DEFAULT_SEED))
@@ -60,7 +67,7 @@ def fit(
     with progress("Fitting", total=len(parts)) as done:
         classes = []
         for index, part in enumerate(parts):
-            classes.append(_fit_class(part, source, span, slot, method, seed, index))
+            classes.append(_fit_class(part, source, span, slot, method, kind, seed, index))
             done(index + 1)
     meta = source.meta
     workload = Workload(
@@ -69,7 +76,7 @@ def fit(
         licence=meta.licence,
         attribution=meta.attribution,
         steps=meta.steps,
-        notes=[*meta.notes, *notes, *_left_out(source)],
+        notes=[*meta.notes, *notes, *_left_out(source), *_holds(classes)],
         span=span,
         midnight=_plus(meta.midnight, float(source.table["arrival"][0])),
         weekday=meta.weekday,
@@ -88,6 +95,7 @@ def _fit_class(
     span: float,
     window: float,
     method: Literal["moments", "mle"],
+    kind: str,
     seed: int,
     index: int,
 ) -> ClassModel:
@@ -96,7 +104,12 @@ def _fit_class(
     failed = rows["failed"].to_numpy()
     answered = ~failed
     rng = stream(seed, "fit", index)
-    arrivals, quality = fit_renewal(arrival, span, window, tick=source.meta.tick, method=method, seed=seed)
+    tick = source.meta.tick
+    arrivals: Arrivals
+    arrivals, quality = fit_renewal(arrival, span, window, tick=tick, method=method, seed=seed)
+    kind, reason = _choose(kind, arrival, span, window, quality, tick, seed)
+    if kind == "episodes":
+        arrivals = fit_episodes(arrival, answered, request, response, span, tick=tick, rng=rng, seed=seed)
     conversations = None
     if rows["session"].null_count() < len(rows):
         # A row without a session is a conversation of its own.
@@ -111,21 +124,48 @@ def _fit_class(
         conversations=conversations,
         failures=fit_failures(arrival, failed, request[failed]),
     )
-    return _with_fit(model, rows, arrival, quality, seed, index)
+    return _with_fit(model, rows, arrival, span, quality, reason, seed, index)
+
+
+def _choose(
+    kind: str, arrival: np.ndarray, span: float, window: float, quality: RenewalFit, tick: float | None, seed: int
+) -> tuple[str, str]:
+    """The kind of arrivals for a class, and why."""
+    if kind != "auto":
+        return kind, f"{kind}: asked for"
+    if not 2 * EPISODE <= arrival.size <= MOST_REQUESTS:
+        return "renewal", f"renewal: {arrival.size:,} requests; episodes take {2 * EPISODE} to {MOST_REQUESTS:,}"
+    if quality.alpha[1] > MOST_REGULAR:
+        return "renewal", f"renewal: gaps are regular (median shape {quality.alpha[1]:.3g}), which episodes do not keep"
+    ours, theirs = held_out(arrival, span, window, tick=tick, seed=seed)
+    # A tie goes to the episodes, which also keep where the long requests are.
+    better = "episodes" if ours >= theirs - NO_BETTER else "renewal"
+    reason = (
+        f"{better}: log-likelihood of a held-out half of the arrivals, per request, {ours:.4g} as episodes and "
+        f"{theirs:.4g} in windows of {in_words(window)}"
+    )
+    return better, reason
 
 
 def _with_fit(
-    model: ClassModel, rows: pl.DataFrame, arrival: np.ndarray, quality: RenewalFit, seed: int, index: int
+    model: ClassModel,
+    rows: pl.DataFrame,
+    arrival: np.ndarray,
+    span: float,
+    quality: RenewalFit,
+    reason: str,
+    seed: int,
+    index: int,
 ) -> ClassModel:
     """`model` with its goodness of fit: its laws, and one draw over the fitted span, against the rows."""
     import msgspec
 
-    span = model.arrivals.span if isinstance(model.arrivals, Renewal) else float(arrival[-1])
     drawn = model.draw(model.arrivals.path(0.0, span, seed), seed, index)
     real, new = (table.filter(~pl.col("failed")) for table in (rows, drawn))
     pairs = [(t["request_tokens"].to_numpy(), t["response_tokens"].to_numpy()) for t in (real, new)]
     law = model.lengths
     result = ClassFit(
+        reason=reason,
         requests=len(rows),
         windows=quality.windows,
         fitted=quality.fitted,
@@ -175,6 +215,15 @@ def _left_out(source: Trace) -> list[str]:
         if lost
         else []
     )
+
+
+def _holds(classes: list[ClassModel]) -> list[str]:
+    if not any(isinstance(one.arrivals, Episodes) for one in classes):
+        return []
+    return [
+        f"The model holds the trace at a coarser grain (counts, and length classes by groups of {EPISODE} requests): "
+        "treat it with the same care as the trace."
+    ]
 
 
 def _plus(midnight: float | None, shift: float) -> float | None:

@@ -10,17 +10,21 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import stream
-from squall.workload.concurrency import Arrivals, Path, renewal
+from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
 from squall.workload.conversations import Conversations
+from squall.workload.episodes import Episodes
 from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
 
 VERSION = 1
+Arrivals = Renewal | Daily | Floods | Episodes
 
 
 class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
     """Goodness of fit of one class: the trace against the model's law, or against one draw over the fitted span."""
 
+    reason: str = ""
+    """The kind of arrivals, and why it was taken."""
     requests: int
     windows: int
     """Windows with arrivals."""
@@ -70,7 +74,12 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def draw(self, path: Path, seed: int, index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
-        arrival = renewal(path, stream(seed, "arrivals", index))
+        clock = stream(seed, "arrivals", index)
+        episode = number = np.empty(0, np.int64)
+        if isinstance(self.arrivals, Episodes):
+            arrival, episode, number = self.arrivals.arrive(path, clock)
+        else:
+            arrival = renewal(path, clock)
         session = turn = None
         rank_rng = stream(seed, "lengths", index)
         if self.conversations:
@@ -81,7 +90,11 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
         failing_rng = stream(seed, "failures", index)
         failed = self.failures.draw(arrival, failing_rng)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
-        if self.lengths:
+        if self.lengths and isinstance(self.arrivals, Episodes) and self.arrivals.lengths and not self.conversations:
+            request, response = self.arrivals.lengths.draw(
+                episode, number, self.lengths, self.arrivals.freedom, stream(seed, "responses", index)
+            )
+        elif self.lengths:
             request, response = self.lengths.draw(u, stream(seed, "responses", index))
         if self.failures.request:
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
@@ -103,7 +116,7 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload", tag_field="type"):
-    """What is needed to draw traces like one that was seen: no row of it, only parameters."""
+    """What is needed to draw traces like one that was seen: parameters, and for `episodes` counts; no row of it."""
 
     version: int = VERSION
     source: str
