@@ -139,7 +139,7 @@ def main() -> None:
         total = plain["percentiles_s"] + seconds
         part, whole = total / ours["part_cpu_s"], total / ours["characterize_cpu_s"]
         print(
-            f"    {name}: {seconds:,.0f} s; with the percentiles {part:.0f} times the CPU that squall takes for this part "
+            f"    {name}: {seconds:,.0f} s; with the percentiles {part:.0f} times the CPU of squall for this part "
             f"({ours['part_cpu_s']:.2f} s), {whole:.1f} times what it takes for everything"
         )
 
