@@ -1,6 +1,6 @@
 """How true to a trace is what each workload model draws? The table of docs/fidelity.md.
 
-    python benchmarks/fidelity.py TRACE… [--seeds 10]
+    python benchmarks/fidelity.py [TRACE…] [--seeds 10]
 
 For every trace, and for bursty ones made of the first: what each model draws goes through the simulator at loads 0.5,
 0.8 and 1.1 (llama-3.1-8b on one h100, uncalibrated) beside the trace itself. A cell is the median over the seeds of
@@ -93,7 +93,7 @@ def table(name: str, trace: Trace, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("traces", nargs="+")
+    parser.add_argument("traces", nargs="*", default=["burstgpt://all?start=14h&duration=4h"])
     parser.add_argument("--seeds", type=int, default=10)
     asked = parser.parse_args()
     traces = [open_trace(path) for path in asked.traces]

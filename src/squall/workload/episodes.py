@@ -1,4 +1,4 @@
-"""A trace's own course: what load each half-minute brought and how long its requests were, with chance only inside.
+"""A trace's own course: when each 32 requests came and how long they were, with chance only inside such a stretch.
 
 A tail latency of an hour hangs on one or two episodes of it, so a draw that is to lead to the same conclusions must
 have them: the same requests of the same kind in the same stretch of time. An *episode* is a stretch that held EPISODE
