@@ -209,11 +209,12 @@ def _replay_slice(served: Trace, seed: int) -> tuple[Run, str]:
 
 def _about_local(measured: Metrics) -> str:
     answered = f"{measured.succeeded} of {measured.requests} answered"
+    why = f" ({'; '.join(measured.verdict_reasons)})" if measured.verdict_reasons else ""
     if measured.ttft.p50 is None or measured.ttft.p90 is None:
-        return f"{answered}; the client is {measured.verdict}."
+        return f"{answered}; the client's verdict is {measured.verdict}{why}."
     return (
         f"{answered}, TTFT P50 {in_words(measured.ttft.p50)} and P90 {in_words(measured.ttft.p90)} from schedule; "
-        f"the client's lateness is {in_words(measured.lateness.p90 or 0)} at P90, so the verdict is {measured.verdict}."
+        f"the client's lateness is {in_words(measured.lateness.p90 or 0)} at P90, its verdict {measured.verdict}{why}."
     )
 
 

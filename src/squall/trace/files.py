@@ -270,9 +270,8 @@ def replace_file(path: Path, data: bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:

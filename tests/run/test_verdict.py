@@ -1,0 +1,52 @@
+"""The gates of the verdict, one by one, on runs made for them."""
+
+import numpy as np
+import pytest
+
+from squall.run import Run, RunMeta
+from squall.run.verdict import Client, judge
+
+QUIET = {"stall_p999": 0.001, "collection": 0.0, "cpu": 1.0, "wall": 10.0}
+
+
+def _run(late, ttft=0.05, status="ok"):
+    scheduled = np.cumsum(np.random.default_rng(0).exponential(0.05, len(late)))
+    sent = scheduled + late
+    columns = {"request": range(len(late)), "attempt": [1] * len(late), "status": [status] * len(late)}
+    return Run.of(columns | {"scheduled": scheduled, "sent": sent, "first_token": sent + ttft}, RunMeta(kind="replay"))
+
+
+def _verdict(run, **client):
+    return " ".join(judge(run, [Client(**QUIET | client)]))
+
+
+def test_a_punctual_sender_is_valid():
+    assert _verdict(_run(np.full(500, 1e-4))) == ""
+
+
+def test_lateness_is_judged_by_percentiles_that_the_number_of_requests_supports():
+    late = np.full(500, 1e-4)
+    late[:10] = 0.008
+    assert "p99 8.0 ms" in _verdict(_run(late), connect_p99=0.007)
+    assert "opening connections" in _verdict(_run(late), connect_p99=0.007)
+    assert _verdict(_run(late[:50])) == ""  # no P99 of 50 requests, and 8 ms is within the wider limit
+    late[:10] = 0.05
+    assert "p99.9 50.0 ms" in _verdict(_run(late[:50]))
+
+
+def test_stalls_are_judged_against_what_is_measured():
+    assert "stalled" in _verdict(_run(np.zeros(200)), stall_p999=0.011)
+    assert "stalled" not in _verdict(_run(np.zeros(200), ttft=1.0), stall_p999=0.011)
+    assert "limit 20 ms" in _verdict(_run(np.zeros(200), ttft=1.0), stall_p999=0.03)
+
+
+@pytest.mark.parametrize(
+    ("client", "words"), [({"collection": 0.006}, "garbage collection"), ({"cpu": 9.0}, "90 % of a core")]
+)
+def test_the_clients_own_trouble_is_named(client, words):
+    assert words in _verdict(_run(np.zeros(200)), **client)
+
+
+def test_faults_of_the_client_always_count():
+    run = _run(np.zeros(200), status="client_fault")
+    assert "client's own fault" in _verdict(run)
