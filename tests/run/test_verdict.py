@@ -24,20 +24,22 @@ def test_a_punctual_sender_is_valid():
     assert _verdict(_run(np.full(500, 1e-4))) == ""
 
 
-def test_lateness_is_judged_by_percentiles_that_the_number_of_requests_supports():
+def test_lateness_is_judged_and_its_cause_named():
     late = np.full(500, 1e-4)
     late[:10] = 0.008
     assert "p99 8.0 ms" in _verdict(_run(late), connect_p99=0.007)
     assert "opening connections" in _verdict(_run(late), connect_p99=0.007)
-    assert _verdict(_run(late[:50])) == ""  # no P99 of 50 requests, and 8 ms is within the wider limit
+    assert "p99 8.0 ms" in _verdict(_run(late[:50]))
+    late[1:] = 1e-4
+    assert _verdict(_run(late[:50])) == ""  # one hiccup in a short run is forgiven
     late[:10] = 0.05
     assert "p99.9 50.0 ms" in _verdict(_run(late[:50]))
 
 
-def test_stalls_are_judged_against_what_is_measured():
-    assert "stalled" in _verdict(_run(np.zeros(200)), stall_p999=0.011)
-    assert "stalled" not in _verdict(_run(np.zeros(200), ttft=1.0), stall_p999=0.011)
-    assert "limit 20 ms" in _verdict(_run(np.zeros(200), ttft=1.0), stall_p999=0.03)
+@pytest.mark.parametrize("ttft", [0.05, 10.0])
+def test_a_slow_server_excuses_no_stall_of_the_client(ttft):
+    assert "stalled" in _verdict(_run(np.zeros(200), ttft=ttft), stall_p999=0.05)
+    assert "stalled" in _verdict(_run(np.zeros(200), ttft=ttft), stall_p999=0.011)
 
 
 @pytest.mark.parametrize(
