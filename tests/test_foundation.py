@@ -1,5 +1,7 @@
 """What all rooms share: durations, seeds, verbs as functions, and text from strangers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import squall
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import printable
 from squall.seeds import stream
 from squall.units import in_words, seconds
@@ -63,3 +66,24 @@ def test_text_from_strangers_cannot_steer_a_terminal(text):
     assert all(c.isprintable() or c in "\n\t" for c in shown)
     if text.isprintable():
         assert shown == text
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    replace_file(path, b"first")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        replace_file(path, fail)
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.txt"]
+    replace_file(path, lambda temporary: temporary.write_text("second"))
+    assert path.read_bytes() == b"second"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    with pytest.raises(InputError, match="does not exist"):
+        replace_file(tmp_path / "absent" / "out.txt", b"")

@@ -7,7 +7,6 @@ through `script_safe`, so that no name or message in the input can become markup
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 
 from squall import __version__
+from squall.files import replace_file
 from squall.report import charts
 from squall.report.sections import (
     MeasuredRun,
@@ -69,9 +69,7 @@ def write_page(
         script=script,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, html.encode())
 
 
 def script_safe(value: Any) -> str:

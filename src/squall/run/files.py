@@ -4,14 +4,13 @@
 `run.csv` and `run.jsonl` have `run.meta.json` and `run.series.csv` or `run.series.jsonl` beside them.
 """
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import polars as pl
 
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import note
 from squall.run.table import SCHEMA, SERIES, Run, RunMeta, RunSource
 from squall.trace.table import TraceMeta
@@ -45,12 +44,12 @@ def write_run(run: Run, path: str | Path) -> None:
     if run.series.is_empty():
         series.unlink(missing_ok=True)  # an earlier run's series must not be read as this one's
     else:
-        _replace(series, lambda temporary: _write_table(run.series, temporary, path.suffix.lower()))
+        replace_file(series, lambda temporary: _write_table(run.series, temporary, path.suffix.lower()))
     if path.suffix.lower() == ".parquet":
-        _replace(path, lambda temporary: run.table.write_parquet(temporary, metadata={_KEY: meta.decode()}))
+        replace_file(path, lambda temporary: run.table.write_parquet(temporary, metadata={_KEY: meta.decode()}))
     else:
-        _replace(_meta_path(path), lambda temporary: temporary.write_bytes(msgspec.json.format(meta, indent=1) + b"\n"))
-        _replace(path, lambda temporary: _write_table(run.table, temporary, path.suffix.lower()))
+        replace_file(_meta_path(path), msgspec.json.format(meta, indent=1) + b"\n")
+        replace_file(path, lambda temporary: _write_table(run.table, temporary, path.suffix.lower()))
 
 
 def read_run(source: RunSource) -> Run:
@@ -119,17 +118,6 @@ def _series_path(path: Path) -> Path:
 
 def _meta_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.meta.json")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_table(frame: pl.DataFrame, path: Path, suffix: str) -> None:

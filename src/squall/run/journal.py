@@ -15,6 +15,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import note
 from squall.run.table import SCHEMA, Run, RunMeta
 from squall.run.verdict import Client, judge
@@ -68,9 +69,7 @@ def client_path(journal: Path, worker: int) -> Path:
 
 def write_header(journal: Path, meta: RunMeta) -> None:
     """Write or replace the header: whole or not at all."""
-    temporary = journal / f".{HEADER}.tmp"
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1) + b"\n")
-    temporary.replace(journal / HEADER)
+    replace_file(journal / HEADER, msgspec.json.format(msgspec.json.encode(meta), indent=1) + b"\n")
 
 
 def read_journal(path: str | Path) -> Run:

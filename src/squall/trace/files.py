@@ -3,9 +3,7 @@
 import gzip
 import hashlib
 import importlib
-import os
 import sys
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import note, progress
 from squall.trace.formats import FORMATS, Finding, Format, Parsed, columns_format
 from squall.trace.join import joined
@@ -254,24 +253,6 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
         sys.stdout.buffer.write(data)
         return
     replace_file(path, data)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the directory {path.parent} does not exist; create it first.")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:
