@@ -24,6 +24,7 @@ VERBS = {
     "calibrate": ("Fit the simulator's step time to a recorded run.", "Experiments"),
     "local": ("Start a real llama.cpp server with a small model on this machine.", "Experiments"),
     "metrics": ("Efficiency, stability and reliability of a run.", "Results"),
+    "compare": ("Which differences between two runs are real.", "Results"),
     "report": ("One self-contained HTML page from traces and runs.", "Results"),
     "study": ("An experiment of the paper, from trace to figure.", "Results"),
 }

@@ -1,0 +1,76 @@
+"""Resampling: blocks, weights and statistics against slow and published ones."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import lfilter
+
+from squall.run import resampling
+from squall.run.resampling import block_length, cells_of, deviations, quantile, ratio
+from squall.seeds import stream
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.5, 0.8])
+def test_the_block_is_the_best_one_for_an_autoregression(phi: float) -> None:
+    """For AR(1) the sums in the rule are known: g = 2 phi / (1 - phi)^2 and G = (1 + phi) / (1 - phi), in variances."""
+    size = 8000
+    found = []
+    for seed in range(12):
+        noise = np.random.default_rng(seed).standard_normal(size + 200)
+        found.append(block_length(lfilter([1.0], [1, -phi], noise)[200:])[0])
+    g, long_run = 2 * phi / (1 - phi) ** 2, (1 + phi) / (1 - phi)
+    best = max(1.0, (2 * g**2 / (4 / 3 * long_run**2)) ** (1 / 3) * size ** (1 / 3))
+    # The estimate itself scatters by some 15 % (Patton, Politis and White 2009, table 1): 4 errors of a mean of twelve.
+    assert np.mean(found) == pytest.approx(best, rel=0.18, abs=2.5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(8, 40), st.integers(1, 8), st.integers(0, 1000))
+def test_weights_are_those_of_circular_blocks(size: int, length: int, seed: int) -> None:
+    weights = resampling._weights(size, length, stream(seed, "t"))[:5]
+    starts = stream(seed, "t").integers(size, size=(resampling.DRAWS, max(1, round(size / length))))[:5]
+    for row, begun in zip(weights, starts, strict=True):
+        expected = np.zeros(size)
+        for start in begun:
+            for step in range(length):
+                expected[(start + step) % size] += 1
+        np.testing.assert_array_equal(row, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(200, 3000), st.sampled_from([0.5, 0.9, 0.99]), st.integers(0, 1000))
+def test_a_resampled_quantile_is_that_of_the_resampled_values(n: int, share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.round(rng.lognormal(0, 1, n), 2)
+    cell = cells_of(n, 100)
+    cells = int(cell[-1]) + 1
+    statistic = quantile(values, cell, cells, share)
+    weights = rng.multinomial(cells, np.full(cells, 1 / cells), size=4).astype(np.float32)
+    for row, found in zip(weights, statistic.estimate(weights), strict=True):
+        repeated = np.repeat(values, row[cell].astype(int))
+        # Linear between thresholds: the value may lie a few ranks off, and tied values span several.
+        reach = 0.02 + 3 / n
+        assert (repeated < found - 1e-9).mean() - reach <= share <= (repeated <= found + 1e-9).mean() + reach
+
+
+def test_the_error_of_a_mean_is_the_long_run_one() -> None:
+    """The variance of the mean of an AR(1) is (1 + phi) / (1 - phi) times that of independent values."""
+    phi, n = 0.8, 20_000
+    noise = np.random.default_rng(2).standard_normal(n + 500)
+    series = lfilter([1.0], [1, -phi], noise)[500:]
+    cell = cells_of(n)
+    sums, counts = np.bincount(cell, series), np.bincount(cell).astype(float)
+    found = deviations(ratio(sums, counts), 1)
+    assert found.values.std() == pytest.approx(1 / (1 - phi) / np.sqrt(n), rel=0.15)
+    low, high = found.interval(0.05)
+    assert low < 0 < high
+    assert high - low == pytest.approx(2 * 1.96 / (1 - phi) / np.sqrt(n), rel=0.2)
+    assert deviations(ratio(sums, counts), 1).values == pytest.approx(found.values)
+
+
+def test_cells_are_equal_and_few() -> None:
+    assert cells_of(5).tolist() == [0, 1, 2, 3, 4]
+    cell = cells_of(4_500_000)
+    assert cell[-1] < resampling.CELLS
+    assert set(np.bincount(cell)[:-1]) == {2250}
