@@ -1,6 +1,9 @@
 """Fidelity: a trace is like itself, unlike what is not like it, and the numbers are those of their definitions."""
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -11,7 +14,8 @@ import pytest
 import squall
 from squall.cli.app import build
 from squall.errors import InputError
-from squall.fidelity import _in_time, fidelity
+from squall.fidelity import Fidelity, _in_time, fidelity
+from squall.report.fidelity_sections import write_fidelity
 from squall.trace import Trace, TraceMeta
 from squall.workload import fit, save_workload, smooth
 
@@ -118,8 +122,14 @@ def test_the_command_prints_the_contract(tmp_path: Path, capsys: pytest.CaptureF
     assert set(found["ks"]) == {"request_tokens", "response_tokens", "gaps"}
     assert set(found["dispersion"][0]) >= {"scale", "real", "generated"}
     assert set(found["downstream"][0]) >= {"load", "metric", "real", "generated", "ratio"}
-    assert app(["fidelity", str(file), str(file), "--loads", "0.7"], result_action="return_value") == 0
-    assert "0.7 ttft_p99" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    words = ["--loads", "0.7", "--baselines", "--seeds", "2", "--html", str(page)]
+    assert app(["fidelity", str(file), str(file), *words], result_action="return_value") == 0
+    shown = capsys.readouterr().out
+    assert "0.7 ttft_p99" in shown
+    assert "ALIKE" in shown
+    assert "blocks of 5 s" in shown
+    assert page.stat().st_size > 100_000
     with pytest.raises(InputError, match="--loads half"):
         app(
             ["fidelity", str(file), str(file), "--loads", "half"],
@@ -127,3 +137,71 @@ def test_the_command_prints_the_contract(tmp_path: Path, capsys: pytest.CaptureF
             print_error=False,
             result_action="return_value",
         )
+
+
+def test_the_verdict_says_what_agrees_and_what_does_not() -> None:
+    trace = bursty()
+    same = fidelity(trace, trace, loads=(0.5,), **SMALL)
+    assert same.verdict == "alike"
+    assert "makes of both the same: all 3 latencies" in same.summary[0]
+    assert "one generated trace is one draw" in same.summary[-1]
+    other = fidelity(trace, smooth(trace, "poisson"), loads=(0.5,), **SMALL)
+    assert other.verdict == "not alike"
+    assert "tells them apart in" in other.summary[0]
+    assert "burstiness at" in other.summary[1]
+    drawn = fidelity(trace, fit(trace, kind="renewal"), loads=(0.5,), seeds=3, **SMALL)
+    assert "3 draws; the real value lies inside their range in" in drawn.summary[-1]
+
+
+def test_baselines_stand_beside_it() -> None:
+    trace = bursty()
+    found = fidelity(trace, trace, loads=(0.5,), seeds=3, baselines=True, **SMALL)
+    names = [one.name for one in found.baselines]
+    assert names[0] == "Poisson arrivals"
+    assert names[1].startswith("Gamma arrivals, CV ")
+    assert names[2:] == ["lengths shuffled", "blocks of 5 s", "blocks of 30 s", "blocks of 2 min"]
+    by_name = {one.name: {row.metric: row for row in one.downstream} for one in found.baselines}
+    poisson = by_name["Poisson arrivals"]["ttft_p99"]
+    assert (poisson.ratio or 1) < 0.7
+    assert poisson.inside is False
+    assert poisson.real == found.downstream[1].real  # the same real run beside all of them
+    assert fidelity(trace, trace, loads=(0.5,), **SMALL).baselines == []
+
+
+def test_distributions_are_quantiles() -> None:
+    trace = bursty()
+    found = fidelity(trace, fit(trace, kind="renewal"), loads=(0.5,), seeds=3, **SMALL)
+    lengths = found.distributions["request_tokens"]
+    expected = np.quantile(trace.table["request_tokens"].to_numpy(), lengths.share)
+    assert lengths.real == pytest.approx(expected)
+    assert all(
+        low <= middle <= high for low, middle, high in zip(lengths.low, lengths.generated, lengths.high, strict=True)
+    )
+
+
+def test_the_page_holds_everything_and_obeys_nothing(tmp_path: Path) -> None:
+    evil = "</script><script>document.title='owned'</script>.csv"
+    trace = bursty(rows=400)
+    table = trace.table.with_columns(failed=pl.Series(np.arange(len(trace)) % 50 == 0))
+    trace = trace.replace(table, source=evil)
+    found = fidelity(trace, fit(trace, kind="renewal"), loads=(0.5, 0.8), seeds=3, baselines=True, **SMALL)
+    page = write_fidelity(found, tmp_path / "page.html")
+    text = page.read_text(encoding="utf-8")
+    assert "<script>document.title" not in text
+    for words in ("What a server would feel", "Beside simpler ways", "Conversations and failures", "P99 TTFT at 80 %"):
+        assert words in text
+    assert "https://" not in text.partition("<!-- Below: Vega")[0]
+    assert write_fidelity(msgspec.json.decode(msgspec.json.encode(found), type=Fidelity), tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+    with pytest.raises(InputError, match=r"ends in \.html"):
+        write_fidelity(found, tmp_path / "page.pdf")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if chromium is None:
+        return
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert 'data-errors="[]"' in shown
+    drawn = set(re.findall(r'<div class="chart[^"]*" id="([^"]*)"', shown))
+    assert drawn >= {"ratio-ttft_p99", "ratio-peak_kv", "fidelity-gaps", "fidelity-dispersion", "fidelity-request"}
+    assert f'data-charts="{len(drawn)}"' in shown

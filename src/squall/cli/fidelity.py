@@ -6,10 +6,13 @@ from cyclopts import Group, Parameter
 
 from squall.cli.common import Output, Select, TraceArgument, as_options, print_json
 from squall.errors import InputError
+from squall.progress import note, printable
 from squall.trace.select import TraceOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rich.table import Table
 
     from squall.fidelity import Compared, Fidelity
 
@@ -26,6 +29,8 @@ def fidelity(
     calibration: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     loads: str = "0.5,0.8,1.1",
     seeds: int = 10,
+    baselines: Annotated[bool, Parameter(negative="")] = False,
+    html: Annotated[str | None, Parameter(name="--html")] = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
 ) -> int:
@@ -49,9 +54,16 @@ def fidelity(
         Shares of the rate that the cluster sustains for the real trace's lengths.
     seeds
         How many traces are drawn from a model.
+    baselines
+        Also show what is left if parts of the real trace are thrown away: Poisson and Gamma arrivals, shuffled lengths,
+        block bootstraps.
+    html
+        Also write the comparison as one offline page to this file.
     """
     from squall.fidelity import fidelity as run
 
+    if html is not None and not html.lower().endswith((".html", ".htm")):
+        raise InputError(f"--html {html}: a page is an HTML file; give a name that ends in .html.")
     result = run(
         real,
         generated,
@@ -61,8 +73,13 @@ def fidelity(
         calibration=calibration,
         loads=_shares(loads),
         seeds=seeds,
+        baselines=baselines,
         **as_options(select),
     )
+    if html is not None:
+        from squall.report.fidelity_sections import write_fidelity
+
+        note(f"Wrote {write_fidelity(result, html)}.")
     if output.json:
         print_json(result)
     else:
@@ -83,7 +100,11 @@ def _print(result: "Fidelity") -> None:
 
     screen = console()
     draws = f", {len(result.seeds)} draws" if result.seeds else ""
-    screen.print(f"{result.real} (real) against {result.generated}{draws}", markup=False)
+    screen.print(f"{printable(result.real)} (real) against {printable(result.generated)}{draws}", markup=False)
+    screen.print(result.verdict.upper(), style="bold", markup=False)
+    for sentence in result.summary:
+        screen.print(printable(sentence), markup=False)
+    screen.print()
     columns = ("real", "generated", "range", "ratio", "real inside")
     felt = table("Downstream, simulated", "load, metric", *columns)
     for one in result.downstream:
@@ -92,6 +113,8 @@ def _print(result: "Fidelity") -> None:
             shown = percent if one.metric == "peak_kv" else number
         row(felt, f"{one.load:g} {one.metric}", *_cells(one, shown))
     screen.print(felt)
+    if result.baselines:
+        screen.print(_beside(result))
     target = result.target
     screen.print(
         f"{target['replicas']} x {target['gpu']}, {target['model']} ({result.step_time}); load 1 is "
@@ -118,6 +141,32 @@ def _print(result: "Fidelity") -> None:
     screen.print(numbers)
     for line in result.notes:
         screen.print(line, markup=False)
+
+
+def _beside(result: "Fidelity") -> "Table":
+    from squall.fidelity import BANDS, metric_name
+    from squall.report.terminal import row, table
+
+    heads = [f"{metric_name(metric)}, {load:g}" for load, metric in _places(result, tuple(BANDS))]
+    shown = table("Ratio generated / real (* the real value lies outside of the draws)", "", *heads)
+    shown.columns[0].overflow = "fold"
+    for column in shown.columns[1:]:
+        column.no_wrap = False
+    for name, downstream in (
+        ("this one", result.downstream),
+        *((one.name, one.downstream) for one in result.baselines),
+    ):
+        found = {(one.load, one.metric): one for one in downstream}
+        cells = []
+        for place in _places(result, tuple(BANDS)):
+            one = found[place]
+            cells.append("-" if one.ratio is None else f"{one.ratio:.2f}{'' if one.inside in (None, True) else '*'}")
+        row(shown, name, *cells)
+    return shown
+
+
+def _places(result: "Fidelity", metrics: tuple[str, ...]) -> list[tuple[float, str]]:
+    return [(one.load, one.metric) for one in result.downstream if one.metric in metrics]
 
 
 def _cells(one: "Compared", shown: "Callable[[float | None], str]") -> tuple[str, ...]:

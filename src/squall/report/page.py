@@ -22,6 +22,7 @@ from squall.report.sections import (
     MeasuredRun,
     MeasuredTrace,
     Origin,
+    Section,
     run_facts,
     run_sections,
     trace_facts,
@@ -41,9 +42,31 @@ def write_page(
     lead: Sequence[str] = (),
 ) -> None:
     """Write the page on `traces` and `runs` (by name, in this order) to `path`, whole or not at all."""
+    write_sections(
+        path,
+        title,
+        [*run_sections(runs), *trace_sections(traces)],
+        [
+            *(Origin(name, run_facts(measured)) for name, measured in runs.items()),
+            *(Origin(name, trace_facts(measured)) for name, measured in traces.items()),
+        ],
+        lead=lead,
+        warnings=[warning for name, measured in runs.items() for warning in warnings(name, measured.metrics)],
+    )
+
+
+def write_sections(
+    path: Path,
+    title: str,
+    sections: Sequence[Section],
+    origins: Sequence[Origin],
+    *,
+    lead: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> None:
+    """Write a page of `sections` to `path`, whole or not at all; `lead` and `warnings` are sentences at its top."""
     import jinja2
 
-    sections = [*run_sections(runs), *trace_sections(traces)]
     declared = {figure.id: charts.declaration(figure.chart) for section in sections for figure in section.figures}
     themes = {"light": charts.theme(), "dark": charts.theme(dark=True)}
     library, script = _library(), _asset("page.js")
@@ -53,12 +76,9 @@ def write_page(
     html = environment.from_string(_asset("page.html")).render(
         title=title,
         lead=lead,
-        warnings=[warning for name, measured in runs.items() for warning in warnings(name, measured.metrics)],
+        warnings=warnings,
         sections=sections,
-        origins=[
-            *(Origin(name, run_facts(measured)) for name, measured in runs.items()),
-            *(Origin(name, trace_facts(measured)) for name, measured in traces.items()),
-        ],
+        origins=origins,
         colours=len(charts.LIGHT),
         bad_cells=BAD,
         version=__version__,

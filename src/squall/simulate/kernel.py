@@ -529,7 +529,7 @@ def _give_up(
     _fail(events, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits, jitter)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def run_cluster(
     arrival: np.ndarray,
     prompt: np.ndarray,
