@@ -185,7 +185,8 @@ def asked(
 
 def _refuse_windows(draw: Draw) -> None:
     end = draw.begin + draw.span
-    if any(end / one.arrivals.window > MOST_WINDOWS for one in draw.model.classes):
+    whole = [one.arrivals for one in draw.model.classes if isinstance(one.arrivals, Renewal | Daily | Floods)]
+    if any(end / arrivals.window > MOST_WINDOWS for arrivals in whole) or end > 1e10:
         raise InputError(
             f"{in_words(end)} are more than {MOST_WINDOWS:,} windows of the model; ask for a shorter duration."
         )
@@ -207,7 +208,7 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
     left = draw.requests
     seen = 0
     for frame in _portions(_merged(classes), portion):
-        part = frame if left is None else frame.head(left - seen)
+        part = _complete(frame if left is None else frame.head(left - seen), draw.model.classes)
         seen += len(part)
         yield part
         if seen == left:
@@ -219,6 +220,7 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
         )
 
 
+_SCHEMA = {name: SCHEMA[name] for name in ("arrival", "request_tokens", "response_tokens", "failed", "session", "turn")}
 _Pieces = Iterator[tuple[pl.DataFrame, float]]
 """Requests sorted by arrival, and the time (s) until which there are no others."""
 
@@ -286,6 +288,8 @@ def _class(one: ClassModel, begin: float, span: float, factor: float, seed: int,
             columns |= {"session": session * classes + index, "turn": turn}
         else:
             u = ranks.random(arrival.size)
+            columns |= {"session": pl.repeat(None, arrival.size, dtype=pl.Int64, eager=True)}
+            columns |= {"turn": pl.repeat(None, arrival.size, dtype=pl.Int32, eager=True)}
         failed = striking.strike(arrival)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
         if one.lengths:
@@ -294,7 +298,7 @@ def _class(one: ClassModel, begin: float, span: float, factor: float, seed: int,
             request[failed] = np.rint(one.failures.request.at(failing.random(int(failed.sum()))))
         response[failed] = 0
         columns |= {"request_tokens": request, "response_tokens": response, "failed": failed}
-        yield _frame(pl.DataFrame(columns), one), float(piece.edges[-1])
+        yield pl.DataFrame(columns, _SCHEMA).with_columns(of=pl.lit(index, pl.UInt32)), float(piece.edges[-1])
 
 
 def stretches(one: ClassModel, begin: float, span: float, factor: float) -> Iterator[tuple[float, float]]:
@@ -318,14 +322,17 @@ def _whole_stretches(
         session = frame["session"]
         frame = frame.with_columns(pl.col("arrival") + (first - begin), (session + before) * classes + index)
         before += session.n_unique()
-        yield _frame(frame, one), last - begin
+        yield frame.select(*_SCHEMA, of=pl.lit(index, pl.UInt32)), last - begin
 
 
-def _frame(known: pl.DataFrame, one: ClassModel) -> pl.DataFrame:
-    """The columns of SCHEMA for requests of one class."""
-    constant = {"service": one.service, "model": one.model}
+def _complete(known: pl.DataFrame, classes: list[ClassModel]) -> pl.DataFrame:
+    """The columns of SCHEMA for requests that say which class they are `of`."""
+    constant: dict[str, pl.Expr] = {}
+    for name in ("service", "model"):
+        values = pl.Series([getattr(one, name) for one in classes], dtype=SCHEMA[name])
+        constant[name] = pl.lit(values).gather(pl.col("of")) if len(classes) > 1 else pl.lit(values[0], SCHEMA[name])
     return known.select(
-        pl.col(name) if name in known.columns else pl.lit(constant.get(name), dtype).alias(name)
+        (pl.col(name) if name in known.columns else constant.get(name, pl.lit(None, dtype))).alias(name)
         for name, dtype in SCHEMA.items()
     )
 

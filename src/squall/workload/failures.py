@@ -82,9 +82,12 @@ class Outages:
             # Exponential stays have no memory: the first one is as long as any other.
             stays = self._rng.exponential(1.0, (cycles, 2)) * ((outage, calm) if self._first else (calm, outage))
             self._turns = np.append(self._turns, self._turns[-1] + np.cumsum(stays))
-        position = np.searchsorted(self._turns, arrivals, side="right") - 1
-        held: np.ndarray = (position % 2 == 0) == self._first
-        self._turns = self._turns[int(position[-1]) // 2 * 2 :]
+        # Sorted arrivals are cut at the turns, which are far fewer.
+        cuts = np.searchsorted(arrivals, self._turns)
+        states = (np.arange(self._turns.size) % 2 == 0) == self._first
+        held: np.ndarray = np.repeat(states, np.diff(cuts, append=arrivals.size))
+        now = int(np.searchsorted(self._turns, arrivals[-1], side="right")) - 1
+        self._turns = self._turns[now // 2 * 2 :]
         return held
 
 
