@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from squall.workload.conversations import Conversations, Growth, fit_conversations
-from squall.workload.failures import Failures, fit_failures, in_outage
+from squall.workload.failures import Failures, Outages, fit_failures
 from squall.workload.lengths import Quantiles
 
 GROWTH = Growth([1, 2, 4], [0.5, 0.3, 0.2], [-0.6, 0.4, 0.9], [0.8, 0.7, 0.6], 0.8)
@@ -87,7 +87,7 @@ def test_no_second_turn_is_no_conversation():
 
 def test_outages_fill_their_share_of_the_time():
     arrivals = np.linspace(0, 1e6, 400_000)
-    inside = in_outage(arrivals, 100.0, 0.2, np.random.default_rng(7))
+    inside = Outages(100.0, 0.2, np.random.default_rng(7)).hold(arrivals)
     assert inside.mean() == pytest.approx(0.2, abs=0.02)
     lengths = np.diff(np.flatnonzero(np.diff(inside.astype(int))))
     assert min(lengths[::2].mean(), lengths[1::2].mean()) * 2.5 == pytest.approx(100, rel=0.1)

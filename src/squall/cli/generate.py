@@ -7,8 +7,8 @@ from cyclopts import Parameter
 from squall.cli.common import Output, Seed, print_json
 
 if TYPE_CHECKING:
-    from squall.trace import Trace
     from squall.workload import Workload
+    from squall.workload.tally import Tally
 
 
 def generate(
@@ -39,12 +39,12 @@ def generate(
     start
         Where in the model's time to begin, such as 8h.
     """
-    from squall.workload import generate as run
+    from squall.workload import generate_file
     from squall.workload.drawing import named
 
     workload, _ = named(model)
-    trace = run(model, out=out, duration=duration, requests=requests, rate=rate, start=start, seed=seed.seed)
-    result = achieved(workload, trace, out, duration, requests, rate)
+    tally = generate_file(model, out, duration=duration, requests=requests, rate=rate, start=start, seed=seed.seed)
+    result = achieved(workload, tally, out, duration, requests, rate)
     if output.json:
         print_json(result)
     else:
@@ -53,21 +53,16 @@ def generate(
 
 
 def achieved(
-    workload: "Workload", trace: "Trace", out: str, duration: str | None, requests: int | None, rate: float | None
+    workload: "Workload", tally: "Tally", out: str, duration: str | None, requests: int | None, rate: float | None
 ) -> dict[str, Any]:
     """What was asked for against what the drawn trace holds."""
-    import numpy as np
-
-    from squall.characterize.concurrency import dispersion
     from squall.units import seconds
+    from squall.workload.tally import as_json
 
-    table = trace.table
-    gaps = np.diff(table["arrival"].to_numpy())
-    answered = table.filter(~table["failed"])
     return {
         "out": out,
-        "source": trace.meta.source,
-        "seed": trace.meta.seed,
+        "source": tally.meta.source,
+        "seed": tally.meta.seed,
         "requested": {
             "rate": rate if rate is not None else workload.mean_rate,
             "rate_from": "--rate" if rate is not None else "model",
@@ -76,25 +71,9 @@ def achieved(
             else (workload.span if requests is None else None),
             "requests": requests,
         },
-        "requests": len(trace),
-        "failed_share": float(table["failed"].mean() or 0.0),  # type: ignore[arg-type]
-        "duration": trace.span,
-        "rate": trace.rate,
-        "gap_cv": float(gaps.std() / gaps.mean()) if gaps.size and gaps.mean() > 0 else None,
-        "dispersion": [{"scale": scale, "index": index} for scale, index in dispersion(table["arrival"].to_numpy())],
-        "request_tokens": _quantiles(answered["request_tokens"].to_numpy()),
-        "response_tokens": _quantiles(answered["response_tokens"].to_numpy()),
-        "notes": trace.meta.notes,
+        **as_json(tally),
+        "notes": tally.meta.notes,
     }
-
-
-def _quantiles(tokens: Any) -> dict[str, float]:
-    import numpy as np
-
-    if tokens.size == 0:
-        return {}
-    points = dict(zip(("p50", "p90", "p99", "max"), np.quantile(tokens, (0.5, 0.9, 0.99, 1.0)).tolist(), strict=True))
-    return {"mean": float(tokens.mean()), **points}
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from squall.trace.table import Trace, TraceMeta, TraceSource
 
 # Sources that are drawn, not read. Named by text and imported when asked for: the rooms that draw lie above this one.
 _SCHEMES = {"burstgpt": "squall.workload.profiles:draw"}
+
+PORTION = 1 << 20
+"""Rows that are read, drawn or written at a time: a row group of a Parquet file."""
 
 _SUFFIXES = {".parquet": "squall", ".jsonl": "mooncake", ".csv": "burstgpt"}
 
@@ -235,12 +239,28 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
 
     Written to a temporary file beside `path` first, so that a failure leaves no half a file. `-` is standard output.
     """
+    table = trace.table
+    wide = any(table[name].null_count() < len(table) for name in ("session", "elapsed"))
+    if Path(path).suffix == ".csv" and format is None and trace.meta.format == "azure":
+        format = "azure"
+    write_frames(table.iter_slices(PORTION), lambda: trace.meta, path, format, wide=wide)
+
+
+def write_frames(
+    frames: Iterator[pl.DataFrame],
+    meta: Callable[[], TraceMeta],
+    path: str | Path,
+    format: str | None = None,
+    *,
+    wide: bool,
+) -> None:
+    """Write a trace that comes in frames (SCHEMA's columns, sorted by arrival), without holding more than one of them.
+
+    `meta` is called with the first frame for its clocks, and by Parquet after the last one. `wide` says whether a
+    BurstGPT file has columns for sessions and elapsed times.
+    """
     path = Path(path)
-    name = format or _SUFFIXES.get(path.suffix)
-    if str(path) == "-":
-        name = format or "burstgpt"
-    if path.suffix == ".csv" and format is None and trace.meta.format == "azure":
-        name = "azure"
+    name = format or ("burstgpt" if str(path) == "-" else _SUFFIXES.get(path.suffix))
     if name is None or name not in FORMATS:
         what = f"--to {format}: no such format" if format else f"{path}: the suffix {path.suffix!r} names no format"
         known = "|".join(FORMATS)
@@ -248,11 +268,15 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
     write = FORMATS[name].write
     if write is None:
         raise InputError(f"{path}: squall reads {FORMATS[name].title} but does not write it; use .parquet or .csv.")
-    data = write(trace.table, trace.meta)
     if str(path) == "-":
-        sys.stdout.buffer.write(data)
+        write(frames, meta, sys.stdout.buffer, wide)
         return
-    replace_file(path, data)
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(frames, meta, file, wide)
+
+    replace_file(path, fill)
 
 
 def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:

@@ -1,6 +1,7 @@
 """The generative model of a workload: fit it to a trace, scale it, draw new traces; and the built-in profiles."""
 
-from squall.workload.drawing import bootstrap, generate, rescale, smooth
+from squall.workload.baselines import bootstrap, smooth
+from squall.workload.drawing import generate, generate_file, rescale
 from squall.workload.fitting import fit
 from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
 from squall.workload.profiles import PROFILES, profile
@@ -13,6 +14,7 @@ __all__ = [
     "bootstrap",
     "fit",
     "generate",
+    "generate_file",
     "profile",
     "read_workload",
     "rescale",

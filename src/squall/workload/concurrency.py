@@ -23,7 +23,6 @@ from squall.workload.lengths import Quantiles
 HOUR = 3600.0
 DAY = 86400.0
 WEEK = 7 * DAY
-_ALMOST_SURE = 1 - 1e-14
 _PER_HOUR = 12  # windows of an hour in the kinds whose path is random
 ALPHA_RANGE = (1e-3, 1e6)
 """Shapes beyond this (CV 32 and CV 0.001) are clipped; constant gaps have alpha = infinity."""
@@ -51,39 +50,9 @@ class Path:
 
 def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
     """Arrival times (sorted seconds) of the stationary renewal process along `path`."""
-    from scipy.special import gammainc, gammaincinv
+    from squall.workload.process import RenewalProcess
 
-    # A path of one shape is one process: fewer, longer pieces are faster, and nothing happens at their borders.
-    load = path.rate * np.diff(path.edges)
-    operational = np.concatenate([[0.0], np.cumsum(load)])
-    begins = np.flatnonzero(np.diff(np.where(load > 0, path.alpha, np.nan), prepend=np.nan) != 0)
-    begins = begins[load[begins] > 0] if begins.size else begins
-    if begins.size == 0:
-        return np.empty(0)
-    ends = np.append(operational[begins[1:]], operational[-1])
-    shape = float(path.alpha[begins[0]])
-    length = rng.standard_gamma(shape + 1) / shape
-    due = operational[begins[0]] + rng.random() * length
-    pieces = []
-    for begin, end, alpha in zip(operational[begins], ends, path.alpha[begins].tolist(), strict=True):
-        if alpha != shape:
-            rank = min(gammainc(shape + 1, shape * length), _ALMOST_SURE)
-            stretched = gammaincinv(alpha + 1, rank) / alpha
-            due = begin + (due - begin) * stretched / length
-            length, shape = stretched, alpha
-        while due < end:
-            count = int((end - due) + 3 * np.sqrt((end - due) / alpha)) + 8
-            times = due + np.concatenate([[0.0], np.cumsum(rng.standard_gamma(alpha, count) / alpha)])
-            within = min(int(np.searchsorted(times, end)), count)
-            pieces.append(times[:within])
-            due = float(times[within])
-            length = float(times[within] - times[within - 1])
-    if not pieces:
-        return np.empty(0)
-    times = np.concatenate(pieces)
-    # Windows without load have no length in operational time: the last of equal borders is the one that moves.
-    window = np.searchsorted(operational, times, side="right") - 1
-    return path.edges[window] + (times - operational[window]) / path.rate[window]
+    return RenewalProcess(rng).along(path)
 
 
 class Renewal(msgspec.Struct, frozen=True, tag="renewal", tag_field="kind"):

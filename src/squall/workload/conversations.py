@@ -10,11 +10,10 @@ u = sum_k w_k Phi((z - m_k)/s_k) with the turns' shares w_k, which is uniform wh
 the lengths and leave their marginal law as it is.
 """
 
-from heapq import heappop, heappush
-
 import msgspec
 import numpy as np
 
+from squall.workload.inversion import interpolate
 from squall.workload.lengths import Quantiles, ranks
 
 _TURNS = (1, 2, 3, 4, 6, 10, 20)  # first turns of the groups that share m_k and s_k
@@ -40,8 +39,6 @@ class Growth(msgspec.Struct, frozen=True):
 
     def draw(self, session: np.ndarray, turn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Ranks (0 to 1) of the request lengths of requests with the given sessions (0, 1, …) and turns (1, 2, …)."""
-        from scipy.special import ndtr
-
         x = rng.standard_normal(session.size)
         order = np.argsort(turn, kind="stable")
         last = np.zeros(int(session.max(initial=-1)) + 1)
@@ -50,10 +47,23 @@ class Growth(msgspec.Struct, frozen=True):
             if rows.size and turn[rows[0]] > 1:
                 x[rows] = self.memory * last[session[rows]] + fresh * x[rows]
             last[session[rows]] = x[rows]
-        group = np.searchsorted(self.turn, turn, side="right") - 1
+        return self.rank(turn, x)
+
+    def rank(self, turn: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Ranks (0 to 1) among all requests of the class of those with the given turns and scores `x`."""
+        from scipy.special import ndtr
+
+        group_of = np.searchsorted(self.turn, np.arange(self.turn[-1] + 1), side="right") - 1
+        group = group_of[np.minimum(turn, self.turn[-1])]
         z = np.array(self.mean)[group] + np.array(self.sd)[group] * x
+        # u is smooth in z: linear between so many points it is right to 1e-8.
+        points = np.linspace(min(self.mean) - 9 * max(self.sd), max(self.mean) + 9 * max(self.sd), 40_001)
         parts = zip(self.weight, self.mean, self.sd, strict=True)
-        return sum(w * ndtr((z - m) / s) for w, m, s in parts) / sum(self.weight)
+        table = sum(w * ndtr((points - m) / s) for w, m, s in parts) / sum(self.weight)
+        step = (points[-1] - points[0]) / (points.size - 1)
+        at = np.clip((z - points[0]) / step, 0, points.size - 1.000001)
+        cell = at.astype(np.int64)
+        return table[cell] + (at - cell) * np.diff(table)[cell]
 
 
 class Conversations(msgspec.Struct, frozen=True):
@@ -75,25 +85,38 @@ class Conversations(msgspec.Struct, frozen=True):
 
     def assign(self, arrivals: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Session (0, 1, … in order of their start) and turn (1, 2, …) of each of the sorted `arrivals`."""
-        count = arrivals.size
-        # Turns by inversion: a session has more than k turns with probability survival[k].
-        wanted = np.searchsorted(-np.array(self.survival[1:]), -rng.random(count), side="left") + 1
-        # Even if sessions wait (the night holds fewer turns than are due), some arrivals are newcomers.
-        newcomer = rng.random(count) < _NEWCOMERS / self.mean_turns
-        u = rng.random(count)
-        pause = np.interp(u, self.gap.levels, self._intended(arrivals[:_PILOT], wanted, newcomer, u))
-        return _seat(arrivals, wanted, newcomer, pause)
+        session, turn, _ = Seating(self, rng).seat(arrivals)
+        return session, turn
 
-    def _intended(self, arrivals: np.ndarray, wanted: np.ndarray, newcomer: np.ndarray, u: np.ndarray) -> np.ndarray:
+
+class Seating:
+    """Gives arrivals to the sessions of one class; each call of `seat` goes on where the one before ended."""
+
+    def __init__(self, law: Conversations, rng: np.random.Generator) -> None:
+        self._law = law
+        self._random, self._noise = rng, rng.spawn(1)[0]
+        self._pause = np.empty(0)
+        self._sessions = Sessions()
+
+    def seat(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Session (0, 1, … in order of their start), turn (1, 2, …) and length rank (0 to 1) of sorted `arrivals`."""
+        # For each arrival: the turns of its session if it begins one, whether it must, and the pause that follows.
+        chance = self._random.random((arrivals.size, 3))
+        noise = self._noise.standard_normal(arrivals.size)
+        if self._pause.size == 0:
+            self._pause = self._intended(arrivals[:_PILOT], chance[:_PILOT])
+        session, turn, x = self._sessions.take(self._law, arrivals, chance, noise, self._pause)
+        return session, turn, self._law.growth.rank(turn, x)
+
+    def _intended(self, arrivals: np.ndarray, chance: np.ndarray) -> np.ndarray:
         """Quantiles of the pauses to draw so that, after the wait for a free arrival, they come out as `gap`.
 
         A turn that is due waits for a free arrival, longer where requests are rare; pilots measure by how much.
         """
-        levels, goal = np.array(self.gap.levels), np.array(self.gap.values)
+        levels, goal = np.array(self._law.gap.levels), np.array(self._law.gap.values)
         intended = goal.copy()
         for _ in range(_PILOTS):
-            pause = np.interp(u[: arrivals.size], levels, intended)
-            session, _turn = _seat(arrivals, wanted, newcomer, pause)
+            session, *_rest = Sessions().take(self._law, arrivals, chance, np.zeros(arrivals.size), intended)
             order = np.argsort(session, kind="stable")
             found = np.diff(arrivals[order])[np.diff(session[order]) == 0]
             if found.size < _FEWEST_PAUSES:
@@ -110,31 +133,57 @@ _PILOTS = 4
 _FEWEST_PAUSES = 200
 
 
-def _seat(
-    arrivals: np.ndarray, wanted: np.ndarray, newcomer: np.ndarray, pause: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Session and turn of each arrival: `pause[i]` s follow after arrival i, and session s has `wanted[s]` turns."""
-    count = arrivals.size
-    # A turn goes to the arrival nearest to its time, so that pauses are as often rounded down as up.
-    reach = np.append((arrivals[:-1] + arrivals[1:]) / 2, arrivals[-1:]).tolist()
-    ready, left, new = (arrivals + pause[:count]).tolist(), wanted.tolist(), newcomer.tolist()
-    session, turn = [0] * count, [1] * count
-    taken: list[int] = []
-    due: list[tuple[float, int]] = []
-    waiting: list[int] = []
-    for i in range(count):
-        while due and due[0][0] <= reach[i]:
-            waiting.append(heappop(due)[1])
-        if waiting and not new[i]:
-            one = waiting.pop()  # the one that became due last: most pauses stay as drawn, few become long
-        else:
-            one = len(taken)
-            taken.append(0)
-        taken[one] += 1
-        session[i], turn[i] = one, taken[one]
-        if taken[one] < left[one]:
-            heappush(due, (ready[i], one))
-    return np.array(session, dtype=np.int64), np.array(turn, dtype=np.int32)
+class Sessions:
+    """The sessions under way: which are due when, which wait for an arrival. Ended ones leave no trace."""
+
+    def __init__(self) -> None:
+        self._number = np.zeros(4, np.int64)  # sessions begun, due, waiting, free places
+        self._due = np.empty(0)  # a heap of times, and whose they are
+        self._whose = np.empty(0, np.int64)
+        self._waiting = np.empty(0, np.int64)
+        self._free = np.empty(0, np.int64)
+        self._state = np.empty((0, 3), np.int64)  # of a place: session, turns taken, turns wanted
+        self._last = np.empty(0)  # normal score of the turn before
+
+    def take(
+        self, law: Conversations, arrivals: np.ndarray, chance: np.ndarray, noise: np.ndarray, pause: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Session, turn and normal score of each arrival; `pause` are the quantiles of the pauses at gap.levels."""
+        from squall.workload.compiled import seat
+
+        self._room(arrivals.size)
+        memory = law.growth.memory
+        return seat(
+            arrivals,
+            chance,
+            noise,
+            np.array(law.survival[1:]),
+            _NEWCOMERS / law.mean_turns,
+            interpolate(chance[:, 2], np.array(law.gap.levels), pause),
+            memory,
+            float(np.sqrt(1 - memory**2)),
+            self._number,
+            self._due,
+            self._whose,
+            self._waiting,
+            self._free,
+            self._state,
+            self._last,
+        )
+
+    def _room(self, more: int) -> None:
+        """Places for `more` sessions beyond those under way."""
+        held = self._last.size
+        wanted = held - int(self._number[3]) + more
+        if wanted <= held:
+            return
+        added = max(wanted - held, held // 2)
+        self._due, self._whose = np.resize(self._due, held + added), np.resize(self._whose, held + added)
+        self._waiting, self._last = np.resize(self._waiting, held + added), np.resize(self._last, held + added)
+        self._state = np.concatenate([self._state, np.zeros((added, 3), np.int64)])
+        free = int(self._number[3])
+        self._free = np.concatenate([self._free[:free], np.arange(held, held + added), np.zeros(held - free, np.int64)])
+        self._number[3] = free + added
 
 
 def fit_conversations(

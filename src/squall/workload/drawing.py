@@ -1,30 +1,78 @@
-"""Draw: from a workload model to a trace; and the smooth baselines that a trace is compared with."""
+"""Draw: from a workload model to a trace, in memory or straight into a file, piece by piece.
 
-from pathlib import Path
-from typing import Literal
+Each class draws pieces of some 260,000 requests, one after another in time: arrivals, sessions, failures and lengths
+each go on where the piece before ended. The pieces of all classes are merged by time. How they are cut follows from
+the model and the seed alone, so the rows do not depend on the size of the portions in which they are handed on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED, stream
-from squall.trace import Trace, TraceMeta, write_trace
+from squall.trace import SCHEMA, Trace, TraceMeta, write_trace
+from squall.trace.files import PORTION, write_frames
 from squall.units import Duration, in_words, seconds
-from squall.workload.concurrency import DAY
+from squall.workload.concurrency import DAY, Daily, Floods, Renewal
+from squall.workload.conversations import Seating
 from squall.workload.episodes import Episodes
-from squall.workload.model import Workload, read_workload
+from squall.workload.failures import Striking
+from squall.workload.model import ClassModel, Workload, read_workload
+from squall.workload.process import RenewalProcess, parts
+from squall.workload.tally import Tally
 
 MOST_REQUESTS = 200_000_000
-"""A draw is refused above this: it would not fit into memory."""
+"""A draw into memory is refused above this; into a file there is no limit."""
 MOST_WINDOWS = 20_000_000
-"""A draw over more windows than this is refused for the same reason."""
-Process = Literal["uniform", "poisson", "gamma"]
+"""A draw over more windows than this is refused: its path would not fit into memory."""
+PIECE = 1 << 18
+"""Requests that a class expects to draw at a time."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is to be drawn: `model` (called `name`) over `span` seconds from `begin`, at `factor` times its rate."""
+
+    model: Workload
+    name: str
+    begin: float
+    span: float
+    requests: int | None
+    rate: float | None
+    seed: int
+
+    @property
+    def factor(self) -> float:
+        """By what the rates are multiplied."""
+        if self.rate is None:
+            return 1.0
+        expected = self.expected
+        if expected == 0:
+            raise InputError(
+                f"--rate {self.rate:g}: the model has no request in the {in_words(self.span)} from "
+                f"{in_words(self.begin)}, so there is nothing to scale; draw a longer duration or another start."
+            )
+        return self.rate * self.span / expected
+
+    @property
+    def expected(self) -> float:
+        """Requests that the model expects in this time, at its own rate."""
+        return sum(
+            one.arrivals.path(begin, end, self.seed).expected
+            for one in self.model.classes
+            for begin, end in stretches(one, self.begin, self.span, 1.0)
+        )
 
 
 def generate(
-    workload: Workload | str | Path,
+    workload: Workload | str | File,
     *,
-    out: str | Path | None = None,
+    out: str | File | None = None,
     duration: Duration | None = None,
     requests: int | None = None,
     rate: float | None = None,
@@ -36,91 +84,42 @@ def generate(
     It holds what arrives in `duration` seconds (default: the fitted span; for profiles one day), but at most `requests`
     rows; with `requests` alone it runs until it has them. It begins at `start`, an offset into the model's time. `rate`
     rescales the expected mean rate over the drawn span: beta is multiplied, the CV of the gaps stays. The same seed
-    gives the same bytes. Raises InputError if nothing arrives in that time.
+    gives the same bytes. The trace is held in memory; `generate_file` writes one of any size. Raises InputError if
+    nothing arrives in that time.
     """
-    model, name = named(workload)
-    begin = 0.0 if start is None else seconds(start, "--start")
-    if rate is not None and not 0 < rate < float("inf"):
-        raise InputError(f"--rate {rate}: a rate must be above 0 requests/s.")
-    if requests is not None and requests < 1:
-        raise InputError(f"--requests {requests}: a trace needs at least 1 request.")
-    if duration is not None or requests is None:
-        span = model.span if duration is None else seconds(duration, "--duration")
-        if span <= 0:
-            raise InputError("--duration 0: a trace needs some time, such as 10m.")
-        table = _draw(model, begin, span, rate, seed)
-    else:
-        span = 1.05 * requests / (rate or model.mean_rate) + 1.0
-        while len(table := _draw(model, begin, span, rate, seed)) < requests:
-            span *= 2
-            if span > 1e10:
-                raise InputError(f"--requests {requests}: {name} does not bring so many in {in_words(span)}.")
-    if requests is not None:
-        table = table.head(requests)
-    if table.is_empty():
+    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed)
+    expected = draw.span * draw.rate if draw.rate else draw.expected
+    if min(expected, draw.requests or expected) > MOST_REQUESTS:
         raise InputError(
-            f"{name}: no request arrives in the {in_words(span)} from {in_words(begin)} with seed {seed}; "
-            "draw a longer duration, or another start or seed."
+            f"about {expected:,.0f} requests would be drawn, more than fit into memory; ask for a shorter duration or "
+            "a lower rate, or write them to a file: `squall generate` holds none in memory."
         )
-    trace = Trace.of(table, _meta(model, name, begin, len(table), seed, rate))
+    table = pl.concat(rows(draw))
+    trace = Trace(table, _meta(draw, len(table)))
     if out is not None:
         write_trace(trace, out)
     return trace
 
 
-def smooth(trace: Trace, process: Process, *, cv: float | None = None, seed: int = DEFAULT_SEED) -> Trace:
-    """`trace` with smooth arrivals at the same mean rate: only the times change; rows, lengths and their order stay.
+def generate_file(
+    workload: Workload | str | File,
+    out: str | File,
+    *,
+    duration: Duration | None = None,
+    requests: int | None = None,
+    rate: float | None = None,
+    start: Duration | None = None,
+    seed: int = DEFAULT_SEED,
+) -> Tally:
+    """As `generate`, but written to `out` as it is drawn, in memory that does not grow; what was written, in numbers.
 
-    "uniform" gaps are all equal; "poisson" gaps are exponential; "gamma" gaps have the given `cv`. First and last
-    arrival are those of the trace, so that the mean rate is equal, not only expected to be.
+    The rows are those of `generate`.
     """
-    if process not in ("uniform", "poisson", "gamma"):
-        raise InputError(f"{process}: no such process; there are uniform, poisson and gamma.")
-    if (process == "gamma") != (cv is not None) or (cv is not None and not 0 < cv < float("inf")):
-        raise InputError(
-            f"{process} with cv {cv}: gamma needs a cv above 0, and uniform and poisson have theirs (0 and 1)."
-        )
-    first = float(trace.table["arrival"][0])
-    if process == "uniform" or len(trace) < 3:
-        arrival = first + np.linspace(0, trace.span, len(trace))
-    else:
-        gaps = stream(seed, f"smooth {process}").standard_gamma((cv or 1.0) ** -2.0, len(trace) - 1)
-        total = np.cumsum(gaps)
-        arrival = first + np.concatenate([[0.0], total / (total[-1] or 1.0)]) * trace.span
-    step = (
-        f"{process} arrivals" + (f" with CV {cv:g}" if cv else "") + ("" if process == "uniform" else f", seed {seed}")
-    )
-    return trace.replace(trace.table.with_columns(arrival=pl.Series(arrival)), step, tick=None)
-
-
-def bootstrap(trace: Trace, block: Duration, *, seed: int = DEFAULT_SEED) -> Trace:
-    """`trace` cut into stretches of `block` seconds that begin at random times, put together to the same span.
-
-    The non-parametric yardstick of a model (circular block bootstrap, Politis and Romano, 1992): rows keep their
-    lengths and their neighbours, whatever lasts longer than a block is lost. Sessions are left out, being cut.
-    """
-    length = seconds(block, "--block")
-    span = trace.span + trace.span / max(len(trace) - 1, 1)
-    if not 0 < length <= span:
-        raise InputError(f"--block {length:g}: a block has more than 0 and at most the trace's {span:g} s.")
-    arrival = trace.table["arrival"].to_numpy() - float(trace.table["arrival"][0])
-    blocks = int(np.ceil(span / length))
-    begin = stream(seed, "bootstrap").random(blocks) * span
-    twice = np.concatenate([arrival, arrival + span])  # a block that runs over the end goes on at the beginning
-    first, last = np.searchsorted(twice, begin), np.searchsorted(twice, begin + length)
-    size = last - first
-    place = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size) + np.repeat(first, size)
-    times = twice[place] - np.repeat(begin, size) + np.repeat(np.arange(blocks) * length, size)
-    kept = times < span
-    if not kept.any():
-        raise InputError(
-            f"{trace.meta.source}: no request lies in the blocks of {in_words(length)} drawn with seed {seed}."
-        )
-    rows = trace.table[(place % arrival.size)[kept]].with_columns(
-        arrival=pl.Series(times[kept]), session=pl.lit(None, pl.Int64), turn=pl.lit(None, pl.Int32)
-    )
-    step = f"bootstrap in blocks of {in_words(length)}, seed {seed}"
-    return trace.replace(rows.sort("arrival", maintain_order=True), step, tick=None)
+    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed)
+    tally = Tally()
+    sessions = any(one.conversations for one in draw.model.classes)
+    write_frames(tally.seeing(rows(draw)), lambda: _meta(draw, tally.requests), out, wide=sessions)
+    return tally.closed(_meta(draw, tally.requests))
 
 
 def rescale(trace: Trace, rate: float, seed: int = DEFAULT_SEED) -> Trace:
@@ -138,7 +137,7 @@ def rescale(trace: Trace, rate: float, seed: int = DEFAULT_SEED) -> Trace:
     )
 
 
-def named(workload: Workload | str | Path) -> tuple[Workload, str]:
+def named(workload: Workload | str | File) -> tuple[Workload, str]:
     """The workload that is meant (a model, its file, or a profile) and its name."""
     if isinstance(workload, Workload):
         return workload, workload.source
@@ -149,53 +148,212 @@ def named(workload: Workload | str | Path) -> tuple[Workload, str]:
     return read_workload(workload), str(workload)
 
 
-def _draw(model: Workload, begin: float, span: float, rate: float | None, seed: int) -> pl.DataFrame:
-    """Requests of all classes over `span` seconds from `begin`, sorted by arrival."""
-    if any((begin + span) / one.arrivals.window > MOST_WINDOWS for one in model.classes):
+def asked(
+    workload: Workload | str | File,
+    *,
+    duration: Duration | None,
+    requests: int | None,
+    rate: float | None,
+    start: Duration | None,
+    seed: int,
+) -> Draw:
+    """The draw that these arguments of `generate` mean, checked."""
+    model, name = named(workload)
+    begin = 0.0 if start is None else seconds(start, "--start")
+    if rate is not None and not 0 < rate < float("inf"):
+        raise InputError(f"--rate {rate}: a rate must be above 0 requests/s.")
+    if requests is not None and requests < 1:
+        raise InputError(f"--requests {requests}: a trace needs at least 1 request.")
+    if duration is not None or requests is None:
+        span = model.span if duration is None else seconds(duration, "--duration")
+        if span <= 0:
+            raise InputError("--duration 0: a trace needs some time, such as 10m.")
+        draw = Draw(model, name, begin, span, requests, rate, seed)
+        _refuse_windows(draw)
+        return draw
+    # As long as it takes, with five per cent and six standard deviations to spare: gaps vary, and so do rates.
+    wanted = 1.05 * requests + 6 * np.sqrt(requests)
+    draw = Draw(model, name, begin, wanted / (rate or model.mean_rate) + 1.0, requests, rate, seed)
+    while True:
+        if draw.span > 1e10:
+            raise InputError(f"--requests {requests}: {name} does not bring so many in {in_words(draw.span)}.")
+        _refuse_windows(draw)
+        if (draw.span * rate if rate else draw.expected) >= wanted:
+            return draw
+        draw = Draw(model, name, begin, 2 * draw.span, requests, rate, seed)
+
+
+def _refuse_windows(draw: Draw) -> None:
+    end = draw.begin + draw.span
+    whole = [one.arrivals for one in draw.model.classes if isinstance(one.arrivals, Renewal | Daily | Floods)]
+    if any(end / arrivals.window > MOST_WINDOWS for arrivals in whole) or end > 1e10:
         raise InputError(
-            f"{in_words(begin + span)} are more than {MOST_WINDOWS:,} windows of the model; ask for a shorter duration."
+            f"{in_words(end)} are more than {MOST_WINDOWS:,} windows of the model; ask for a shorter duration."
         )
-    paths = [one.arrivals.path(begin, begin + span, seed) for one in model.classes]
-    expected = sum(path.expected for path in paths)
-    factor = 1.0
-    if rate is not None:
-        if expected == 0:
-            raise InputError(
-                f"--rate {rate:g}: the model has no request in the {in_words(span)} from {in_words(begin)}, "
-                "so there is nothing to scale; draw a longer duration or another start."
-            )
-        factor = rate * span / expected
-    if expected * factor > MOST_REQUESTS:
-        raise InputError(
-            f"about {expected * factor:,.0f} requests would be drawn; ask for a shorter duration or a lower rate."
-        )
-    tables = [
-        one.draw(path.scaled(factor), seed, index)
-        for index, (one, path) in enumerate(zip(model.classes, paths, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
+    """The drawn requests of all classes, sorted by arrival, in frames of `portion` rows with the columns of SCHEMA.
+
+    Raises InputError if there are none.
+    """
+    factor = draw.factor
+    classes = [
+        _class(one, draw.begin, draw.span, factor, draw.seed, index, len(draw.model.classes))
+        for index, one in enumerate(draw.model.classes)
     ]
+    left = draw.requests
+    seen = 0
+    for frame in _portions(_merged(classes), portion):
+        part = _complete(frame if left is None else frame.head(left - seen), draw.model.classes)
+        seen += len(part)
+        yield part
+        if seen == left:
+            return
+    if seen == 0:
+        raise InputError(
+            f"{draw.name}: no request arrives in the {in_words(draw.span)} from {in_words(draw.begin)} with seed "
+            f"{draw.seed}; draw a longer duration, or another start or seed."
+        )
+
+
+_SCHEMA = {name: SCHEMA[name] for name in ("arrival", "request_tokens", "response_tokens", "failed", "session", "turn")}
+_Pieces = Iterator[tuple[pl.DataFrame, float]]
+"""Requests sorted by arrival, and the time (s) until which there are no others."""
+
+
+def _merged(classes: list[_Pieces]) -> Iterator[pl.DataFrame]:
+    """The requests of all classes by arrival; at one time, in the order of the classes."""
+    if len(classes) == 1:
+        yield from (frame for frame, _ in classes[0])
+        return
+    held: list[list[pl.DataFrame]] = [[] for _ in classes]
+    until = [-np.inf] * len(classes)
+    reached = -np.inf
+    while reached < np.inf:
+        for index, pieces in enumerate(classes):
+            if until[index] <= reached:
+                frame, until[index] = next(pieces, (None, np.inf))
+                held[index] += [frame] if frame is not None else []
+        reached = min(until)
+        ready = []
+        for index, frames in enumerate(held):
+            if not frames:
+                continue
+            frame = frames[0] if len(frames) == 1 else pl.concat(frames)
+            first = frame["arrival"].search_sorted(reached) if reached < np.inf else len(frame)
+            ready.append(frame[:first])
+            held[index] = [frame[first:]]
+        together = pl.concat(ready)
+        # Sorted runs one after another: a merge sort takes them as they are.
+        yield together[np.argsort(together["arrival"].to_numpy(), kind="stable")]
+
+
+def _portions(frames: Iterator[pl.DataFrame], portion: int) -> Iterator[pl.DataFrame]:
+    """The same rows in frames of `portion` rows; the last one has what is left."""
+    held: list[pl.DataFrame] = []
+    size = 0
+    for frame in frames:
+        held.append(frame)
+        size += len(frame)
+        if size < portion:
+            continue
+        whole = pl.concat(held)
+        for first in range(0, size - portion + 1, portion):
+            yield whole[first : first + portion]
+        held, size = [whole[size - size % portion :]], size % portion
+    if size:
+        yield pl.concat(held)
+
+
+def _class(one: ClassModel, begin: float, span: float, factor: float, seed: int, index: int, classes: int) -> _Pieces:
+    """The requests of one class. Its sessions have every `classes`th number, so that those of all differ."""
+    if not isinstance(one.arrivals, Renewal | Daily | Floods):
+        yield from _whole_stretches(one, begin, span, factor, seed, index, classes)
+        return
+    process = RenewalProcess(stream(seed, "arrivals", index))
+    seating = Seating(one.conversations, stream(seed, "conversations", index)) if one.conversations else None
+    striking = Striking(one.failures, failing := stream(seed, "failures", index))
+    ranks, responses = stream(seed, "lengths", index), stream(seed, "responses", index)
+    failing = failing.spawn(1)[0]
+    path = one.arrivals.path(begin, begin + span, seed).scaled(factor)
+    for piece in parts(path, PIECE):
+        arrival = process.along(piece)
+        columns: dict[str, Any] = {"arrival": arrival}
+        if seating is not None:
+            session, turn, u = seating.seat(arrival)
+            columns |= {"session": session * classes + index, "turn": turn}
+        else:
+            u = ranks.random(arrival.size)
+            columns |= {"session": pl.repeat(None, arrival.size, dtype=pl.Int64, eager=True)}
+            columns |= {"turn": pl.repeat(None, arrival.size, dtype=pl.Int32, eager=True)}
+        failed = striking.strike(arrival)
+        request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
+        if one.lengths:
+            request, response = one.lengths.draw(u, responses)
+        if one.failures.request:
+            request[failed] = np.rint(one.failures.request.at(failing.random(int(failed.sum()))))
+        response[failed] = 0
+        columns |= {"request_tokens": request, "response_tokens": response, "failed": failed}
+        yield pl.DataFrame(columns, _SCHEMA).with_columns(of=pl.lit(index, pl.UInt32)), float(piece.edges[-1])
+
+
+def stretches(one: ClassModel, begin: float, span: float, factor: float) -> Iterator[tuple[float, float]]:
+    """Begin and end (s) of the stretches in which a class's path is made: one, or more where it would be long."""
+    if isinstance(one.arrivals, Renewal | Daily | Floods):
+        yield begin, begin + span
+        return
+    step = 4 * PIECE / (one.arrivals.mean_rate * factor)
+    for number in range(max(1, int(np.ceil(span / step)))):
+        yield begin + number * step, min(begin + (number + 1) * step, begin + span)
+
+
+def _whole_stretches(
+    one: ClassModel, begin: float, span: float, factor: float, seed: int, index: int, classes: int
+) -> _Pieces:
+    """The requests of a class whose kind of arrivals draws a stretch of time as a whole; no session outlives one."""
     before = 0
-    for index, table in enumerate(tables):
-        tables[index] = table.with_columns(pl.col("session") + before)
-        before += table["session"].n_unique()
-    return pl.concat(tables).sort("arrival", maintain_order=True)
+    for number, (first, last) in enumerate(stretches(one, begin, span, factor)):
+        path = one.arrivals.path(first, last, seed).scaled(factor)
+        frame = one.draw(path, seed, index, *([number] if number else []))
+        session = frame["session"]
+        frame = frame.with_columns(pl.col("arrival") + (first - begin), (session + before) * classes + index)
+        before += session.n_unique()
+        yield frame.select(*_SCHEMA, of=pl.lit(index, pl.UInt32)), last - begin
 
 
-def _meta(model: Workload, name: str, begin: float, rows: int, seed: int, rate: float | None) -> TraceMeta:
-    since = None if model.midnight is None else model.midnight + begin
+def _complete(known: pl.DataFrame, classes: list[ClassModel]) -> pl.DataFrame:
+    """The columns of SCHEMA for requests that say which class they are `of`."""
+    constant: dict[str, pl.Expr] = {}
+    for name in ("service", "model"):
+        values = pl.Series([getattr(one, name) for one in classes], dtype=SCHEMA[name])
+        constant[name] = pl.lit(values).gather(pl.col("of")) if len(classes) > 1 else pl.lit(values[0], SCHEMA[name])
+    return known.select(
+        (pl.col(name) if name in known.columns else constant.get(name, pl.lit(None, dtype))).alias(name)
+        for name, dtype in SCHEMA.items()
+    )
+
+
+def _meta(draw: Draw, count: int) -> TraceMeta:
+    model = draw.model
+    since = None if model.midnight is None else model.midnight + draw.begin
     weekday = None
     if since is not None and model.weekday is not None:
         weekday = (model.weekday + int(since // DAY)) % 7
+    ticks = [one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes)]
     return TraceMeta(
-        source=name,
+        source=draw.name,
         format="generated",
         licence=model.licence,
         attribution=model.attribution,
         midnight=None if since is None else since % DAY,
         weekday=weekday,
-        tick=max((one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes)), default=0.0)
-        or None,
-        rows=rows,
-        seed=seed,
-        steps=[f"--rate {rate:g} (model scaling)"] if rate else [],
+        tick=max(ticks, default=0.0) or None,
+        rows=count,
+        seed=draw.seed,
+        steps=[f"--rate {draw.rate:g} (model scaling)"] if draw.rate else [],
         notes=model.notes,
     )

@@ -40,25 +40,55 @@ class Failures(msgspec.Struct, frozen=True):
 
     def draw(self, arrivals: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Which of the requests at `arrivals` (sorted seconds) fail, as booleans."""
-        strike = rng.random(arrivals.size)
-        if self.share == 0 or self.severity == self.share or self.outage == 0 or arrivals.size == 0:
-            return strike < self.share
-        return in_outage(arrivals, self.outage, self.share / self.severity, rng) & (strike < self.severity)
+        return Striking(self, rng).strike(arrivals)
 
 
-def in_outage(arrivals: np.ndarray, outage: float, part: float, rng: np.random.Generator) -> np.ndarray:
-    """Which arrivals fall into an outage; outages last `outage` seconds on average and fill `part` of the time."""
-    calm = outage * (1 - part) / part
-    first = rng.random() < part
-    span = float(arrivals[-1] - arrivals[0])
-    turns = np.zeros(1)
-    while turns[-1] <= span:
-        cycles = int((span - turns[-1]) / (outage + calm) * 1.1) + 16
-        # Exponential stays have no memory: the first one is as long as any other.
-        stays = rng.exponential(1.0, (cycles, 2)) * ((outage, calm) if first else (calm, outage))
-        turns = np.append(turns, turns[-1] + np.cumsum(stays))
-    position = np.searchsorted(turns, arrivals - arrivals[0], side="right") - 1
-    return (position % 2 == 0) == first
+class Striking:
+    """Which requests of one class fail; each call of `strike` goes on where the one before ended."""
+
+    def __init__(self, law: Failures, rng: np.random.Generator) -> None:
+        self._law = law
+        self._random = rng
+        clustered = law.share > 0 and law.severity > law.share and law.outage > 0
+        self._outages = Outages(law.outage, law.share / law.severity, rng.spawn(1)[0]) if clustered else None
+
+    def strike(self, arrivals: np.ndarray) -> np.ndarray:
+        """Which of the requests at `arrivals` (sorted seconds, after those of the last call) fail, as booleans."""
+        strike = self._random.random(arrivals.size)
+        if self._outages is None:
+            return strike < self._law.share
+        return self._outages.hold(arrivals) & (strike < self._law.severity)
+
+
+class Outages:
+    """Times at which outages begin and end; they last `outage` seconds on average and fill `part` of the time."""
+
+    def __init__(self, outage: float, part: float, rng: np.random.Generator) -> None:
+        self._means = outage, outage * (1 - part) / part
+        self._rng = rng
+        self._first = bool(rng.random() < part)
+        self._turns = np.empty(0)
+        """When the state changes; even ones begin the state that the first one began."""
+
+    def hold(self, arrivals: np.ndarray) -> np.ndarray:
+        """Which of the sorted `arrivals` (s), which come after those of the last call, fall into an outage."""
+        if arrivals.size == 0:
+            return np.empty(0, dtype=bool)
+        if self._turns.size == 0:
+            self._turns = arrivals[:1].copy()
+        outage, calm = self._means
+        while (missing := float(arrivals[-1] - self._turns[-1])) >= 0:
+            cycles = int(missing / (outage + calm) * 1.1) + 16
+            # Exponential stays have no memory: the first one is as long as any other.
+            stays = self._rng.exponential(1.0, (cycles, 2)) * ((outage, calm) if self._first else (calm, outage))
+            self._turns = np.append(self._turns, self._turns[-1] + np.cumsum(stays))
+        # Sorted arrivals are cut at the turns, which are far fewer.
+        cuts = np.searchsorted(arrivals, self._turns)
+        states = (np.arange(self._turns.size) % 2 == 0) == self._first
+        held: np.ndarray = np.repeat(states, np.diff(cuts, append=arrivals.size))
+        now = int(np.searchsorted(self._turns, arrivals[-1], side="right")) - 1
+        self._turns = self._turns[now // 2 * 2 :]
+        return held
 
 
 def fit_failures(arrivals: np.ndarray, failed: np.ndarray, request: np.ndarray) -> Failures:

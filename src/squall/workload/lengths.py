@@ -13,6 +13,8 @@ from typing import Self
 import msgspec
 import numpy as np
 
+from squall.workload.inversion import interpolate, place
+
 GRID_ROWS = 500
 """Fewer rows than this cannot fill a grid; the Gaussian copula is fitted instead."""
 GRID_MAXIMUM = 32
@@ -45,7 +47,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 
     def at(self, u: np.ndarray) -> np.ndarray:
         """Values at the probabilities `u`."""
-        return np.interp(u, self.levels, self.values)
+        return interpolate(u, np.array(self.levels), np.array(self.values))
 
     def cdf(self, x: np.ndarray) -> np.ndarray:
         """Probability of at most `x`, for `x` that are not themselves among the values (there it may jump)."""
@@ -92,7 +94,7 @@ class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
         # All rows lie behind one another on a line, row i between i and i + 1, so that one search serves every request.
         ends = np.cumsum(grid, axis=1)
         line = (ends / ends[:, -1:] + np.arange(size)[:, None]).ravel()
-        cell = np.searchsorted(line, row + rng.random(u.size), side="right") % grid.shape[1]
+        cell = place(row + rng.random(u.size), line) % grid.shape[1]
         return (cell + rng.random(u.size)) / grid.shape[1]
 
 

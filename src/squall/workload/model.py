@@ -72,30 +72,30 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path, seed: int, index: int) -> pl.DataFrame:
+    def draw(self, path: Path, seed: int, *index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
-        clock = stream(seed, "arrivals", index)
+        clock = stream(seed, "arrivals", *index)
         episode = number = np.empty(0, np.int64)
         if isinstance(self.arrivals, Episodes):
             arrival, episode, number = self.arrivals.arrive(path, clock)
         else:
             arrival = renewal(path, clock)
         session = turn = None
-        rank_rng = stream(seed, "lengths", index)
+        rank_rng = stream(seed, "lengths", *index)
         if self.conversations:
-            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", index))
+            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", *index))
             u = self.conversations.growth.draw(session, turn, rank_rng)
         else:
             u = rank_rng.random(arrival.size)
-        failing_rng = stream(seed, "failures", index)
+        failing_rng = stream(seed, "failures", *index)
         failed = self.failures.draw(arrival, failing_rng)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
         if self.lengths and isinstance(self.arrivals, Episodes) and self.arrivals.lengths and not self.conversations:
             request, response = self.arrivals.lengths.draw(
-                episode, number, self.lengths, self.arrivals.freedom, stream(seed, "responses", index)
+                episode, number, self.lengths, self.arrivals.freedom, stream(seed, "responses", *index)
             )
         elif self.lengths:
-            request, response = self.lengths.draw(u, stream(seed, "responses", index))
+            request, response = self.lengths.draw(u, stream(seed, "responses", *index))
         if self.failures.request:
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
         response[failed] = 0

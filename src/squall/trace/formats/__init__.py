@@ -1,12 +1,12 @@
 """The file formats of public LLM traces: how each one is recognised, parsed, checked row by row, and written."""
 
-from squall.trace.formats.azure import parse_azure, write_azure
-from squall.trace.formats.burstgpt import parse_burstgpt, write_burstgpt
+from squall.trace.formats.azure import azure_lines, parse_azure
+from squall.trace.formats.burstgpt import burstgpt_lines, parse_burstgpt
 from squall.trace.formats.columns import columns_format
 from squall.trace.formats.conversations import parse_conversations
-from squall.trace.formats.jsonlines import parse_mooncake, parse_ragpulse, write_mooncake, write_ragpulse
+from squall.trace.formats.jsonlines import mooncake_lines, parse_mooncake, parse_ragpulse, ragpulse_lines
 from squall.trace.formats.parquet import parse_squall, write_squall
-from squall.trace.formats.rows import Finding, Format, Parsed, Severity, finding_at
+from squall.trace.formats.rows import Finding, Format, Parsed, Severity, finding_at, text_writer
 from squall.trace.table import REQUIRED
 
 __all__ = ["FORMATS", "Finding", "Format", "Parsed", "Severity", "columns_format", "finding_at"]
@@ -20,7 +20,7 @@ FORMATS = {
             "csv",
             ("Timestamp", "Request tokens", "Response tokens"),
             parse_burstgpt,
-            write_burstgpt,
+            text_writer(burstgpt_lines, "csv"),
         ),
         Format(
             "azure",
@@ -28,7 +28,7 @@ FORMATS = {
             "csv",
             ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
             parse_azure,
-            write_azure,
+            text_writer(azure_lines, "csv"),
         ),
         Format(
             "mooncake",
@@ -36,7 +36,7 @@ FORMATS = {
             "json",
             ("timestamp", "input_length", "output_length"),
             parse_mooncake,
-            write_mooncake,
+            text_writer(mooncake_lines, "json"),
         ),
         Format(
             "ragpulse",
@@ -44,7 +44,7 @@ FORMATS = {
             "json",
             ("timestamp", "input_length", "output_length", "session_id"),
             parse_ragpulse,
-            write_ragpulse,
+            text_writer(ragpulse_lines, "json"),
         ),
         Format("conversations", "ShareGPT-like JSON", "json", ("conversations",), parse_conversations, None),
         Format("squall", "squall Parquet", "parquet", REQUIRED, parse_squall, write_squall),

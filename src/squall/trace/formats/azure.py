@@ -30,7 +30,8 @@ def parse_azure(data: bytes) -> Parsed:
     return Parsed(pl.DataFrame(columns), findings, {"licence": "CC BY 4.0", "attribution": AZURE_ATTRIBUTION} | clocks)
 
 
-def write_azure(table: pl.DataFrame, meta: TraceMeta) -> bytes:
+def azure_lines(table: pl.DataFrame, meta: TraceMeta, wide: bool) -> pl.DataFrame:
+    """Times as text with 7 digits of fraction, and the lengths."""
     start = meta.epoch if meta.epoch is not None else round(meta.clock * 1e9)
     stamp = (start + (pl.col("arrival") * 1e9).round().cast(pl.Int64)).cast(pl.Datetime("ns"))
     # strftime knows 3, 6 and 9 digits; the format has 7, so the last two of nine are cut.
@@ -39,4 +40,4 @@ def write_azure(table: pl.DataFrame, meta: TraceMeta) -> bytes:
         pl.col("request_tokens").alias("ContextTokens"),
         pl.col("response_tokens").alias("GeneratedTokens"),
     ]
-    return table.select(columns).write_csv().encode()
+    return table.select(columns)

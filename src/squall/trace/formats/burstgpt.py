@@ -94,9 +94,8 @@ def _services(text: pl.Series, findings: list[Finding]) -> pl.Series:
     return services.gather(text.to_physical().cast(pl.UInt32))
 
 
-def write_burstgpt(table: pl.DataFrame, meta: TraceMeta) -> bytes:
-    """8 columns if sessions or elapsed times are known, else 6; blank where squall does not know."""
-    wide = table["session"].null_count() < len(table) or table["elapsed"].null_count() < len(table)
+def burstgpt_lines(table: pl.DataFrame, meta: TraceMeta, wide: bool) -> pl.DataFrame:
+    """8 columns if sessions or elapsed times are known (`wide`), else 6; blank where squall does not know."""
     columns = [
         _shortest(pl.col("arrival") + meta.clock).alias("Timestamp"),
         *([pl.col("session").alias("Session ID"), _shortest(pl.col("elapsed")).alias("Elapsed time")] if wide else []),
@@ -106,7 +105,7 @@ def write_burstgpt(table: pl.DataFrame, meta: TraceMeta) -> bytes:
         (pl.col("request_tokens").cast(pl.Int64) + pl.col("response_tokens")).alias("Total tokens"),
         pl.col("service").cast(pl.String).replace(_LOG_TYPE_OF_SERVICE).alias("Log Type"),
     ]
-    return table.select(columns).write_csv().encode()
+    return table.select(columns)
 
 
 def _shortest(seconds: pl.Expr) -> pl.Expr:

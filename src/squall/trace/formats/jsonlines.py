@@ -136,7 +136,7 @@ def _parsed(rows: list[_Line], arrival: list[float], findings: list[Finding], me
     return Parsed(pl.DataFrame(columns), findings, meta, session_kind=kind)
 
 
-def write_mooncake(table: pl.DataFrame, meta: TraceMeta) -> bytes:
+def mooncake_lines(table: pl.DataFrame, meta: TraceMeta, wide: bool) -> pl.DataFrame:
     """Times in ms on the source's clock, lengths, and the block hashes where they are known."""
     ms = ((table["arrival"] + meta.clock) * 1e3).round(3)
     whole = bool((ms == ms.round()).all())
@@ -147,10 +147,10 @@ def write_mooncake(table: pl.DataFrame, meta: TraceMeta) -> bytes:
     }
     if table["prefix"].null_count() < len(table):
         columns["hash_ids"] = table["prefix"]
-    return pl.DataFrame(columns).write_ndjson().encode()
+    return pl.DataFrame(columns)
 
 
-def write_ragpulse(table: pl.DataFrame, meta: TraceMeta) -> bytes:
+def ragpulse_lines(table: pl.DataFrame, meta: TraceMeta, wide: bool) -> pl.DataFrame:
     """Times in s as text, lengths and sessions."""
     seconds = (table["arrival"] + meta.clock).round(6)
     whole = bool((seconds == seconds.round()).all())
@@ -160,4 +160,4 @@ def write_ragpulse(table: pl.DataFrame, meta: TraceMeta) -> bytes:
         "output_length": table["response_tokens"],
         "session_id": table["session"].cast(pl.String),
     }
-    return pl.DataFrame(columns).write_ndjson().encode()
+    return pl.DataFrame(columns)

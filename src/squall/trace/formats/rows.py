@@ -5,9 +5,9 @@ decides (read_trace refuses errors, validate lists them all).
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import msgspec
 import polars as pl
@@ -55,8 +55,26 @@ class Format:
     kind: Literal["csv", "json", "parquet"]
     required: tuple[str, ...]
     parse: Callable[[bytes], Parsed]
-    write: Callable[[pl.DataFrame, TraceMeta], bytes] | None
+    write: "Writer | None"
     """None: squall only reads it."""
+
+
+Writer = Callable[[Iterator[pl.DataFrame], Callable[[], TraceMeta], IO[bytes], bool], None]
+"""Writes frames of a trace to an open file: (frames, metadata, file, whether sessions or elapsed times are known)."""
+
+
+def text_writer(lines: Callable[[pl.DataFrame, TraceMeta, bool], pl.DataFrame], form: Literal["csv", "json"]) -> Writer:
+    """The writer of a text format, given the columns that a frame becomes: (frame, metadata, wide) -> columns."""
+
+    def write(frames: Iterator[pl.DataFrame], meta: Callable[[], TraceMeta], file: IO[bytes], wide: bool) -> None:
+        for number, frame in enumerate(frames):
+            columns = lines(frame, meta(), wide)
+            if form == "csv":
+                file.write(columns.write_csv(include_header=number == 0).encode())
+            else:
+                file.write(columns.write_ndjson().encode())
+
+    return write
 
 
 def read_typed(data: bytes, types: dict[str, Any], required: Sequence[str]) -> pl.DataFrame | None:
