@@ -7,14 +7,16 @@ mass between k - 1/2 and k + 1/2 (from 0 for k = 1). So all five compare by BIC 
 by KS distance. Of thousands of rows every such family is rejected by a test; the distances say how far off it is.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import gamma_shape
-from squall.characterize.summary import LONGEST_TABLE, Summary, correlation, describe, known, position, ranks
+from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, known, pieces
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
@@ -107,93 +109,157 @@ class LengthTime(Struct, frozen=True, kw_only=True):
     """The same if lengths were dealt out at random: root of the exact mean variance over all permutations."""
 
 
-def length_statistics(tokens: np.ndarray) -> Lengths:
-    """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order)."""
-    if tokens.size == 0:
+def length_statistics(tokens: np.ndarray, where: np.ndarray | None = None) -> Lengths:
+    """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order), or of those `where` this is true."""
+    tally = Tally.of_array(tokens, where)
+    if tally.values.size == 0:
         return Lengths()
-    if tokens.max() < LONGEST_TABLE:
-        table = np.bincount(tokens)
-        values = np.flatnonzero(table)
-        counts = table[values]
-    else:
-        values, counts = np.unique(tokens.astype(np.int64), return_counts=True)
-    ordered = np.repeat(values, counts)
-    positive = values > 0
-    zipf, fits = _fits(values[positive], counts[positive])
+    positive = tally.values > 0
+    values, counts = tally.values[positive], tally.counts[positive]
+    zipf, fits = _fits(values, counts)
     return Lengths(
-        **describe(ordered),
+        **tally.describe(),
         zipf=zipf,
         fits=fits,
         best_fit=fits[0] if fits else None,
-        modes=_modes(values[positive], counts[positive]),
-        histogram=_histogram(values, counts),
+        modes=_modes(values, counts),
+        histogram=_histogram(tally.values, tally.counts),
     )
 
 
-def request_response(request: np.ndarray, response: np.ndarray) -> Correlation:
-    """Correlation of request and response lengths (pairs, tokens) of the same requests."""
-    x, y = request.astype(float), response.astype(float)
-    middle = (request >= 400) & (request < 2000)
-    pearson, spread = correlation(x[middle], y[middle]), x[middle].std() if middle.any() else 0.0
+def request_response(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> Correlation:
+    """Correlation of request and response lengths (pairs, tokens) of the same requests, or of those `where` true."""
+    whole, middle = _Moments(), _Moments()
+    for x, y in pieces(request, response, where=where):
+        whole.add(x, y)
+        inside = (x >= 400) & (x < 2000)
+        middle.add(x[inside], y[inside])
     return Correlation(
-        n=x.size,
-        pearson=correlation(x, y),
-        spearman=correlation(ranks(request), ranks(response)),
-        slope=None if pearson is None else pearson * float(y[middle].std() / spread),
+        n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response, where), slope=middle.slope
     )
 
 
-def response_bands(request: np.ndarray, response: np.ndarray) -> list[Band]:
-    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2)."""
+@dataclass
+class _Moments:
+    """Sums over pairs of integers, added up without rounding, so that means need not be known beforehand."""
+
+    n: int = 0
+    x: int = 0
+    y: int = 0
+    xx: int = 0
+    yy: int = 0
+    xy: int = 0
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        # Products of numbers below 2^18 add up exactly in a piece; absurd lengths lose the 16th digit.
+        x, y = x.astype(float), y.astype(float)
+        self.n += x.size
+        self.x, self.y = self.x + int(x.sum()), self.y + int(y.sum())
+        self.xx, self.yy, self.xy = self.xx + int(x @ x), self.yy + int(y @ y), self.xy + int(x @ y)
+
+    @property
+    def _centred(self) -> tuple[int, int, int]:
+        """n^2 times the variances of x and of y and their covariance."""
+        n = self.n
+        return n * self.xx - self.x**2, n * self.yy - self.y**2, n * self.xy - self.x * self.y
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's; None for fewer than 3 pairs, or if one side is constant."""
+        xx, yy, xy = self._centred
+        return xy / (math.sqrt(xx) * math.sqrt(yy)) if self.n >= 3 and xx > 0 and yy > 0 else None
+
+    @property
+    def slope(self) -> float | None:
+        """Of the least-squares line; None as above."""
+        return None if self.correlation is None else self._centred[2] / self._centred[0]
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, where: np.ndarray | None) -> float | None:
+    """Pearson's correlation of the ranks; None as there."""
+    tallies = Tally.of_array(x, where), Tally.of_array(y, where)
+    n = tallies[0].size
+    if n < 3:
+        return None
+    ranks = [tally.ranks() - (n + 1) / 2 for tally in tallies]
+    scale = float(np.prod([np.sqrt(tally.counts @ rank**2) for tally, rank in zip(tallies, ranks, strict=True)]))
+    look_up = [_lookup(tally.values, rank) for tally, rank in zip(tallies, ranks, strict=True)]
+    both = sum(float(look_up[0](a) @ look_up[1](b)) for a, b in pieces(x, y, where=where))
+    return both / scale if scale > 0 else None
+
+
+def _lookup(keys: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from each of the `keys` (integers >= 0, ascending) to its value."""
+    if keys[-1] >= LONGEST_TABLE:
+        return lambda wanted: values[np.searchsorted(keys, wanted)]
+    table = np.zeros(int(keys[-1]) + 1)
+    table[keys] = values
+    return lambda wanted: table[wanted]
+
+
+def response_bands(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> list[Band]:
+    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2).
+
+    Of all pairs, or of those `where` this is true.
+    """
     if request.size == 0:
         return []
-    edges = _edges(int(request.max()), 2)
-    # One sort of (bin, response) packed into an integer puts every bin in a run and its responses in order.
     longest = int(request.max())
+    edges = _edges(longest, 2)
     if longest < LONGEST_TABLE:
-        bins = np.digitize(np.arange(longest + 1), edges)[request]
+        table = np.digitize(np.arange(longest + 1), edges)
+        binned = (table[x] for (x,) in pieces(request, where=where))
     else:
-        bins = np.digitize(request, edges)
-    packed = np.sort((bins << 32) + response)
-    bin_of, response = packed >> 32, packed & 0xFFFFFFFF
+        binned = (np.digitize(x, edges) for (x,) in pieces(request, where=where))
+    # Bin and response in one number: counting these puts every bin in a run and its responses in order.
+    width = int(response.max()) + 1
+    answers = (y for (y,) in pieces(response, where=where))
+    packed = (bins * width + y for bins, y in zip(binned, answers, strict=True))
+    pairs = Tally.of(packed, (len(edges) + 1) * width)
+    bin_of, answer = np.divmod(pairs.values, width)
     bands = []
     for start, stop in pairwise(np.flatnonzero(np.diff(bin_of, prepend=-1, append=-1)).tolist()):
-        inside = response[start:stop]
+        inside = Tally(answer[start:stop], pairs.counts[start:stop])
         if inside.size < MINIMUM_IN_BAND:
             continue
-        p5, p50, p95 = (int(inside[position(share, inside.size)]) for share in (0.05, 0.5, 0.95))
         low, high = edges[bin_of[start] - 1 : bin_of[start] + 1]
-        bands.append(Band(low=low, high=high, n=inside.size, mean=float(inside.mean()), p5=p5, p50=p50, p95=p95))
+        p5, p50, p95 = inside.quantiles((0.05, 0.5, 0.95))
+        bands.append(Band(low=low, high=high, n=inside.size, mean=inside.mean, p5=p5, p50=p50, p95=p95))
     return bands
 
 
 def length_time(
     arrivals: np.ndarray, tokens: np.ndarray, start: float, end: float, scales: tuple[float, ...] = TIME_SCALES
 ) -> list[LengthTime]:
-    """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed."""
+    """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed.
+
+    `tokens` are integers; 0 is an unknown length and left out.
+    """
     result = []
-    all_lengths = tokens.astype(float)
-    until = np.concatenate(([0.0], np.cumsum(all_lengths)))
+    unknown = np.flatnonzero(tokens == 0)
+    until = np.concatenate(([0], np.cumsum(tokens, dtype=np.int64)))
     for scale in scales:
         windows = int((end - start) // scale)
         if not 5 <= windows <= 10_000_000:
             continue
         # Sorted arrivals are cut at the edges of the windows.
         places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
-        length = all_lengths[: places[-1]]
-        if length.size == 0:
+        count = np.diff(places) - np.diff(np.searchsorted(unknown, places))
+        load = np.diff(until[places])
+        n, total = int(count.sum()), int(load.sum())
+        if n == 0:
             continue
-        count, load = np.diff(places), np.diff(until[places])
         busy = count > 0
+        square = sum(int(part @ part) for part in (x.astype(float) for (x,) in pieces(tokens[: places[-1]])))
         # Drawn without replacement, a window of c of n lengths has mean c m and variance c s^2 (n - c) / (n - 1).
-        n, mean, variance = length.size, length.mean(), length.var()
+        mean, variance = total / n, (n * square - total**2) / n**2
         drawn = (count * variance * (n - count) / max(n - 1, 1)).mean() + mean**2 * count.var()
         result.append(
             LengthTime(
                 scale=scale,
                 correlation=correlation(count[busy].astype(float), load[busy] / count[busy]),
-                cv=known(load.std() / load.mean()) if load.any() else None,
-                shuffled_cv=known(np.sqrt(drawn) / load.mean()) if load.any() else None,
+                cv=known(load.std() / load.mean()) if total else None,
+                shuffled_cv=known(np.sqrt(drawn) / load.mean()) if total else None,
             )
         )
     return result
