@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,12 @@ def characterize(
     width = seconds(window, "--window")
     if width == 0:
         raise InputError("--window 0: a window is longer than 0 s; take 20m, for instance.")
-    opened = open_trace(trace, **options)
     seed = options.get("seed", DEFAULT_SEED)
     # Sorting and fitting release the interpreter lock. The whole trace takes longest, so it begins, and the classes are
     # told apart meanwhile; of one class it says all.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pool.submit(import_module, "scipy.special")  # takes 0.2 s, in which a large file is read
+        opened = open_trace(trace, **options)
 
         def measure(rows: pl.DataFrame) -> _Measured:
             return _Measured(

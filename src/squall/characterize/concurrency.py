@@ -25,6 +25,7 @@ from squall.characterize.summary import (
     Tally,
     bin_width,
     describe,
+    dot,
     known,
     pieces,
     summary,
@@ -303,7 +304,7 @@ def dispersion(
         of = scale
         counts = held[: np.searchsorted(occupied, bins)].astype(float)
         mean = counts.sum() / bins
-        result.append((scale, float(counts @ counts / bins / mean - mean)))
+        result.append((scale, dot(counts, counts) / bins / float(mean) - float(mean)))
     return result
 
 
@@ -376,7 +377,7 @@ def _lag1(arrivals: np.ndarray) -> float | None:
     for part in _neighbours(arrivals, 2):
         gaps = np.diff(part)
         x, y = gaps[:-1] - middles[0], gaps[1:] - middles[1]
-        xx, yy, xy = xx + x @ x, yy + y @ y, xy + x @ y
+        xx, yy, xy = xx + dot(x, x), yy + dot(y, y), xy + dot(x, y)
     scale = float(np.sqrt(xx * yy))
     return float(xy) / scale if scale > 0 else None
 

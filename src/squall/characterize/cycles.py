@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_WINDOWS, GammaWindows, bin_counts, gamma_shape
-from squall.characterize.summary import bin_width, pieces, position
+from squall.characterize.summary import bin_width, dot, pieces, position
 
 HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 WHOLE = 0.95
@@ -287,7 +287,7 @@ def spectrum(counts: np.ndarray, width: float) -> list[Period]:
     power = np.abs(np.fft.rfft(off)) ** 2
     power[0] = 0.0
     total = float(power.sum())
-    if total <= 1e-12 * float(counts @ counts) * counts.size:
+    if total <= 1e-12 * dot(counts, counts) * counts.size:
         return []
     frequency = np.arange(power.size)
     # Bands of half an octave, but of 8 frequencies at least; the median of exponential noise is log 2 of its mean.
@@ -373,8 +373,8 @@ def autocorrelation(series: np.ndarray, lag: int) -> float | None:
     if series.size < 2 * lag:
         return None
     off = series - series.mean()
-    total = float(off @ off)
-    return float(off[lag:] @ off[:-lag]) / total if total > 0 else None
+    total = dot(off, off)
+    return dot(off[lag:], off[:-lag]) / total if total > 0 else None
 
 
 def _explained(series: np.ndarray, period: int) -> float | None:

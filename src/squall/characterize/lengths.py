@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import gamma_shape
-from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, known, pieces
+from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, dot, known, pieces
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
@@ -155,7 +155,7 @@ class _Moments:
         x, y = x.astype(float), y.astype(float)
         self.n += x.size
         self.x, self.y = self.x + int(x.sum()), self.y + int(y.sum())
-        self.xx, self.yy, self.xy = self.xx + int(x @ x), self.yy + int(y @ y), self.xy + int(x @ y)
+        self.xx, self.yy, self.xy = self.xx + int(dot(x, x)), self.yy + int(dot(y, y)), self.xy + int(dot(x, y))
 
     @property
     def _centred(self) -> tuple[int, int, int]:
@@ -182,9 +182,9 @@ def _spearman(x: np.ndarray, y: np.ndarray, where: np.ndarray | None) -> float |
     if n < 3:
         return None
     ranks = [tally.ranks() - (n + 1) / 2 for tally in tallies]
-    scale = float(np.prod([np.sqrt(tally.counts @ rank**2) for tally, rank in zip(tallies, ranks, strict=True)]))
+    scale = float(np.prod([np.sqrt(dot(tally.counts, rank**2)) for tally, rank in zip(tallies, ranks, strict=True)]))
     look_up = [_lookup(tally.values, rank) for tally, rank in zip(tallies, ranks, strict=True)]
-    both = sum(float(look_up[0](a) @ look_up[1](b)) for a, b in pieces(x, y, where=where))
+    both = sum(dot(look_up[0](a), look_up[1](b)) for a, b in pieces(x, y, where=where))
     return both / scale if scale > 0 else None
 
 
@@ -238,6 +238,7 @@ def length_time(
     result = []
     unknown = np.flatnonzero(tokens == 0)
     until = np.concatenate(([0], np.cumsum(tokens, dtype=np.int64)))
+    squares = _squares(tokens)
     for scale in scales:
         windows = int((end - start) // scale)
         if not 5 <= windows <= 10_000_000:
@@ -250,7 +251,7 @@ def length_time(
         if n == 0:
             continue
         busy = count > 0
-        square = sum(int(part @ part) for part in (x.astype(float) for (x,) in pieces(tokens[: places[-1]])))
+        square = squares - _squares(tokens[places[-1] :])
         # Drawn without replacement, a window of c of n lengths has mean c m and variance c s^2 (n - c) / (n - 1).
         mean, variance = total / n, (n * square - total**2) / n**2
         drawn = (count * variance * (n - count) / max(n - 1, 1)).mean() + mean**2 * count.var()
@@ -263,6 +264,11 @@ def length_time(
             )
         )
     return result
+
+
+def _squares(tokens: np.ndarray) -> int:
+    """The sum of the squares of integers."""
+    return sum(int(dot(part, part)) for part in (x.astype(float) for (x,) in pieces(tokens)))
 
 
 def _edges(longest: int, per_octave: int) -> list[int]:
@@ -302,8 +308,8 @@ def _lognormal(values: np.ndarray, counts: np.ndarray) -> Fit:
     from scipy.special import ndtr
 
     logs, total = np.log(values), counts.sum()
-    mu = float(counts @ logs / total)
-    sigma = float(np.sqrt(counts @ (logs - mu) ** 2 / total))
+    mu = float(dot(counts, logs) / total)
+    sigma = float(np.sqrt(dot(counts, (logs - mu) ** 2) / total))
     below, above = ((np.log(limit) - mu) / sigma for limit in _cells(values))
     parameters = {"mu": mu, "sigma": sigma}
     return _fit("lognormal", parameters, (ndtr(below), ndtr(above)), (ndtr(-below), ndtr(-above)), counts)
@@ -325,32 +331,39 @@ def _mixture(values: np.ndarray, counts: np.ndarray) -> Fit | None:
     point = np.bincount(bin_of, counts * logs) / np.maximum(weight, 1)
     point, weight = point[weight > 0], weight[weight > 0] / counts.sum()
     below = np.cumsum(weight)
-    found = [_maximise(point, weight, below <= split) for split in (0.25, 0.5, 0.75)]
-    share, mu, sigma = max(found, key=lambda one: one[0])[1:]
+    share, mu, sigma = _maximise(point, weight, below <= np.array([[0.25], [0.5], [0.75]]))
     if mu[0] > mu[1]:
         share, mu, sigma = share[::-1], mu[::-1], sigma[::-1]
     limits = [(np.log(limit)[:, None] - mu) / sigma for limit in _cells(values)]
-    cdf, survival = (tuple(ndtr(sign * limit) @ share for limit in limits) for sign in (1, -1))
+    cdf, survival = (tuple(np.einsum("ij,j->i", ndtr(sign * limit), share) for limit in limits) for sign in (1, -1))
     parameters = {"weight": share[0], "mu1": mu[0], "sigma1": sigma[0], "mu2": mu[1], "sigma2": sigma[1]}
     return _fit("lognormal-mixture", {name: float(one) for name, one in parameters.items()}, cdf, survival, counts)
 
 
-def _maximise(
-    point: np.ndarray, weight: np.ndarray, first: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Expectation-maximisation of two normals from the split `first`; log-likelihood, shares, means, deviations."""
-    belongs, likelihood = np.column_stack((first, ~first)).astype(float), -np.inf
+def _maximise(point: np.ndarray, weight: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Expectation-maximisation of two normals: shares, means and deviations of the likeliest of several starts.
+
+    Each row of `first` is a start: which points belong to the first normal. All starts are worked on at once.
+    """
+    belongs = np.stack((first, ~first)).astype(float)
+    likelihood, found = np.full(first.shape[0], -np.inf), np.zeros((3, 2, first.shape[0]))
+    active = np.arange(first.shape[0])
     for _ in range(500):
-        part = weight[:, None] * belongs
-        share = np.maximum(part.sum(0), 1e-9)
-        mu = part.T @ point / share
-        sigma = np.sqrt(np.maximum((part * (point[:, None] - mu) ** 2).sum(0) / share, 0.05**2))
-        density = share / sigma * np.exp(-0.5 * ((point[:, None] - mu) / sigma) ** 2) + 1e-300
-        total = density.sum(1)
-        belongs, before, likelihood = density / total[:, None], likelihood, float(weight @ np.log(total))
-        if likelihood - before < 1e-9:
+        part = weight * belongs
+        share = np.maximum(part.sum(2), 1e-9)
+        mu = (part * point).sum(2) / share
+        sigma = np.sqrt(np.maximum((part * (point - mu[..., None]) ** 2).sum(2) / share, 0.05**2))
+        density = (share / sigma)[..., None] * np.exp(-0.5 * ((point - mu[..., None]) / sigma[..., None]) ** 2) + 1e-300
+        total = density.sum(0)
+        now = (weight * np.log(total)).sum(1)
+        found[:, :, active] = share / share.sum(0), mu, sigma
+        going = now - likelihood[active] >= 1e-9
+        likelihood[active] = now
+        if not going.any():
             break
-    return likelihood, share / share.sum(), mu, sigma
+        active, belongs = active[going], (density / total)[:, going]
+    share, mu, sigma = found[:, :, int(np.argmax(likelihood))]
+    return share, mu, sigma
 
 
 def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
@@ -358,7 +371,7 @@ def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
 
     total = counts.sum()
     mean = float(counts @ values / total)
-    shape = float(gamma_shape(np.array([np.log(mean) - counts @ np.log(values) / total]))[0])
+    shape = float(gamma_shape(np.array([np.log(mean) - dot(counts, np.log(values)) / total]))[0])
     below, above = (shape / mean * limit for limit in _cells(values))
     cdf, survival = (gammainc(shape, below), gammainc(shape, above)), (gammaincc(shape, below), gammaincc(shape, above))
     return _fit("gamma", {"shape": shape, "rate": shape / mean}, cdf, survival, counts)
@@ -369,16 +382,17 @@ def _weibull(values: np.ndarray, counts: np.ndarray) -> Fit | None:
     longest, total = float(values[-1]), counts.sum()
     scaled = values / longest
     logs = np.log(scaled)
+    log_mean = dot(counts, logs) / total
 
     def slope(shape: float) -> float:
         weight = counts * scaled**shape
-        return float(weight @ logs / weight.sum() - 1 / shape - counts @ logs / total)
+        return float(dot(weight, logs) / weight.sum() - 1 / shape - log_mean)
 
     low, high = 1e-3, 1e4
     if not slope(low) < 0 < slope(high):
         return None
     shape = _root(slope, low, high)
-    scale = longest * float(counts @ scaled**shape / total) ** (1 / shape)
+    scale = longest * float(dot(counts, scaled**shape) / total) ** (1 / shape)
     below, above = ((limit / scale) ** shape for limit in _cells(values))
     cdf, survival = (-np.expm1(-below), -np.expm1(-above)), (np.exp(-below), np.exp(-above))
     return _fit("weibull", {"shape": shape, "scale": scale}, cdf, survival, counts)
@@ -400,7 +414,7 @@ def _fit(
     # In the upper tail the survival function keeps the digits that the cdf has lost.
     mass = np.where(cdf[0] < 0.5, cdf[1] - cdf[0], survival[0] - survival[1])
     number = len(parameters)
-    aic = float(2 * number - 2 * counts @ np.log(np.maximum(mass, 1e-300)))
+    aic = 2 * number - 2 * dot(counts, np.log(np.maximum(mass, 1e-300)))
     bic = aic + _penalty(number, counts)
     return Fit(family=family, parameters=parameters, ks=_distance(*cdf, counts), aic=aic, bic=bic)
 
@@ -413,7 +427,7 @@ def _penalty(parameters: int, counts: np.ndarray) -> float:
 def _zipf(values: np.ndarray, counts: np.ndarray) -> Zipf:
     """Maximum likelihood: where the mean log length of the model, -d log(sum k^-theta) / d theta, is the sample's."""
     longest, total = int(values[-1]), counts.sum()
-    log_mean = float(counts @ np.log(values) / total)
+    log_mean = float(dot(counts, np.log(values)) / total)
     step, ends = 1e-5, np.array([longest])
 
     def log_sum(theta: float) -> float:
@@ -464,7 +478,7 @@ def _modes(values: np.ndarray, counts: np.ndarray) -> tuple[Mode, ...]:
     if values.size < 2 or total < MINIMUM_IN_BAND:
         return ()
     cumulative, logs = np.cumsum(counts) / total, np.log(values)
-    spread = np.sqrt(counts @ (logs - counts @ logs / total) ** 2 / total)
+    spread = np.sqrt(dot(counts, (logs - dot(counts, logs) / total) ** 2) / total)
     low, high = logs[np.searchsorted(cumulative, (0.25, 0.75))]
     bandwidth = max(0.1, 0.9 * min(spread, (high - low) / 1.34 or spread) * float(total) ** -0.2)
 
