@@ -1,7 +1,9 @@
 """What is in a trace: concurrency, conversations, lengths and failures, per service and model and over all."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ from squall.characterize.lengths import (
     response_bands,
 )
 from squall.characterize.prefixes import Prefixes, prefix_sharing
-from squall.characterize.series import Series, series_of, write_series
+from squall.characterize.series import OverTime, series_of, write_series
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
 from squall.trace import Trace, TraceMeta, TraceSource, open_trace
@@ -147,22 +149,31 @@ def characterize(
     width = seconds(window, "--window")
     if width == 0:
         raise InputError("--window 0: a window is longer than 0 s; take 20m, for instance.")
-    opened = open_trace(trace, **options)
     seed = options.get("seed", DEFAULT_SEED)
-    hashed = opened.table["prefix"].null_count() < len(opened)
-    table = opened.table if hashed else opened.table.drop("prefix")
-    parts = table.partition_by("service", "model", maintain_order=True)
-    parts.sort(key=len, reverse=True)
-    # Sorting and fitting release the interpreter lock; of one class the whole trace says it all.
+    # Sorting and fitting release the interpreter lock. The whole trace takes longest, so it begins, and the classes are
+    # told apart meanwhile; of one class it says all.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tables = [table, *(parts if len(parts) > 1 else [])]
-        measured = pool.map(lambda rows: _stream(rows, opened, width, fit, seed, keep=out is not None), tables)
-        (total, whole), *rest = measured
-    streams = [stream for stream, _ in rest] or [total]
-    classes = [
-        structs.replace(stream, service=part["service"][0], model=part["model"][0])
-        for stream, part in zip(streams, parts, strict=True)
-    ]
+        pool.submit(import_module, "scipy.special")  # takes 0.2 s, in which a large file is read
+        opened = open_trace(trace, **options)
+
+        def measure(rows: pl.DataFrame) -> _Measured:
+            return _Measured(
+                rows,
+                pool.submit(_over_time, rows, opened, width, fit, seed),
+                pool.submit(_by_request, rows, opened),
+            )
+
+        columns = [name for name in _READ if opened.table[name].null_count() < len(opened)]
+        whole = measure(opened.table.select(columns))
+        named = opened.table.select(*columns, "service", "model")
+        parts = named.partition_by("service", "model", maintain_order=True)
+        parts.sort(key=len, reverse=True)
+        each = [measure(part) for part in parts] if len(parts) > 1 else [whole]
+        total = whole.stream(opened)
+        classes = [
+            structs.replace(one.stream(opened), service=part["service"][0], model=part["model"][0])
+            for one, part in zip(each, parts, strict=True)
+        ]
     result = Characterization(
         meta=opened.meta,
         requests=len(opened),
@@ -174,22 +185,45 @@ def characterize(
         findings=sentences(total, classes),
     )
     if out is not None:
-        series = [whole, *(one for _, one in rest)]
         names = [(None, None), *((one.service, one.model) for one in classes)]
+        made = [(total, whole), *(zip(classes, each, strict=True) if len(each) > 1 else ())]
+        series = (series_of(stream, one.times.result()[1]) for stream, one in made)
         write_series(Path(out), result, zip(names, series, strict=False))
     return result
 
 
-def _stream(
-    rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, seed: int, keep: bool
-) -> tuple[Stream, Series]:
-    """The aspects of `rows`, which are all of `trace` or one class of it, and if `keep` their whole series."""
+_READ = ("arrival", "request_tokens", "response_tokens", "failed", "session", "elapsed", "prefix")
+"""Columns that the aspects look at, where anything is known."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Rows, which are the whole trace or one class of it, and what is being found out about them."""
+
+    rows: pl.DataFrame
+    times: "Future[tuple[dict[str, Any], OverTime]]"
+    requests: "Future[dict[str, Any]]"
+
+    def stream(self, trace: Trace) -> Stream:
+        return Stream(
+            service=None,
+            model=None,
+            requests=len(self.rows),
+            share=len(self.rows) / len(trace),
+            rate=trace.rate * len(self.rows) / len(trace) if trace.span > 0 else None,
+            **self.times.result()[0],
+            **self.requests.result(),
+        )
+
+
+def _over_time(
+    rows: pl.DataFrame, trace: Trace, window: float, fit: FitMethod, seed: int
+) -> tuple[dict[str, Any], OverTime]:
+    """When the `rows` of `trace` arrive and fail: fields of a Stream, and what the whole series are made from."""
     meta = trace.meta
     arrivals = rows["arrival"].to_numpy()
     start, end = float(trace.table["arrival"][0]), float(trace.table["arrival"][-1])
     request, response = rows["request_tokens"].to_numpy(), rows["response_tokens"].to_numpy()
-    failed = rows["failed"].to_numpy()
-    answered = ~failed & (request > 0)
     # Compressed time has no hours of the day.
     midnight = meta.midnight if meta.speed == 1 else None
     hours = None if midnight is None else clock_hours(arrivals, request, response, start, end, midnight)
@@ -198,35 +232,39 @@ def _stream(
     spread = despread(arrivals, meta.tick, seed) if meta.tick and arrivals[-1] > arrivals[0] else None
     finest = arrivals if spread is None else spread
     fits = gamma_windows(finest, window, method=fit, phase=midnight or 0.0)
-    stream = Stream(
-        service=None,
-        model=None,
-        requests=len(rows),
-        share=len(rows) / len(trace),
-        rate=trace.rate * len(rows) / len(trace) if trace.span > 0 else None,
-        failed_share=float(np.mean(failed)),
-        request_tokens=length_statistics(request[request > 0]),
-        response_tokens=length_statistics(response[~failed]),
-        correlation=request_response(request[answered], response[answered]),
-        response_bands=response_bands(request[answered], response[answered]),
-        length_time=length_time(arrivals[request > 0], request[request > 0], start, end),
-        gaps=gap_statistics(arrivals, spread),
-        gamma_windows=gamma_fits(fits, meta.tick),
-        dispersion=dispersion_curve(arrivals, start, end, spread, meta.tick),
-        hour_of_day=cycle,
-        day_of_week=day_of_week(hours, meta.weekday),
-        peak_to_trough=peak_to_trough(cycle),
-        periodicity=periodicity(finest, start, end),
-        hours=hour_boxes(hours),
-        weeks=weekly_maps(hours, midnight, meta.weekday),
-        working_day=working_day(fits, start, end, midnight, meta.weekday),
-        bursts=bursts(finest, start, end),
-        rate_series=rate_series(arrivals, start, end),
-        conversations=session_statistics(rows),
-        failures=failure_statistics(arrivals, failed, request, start, end, fits),
-        prefixes=prefix_sharing(rows, meta.block_size) if "prefix" in rows.columns else Prefixes(),
-    )
-    return stream, series_of(stream, fits, hours, finest, midnight, start, end) if keep else {}
+    found = {
+        "length_time": length_time(arrivals, request, start, end),
+        "gaps": gap_statistics(arrivals, spread),
+        "gamma_windows": gamma_fits(fits, meta.tick),
+        "dispersion": dispersion_curve(arrivals, start, end, spread, meta.tick),
+        "hour_of_day": cycle,
+        "day_of_week": day_of_week(hours, meta.weekday),
+        "peak_to_trough": peak_to_trough(cycle),
+        "periodicity": periodicity(finest, start, end),
+        "hours": hour_boxes(hours),
+        "weeks": weekly_maps(hours, midnight, meta.weekday),
+        "working_day": working_day(fits, start, end, midnight, meta.weekday),
+        "bursts": bursts(finest, start, end),
+        "rate_series": rate_series(arrivals, start, end),
+        "failures": failure_statistics(arrivals, rows["failed"].to_numpy(), request, start, end, fits),
+    }
+    return found, OverTime(fits, hours, finest, midnight, start, end)
+
+
+def _by_request(rows: pl.DataFrame, trace: Trace) -> dict[str, Any]:
+    """How long the `rows` of `trace` are, their conversations and prefixes: fields of a Stream."""
+    request, response = rows["request_tokens"].to_numpy(), rows["response_tokens"].to_numpy()
+    failed = rows["failed"].to_numpy()
+    answered = ~failed & (request > 0)
+    return {
+        "failed_share": float(np.mean(failed)),
+        "request_tokens": length_statistics(request, request > 0),
+        "response_tokens": length_statistics(response, ~failed),
+        "correlation": request_response(request, response, answered),
+        "response_bands": response_bands(request, response, answered),
+        "conversations": session_statistics(rows) if "session" in rows.columns else Conversations(),
+        "prefixes": prefix_sharing(rows, trace.meta.block_size) if "prefix" in rows.columns else Prefixes(),
+    }
 
 
 callable_room(__name__)

@@ -11,13 +11,25 @@ process, levels off at CV^2 for a renewal process, and keeps growing for a rate 
 (Cox and Lewis, The Statistical Analysis of Series of Events, 1966).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct
 
-from squall.characterize.summary import Summary, bin_width, correlation, describe, known, summary
+from squall.characterize.summary import (
+    LONGEST_TABLE,
+    PIECE,
+    Summary,
+    Tally,
+    bin_width,
+    describe,
+    dot,
+    known,
+    pieces,
+    summary,
+)
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
 from squall.trace.ties import despread as despread
@@ -178,9 +190,50 @@ def gamma_windows(
             f"window: {in_words(window)} cuts {in_words(arrivals[-1] - arrivals[0])} into {windows:,} windows; "
             f"take one that gives at most {MAXIMUM_WINDOWS:,}."
         )
-    slot = np.floor((arrivals + phase) / window).astype(np.int64) - first
-    count = np.bincount(slot, minlength=windows)
-    gap, owner = np.diff(arrivals), slot[1:]
+    count, gaps = np.zeros(windows, np.int64), np.zeros(windows, np.int64)
+    fit = {name: np.full(windows, np.nan) for name in ("alpha", "beta", "cv", "ks", "mean", "variance", "log_mean")}
+    for begin, slot in _whole_windows(arrivals, window, phase):
+        at = slot - first
+        run = np.flatnonzero(np.diff(at, prepend=-1))
+        occupied = at[run]
+        sizes = np.diff(run, append=at.size)
+        count[occupied] = sizes
+        # The first gap of a piece comes from the arrival before it; the very first arrival has none.
+        gap = np.diff(arrivals[max(begin - 1, 0) : begin + at.size])
+        owner = np.repeat(np.arange(run.size), sizes)[-gap.size or at.size :]
+        gaps[occupied], found = _fit(gap, owner, run.size, method, minimum)
+        for name, values in found.items():
+            fit[name][occupied] = values
+    return GammaWindows(
+        window=window,
+        start=(first + np.arange(windows)) * window - phase,
+        count=count,
+        gaps=gaps,
+        rate=count / window,
+        **fit,
+        method=method,
+        tick=tick,
+    )
+
+
+def _whole_windows(arrivals: np.ndarray, window: float, phase: float) -> Iterator[tuple[int, np.ndarray]]:
+    """The arrivals in pieces of whole windows: place of the first, and the window of each, counted from -phase."""
+    begin, size = 0, PIECE
+    while begin < arrivals.size:
+        slot = np.floor((arrivals[begin : begin + size] + phase) / window).astype(np.int64)
+        if begin + slot.size < arrivals.size:
+            slot = slot[: np.searchsorted(slot, slot[-1])]  # the last window may go on behind the piece
+            if slot.size == 0:
+                size *= 2
+                continue
+        yield begin, slot
+        begin, size = begin + slot.size, PIECE
+
+
+def _fit(
+    gap: np.ndarray, owner: np.ndarray, windows: int, method: FitMethod, minimum: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Gaps used and fitted values of each of the `windows`, to which the gaps belong by `owner` (ascending)."""
     if method == "mle":
         gap, owner = gap[gap > 0], owner[gap > 0]
     gaps = np.bincount(owner, minlength=windows)
@@ -197,22 +250,16 @@ def gamma_windows(
             log_mean = np.bincount(owner, np.log(gap), windows) / gaps
             alpha = gamma_shape(np.where(usable, np.log(mean) - log_mean, np.nan))
         beta = alpha / mean
-    return GammaWindows(
-        window=window,
-        start=(first + np.arange(windows)) * window - phase,
-        count=count,
-        gaps=gaps,
-        rate=count / window,
-        alpha=alpha,
-        beta=beta,
-        cv=cv,
-        ks=_gamma_distance(gap, owner, alpha, beta),
-        mean=mean,
-        variance=variance,
-        log_mean=log_mean,
-        method=method,
-        tick=tick,
-    )
+    ks = _gamma_distance(gap, owner, alpha, beta)
+    return gaps, {
+        "alpha": alpha,
+        "beta": beta,
+        "cv": cv,
+        "ks": ks,
+        "mean": mean,
+        "variance": variance,
+        "log_mean": log_mean,
+    }
 
 
 def gamma_shape(spread: np.ndarray) -> np.ndarray:
@@ -243,7 +290,7 @@ def dispersion(
     start = float(arrivals[0]) if start is None else start
     end = float(arrivals[-1]) if end is None else end
     result = []
-    occupied, held, of = arrivals, np.ones(0), 0.0
+    occupied, held, of = np.zeros(0, np.int64), np.zeros(0, np.int64), 0.0
     for scale in scales:
         bins = int((end - start) // scale)
         if bins < MINIMUM_BINS or arrivals[0] >= start + bins * scale:
@@ -251,18 +298,31 @@ def dispersion(
         # Sorted arrivals: equal bins stand side by side, so the empty ones need no memory, however long the span is.
         # Bins of a multiple of the scale before are made of its bins.
         if of and scale % of == 0:
-            bin_of = occupied // int(scale / of)
-            first = np.flatnonzero(np.diff(bin_of, prepend=-1))
-            held = np.add.reduceat(held, first)
+            occupied, held = _merged(occupied // int(scale / of), held)
         else:
-            bin_of = np.floor((arrivals - start) / scale).astype(np.int64)
-            first = np.flatnonzero(np.diff(bin_of, prepend=-1))
-            held = np.diff(first, append=arrivals.size).astype(float)
-        occupied, of = bin_of[first], scale
-        counts = held[: np.searchsorted(occupied, bins)]
+            occupied, held = _occupied(arrivals, scale, start)
+        of = scale
+        counts = held[: np.searchsorted(occupied, bins)].astype(float)
         mean = counts.sum() / bins
-        result.append((scale, float(counts @ counts / bins / mean - mean)))
+        result.append((scale, dot(counts, counts) / bins / float(mean) - float(mean)))
     return result
+
+
+def _occupied(arrivals: np.ndarray, width: float, start: float) -> tuple[np.ndarray, np.ndarray]:
+    """The bins of `width` s from `start` on that hold any of the sorted `arrivals`, and how many each holds."""
+    bins, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for (part,) in pieces(arrivals):
+        bin_of = np.floor((part - start) / width).astype(np.int64)
+        first = np.flatnonzero(np.diff(bin_of, prepend=-1))
+        bins.append(bin_of[first])
+        counts.append(np.diff(first, append=bin_of.size))
+    return _merged(np.concatenate(bins), np.concatenate(counts))  # a bin may lie across two pieces
+
+
+def _merged(bins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending `bins` with equal ones made one."""
+    first = np.flatnonzero(np.diff(bins, prepend=-1))
+    return bins[first], np.add.reduceat(counts, first)
 
 
 def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> np.ndarray:
@@ -275,16 +335,51 @@ def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> 
 
 def gap_statistics(arrivals: np.ndarray, spread: np.ndarray | None = None) -> Gaps:
     """The gaps between sorted `arrivals` (s) as recorded, with the CV of `spread` (from `despread`) beside it."""
-    gaps = np.diff(arrivals)
-    if gaps.size == 0:
+    gaps = arrivals.size - 1
+    if gaps < 1:
         return Gaps()
-    beside = None if spread is None else np.diff(spread)
+    beside = None if spread is None else (spread[-1] - spread[0]) / gaps
     return Gaps(
-        **describe(np.sort(gaps)),
-        tied=float(np.mean(gaps == 0)),
-        lag1=correlation(gaps[:-1], gaps[1:]),
-        spread_cv=None if beside is None else known(beside.std() / beside.mean()),
+        **_gap_sample(arrivals),
+        tied=float(np.count_nonzero(arrivals[1:] == arrivals[:-1]) / gaps),
+        lag1=_lag1(arrivals),
+        spread_cv=None if spread is None or not beside else known(np.sqrt(_variance(spread, beside)) / beside),
     )
+
+
+def _gap_sample(arrivals: np.ndarray) -> dict[str, Any]:
+    """The fields of a Summary of the gaps; those of whole seconds are counted, which is faster than sorting them."""
+    longest = max(float(np.diff(part).max()) for part in _neighbours(arrivals))
+    if longest < LONGEST_TABLE and all((np.floor(part) == part).all() for (part,) in pieces(arrivals)):
+        tally = Tally.of((np.diff(part).astype(np.int64) for part in _neighbours(arrivals)), int(longest))
+        return {name: value if name == "n" else float(value) for name, value in tally.describe().items()}
+    return describe(np.diff(arrivals))
+
+
+def _neighbours(arrivals: np.ndarray, more: int = 1) -> Iterator[np.ndarray]:
+    """`arrivals` in pieces, each with the first `more` elements of the next, so that every gap is in one piece."""
+    for begin in range(0, arrivals.size - more, PIECE):
+        yield arrivals[begin : begin + PIECE + more]
+
+
+def _variance(arrivals: np.ndarray, mean: float) -> float:
+    """Population variance of the gaps, whose mean is `mean`."""
+    return float(sum(((np.diff(part) - mean) ** 2).sum() for part in _neighbours(arrivals)) / (arrivals.size - 1))
+
+
+def _lag1(arrivals: np.ndarray) -> float | None:
+    """Correlation of a gap with the next one; None for fewer than 3 pairs, or if one side is constant."""
+    pairs = arrivals.size - 2
+    if pairs < 3:
+        return None
+    middles = (arrivals[-2] - arrivals[0]) / pairs, (arrivals[-1] - arrivals[1]) / pairs
+    xx = yy = xy = 0.0
+    for part in _neighbours(arrivals, 2):
+        gaps = np.diff(part)
+        x, y = gaps[:-1] - middles[0], gaps[1:] - middles[1]
+        xx, yy, xy = xx + dot(x, x), yy + dot(y, y), xy + dot(x, y)
+    scale = float(np.sqrt(xx * yy))
+    return float(xy) / scale if scale > 0 else None
 
 
 def dispersion_curve(
@@ -305,10 +400,14 @@ def gamma_fits(windows: GammaWindows, tick: float | None = None) -> GammaFits:
     `tick` says that the arrivals had been spread inside such ticks before.
     """
     fitted = np.flatnonzero(windows.fitted)
-    points = np.array_split(fitted, min(fitted.size, MAXIMUM_POINTS)) if fitted.size else []
+    points = min(fitted.size, MAXIMUM_POINTS)
+    size, longer = divmod(fitted.size, points) if points else (0, 0)
 
     def medians(values: np.ndarray) -> list[float]:
-        return [float(np.median(values[point])) for point in points]
+        # The first points stand for one window more than the others.
+        found = np.split(values[fitted], [longer * (size + 1)])
+        rows = (part.reshape(-1, width) for part, width in zip(found, (size + 1, size), strict=True) if part.size)
+        return [median for row in rows for median in np.median(row, axis=1).tolist()]
 
     return GammaFits(
         window=windows.window,

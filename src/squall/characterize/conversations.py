@@ -50,9 +50,9 @@ class Conversations(Struct, frozen=True, kw_only=True):
 
 
 def session_statistics(table: pl.DataFrame) -> Conversations:
-    """The sessions in `table` (columns of the Trace, sorted by arrival)."""
-    rows = table.select("arrival", "request_tokens", "response_tokens", "failed", "session", "elapsed")
-    rows = rows.filter(pl.col("session").is_not_null())
+    """The sessions in `table` (columns of the Trace, of which `elapsed` may be left out; sorted by arrival)."""
+    needed = ("arrival", "request_tokens", "response_tokens", "failed", "session", "elapsed")
+    rows = table.select(name for name in needed if name in table.columns).filter(pl.col("session").is_not_null())
     if rows.is_empty():
         return Conversations()
     rows = rows.sort("session", maintain_order=True)
@@ -63,7 +63,7 @@ def session_statistics(table: pl.DataFrame) -> Conversations:
     gap = arrival[follow] - arrival[follow - 1]
 
     request, response = (rows[name].to_numpy().astype(float) for name in ("request_tokens", "response_tokens"))
-    elapsed = rows["elapsed"].to_numpy().astype(float)
+    elapsed = rows["elapsed"].to_numpy().astype(float) if "elapsed" in rows.columns else np.full(len(rows), np.nan)
     usable = (request > 0) & ~rows["failed"].to_numpy()
     pair = follow[usable[follow] & usable[follow - 1]]
     growth = request[pair] - request[pair - 1]

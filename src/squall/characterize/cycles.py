@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_WINDOWS, GammaWindows, bin_counts, gamma_shape
-from squall.characterize.summary import bin_width, position
+from squall.characterize.summary import bin_width, dot, pieces, position
 
 HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 WHOLE = 0.95
@@ -157,13 +157,18 @@ def clock_hours(
     if last - first >= MAXIMUM_WINDOWS:
         return None
     hours = last - first + 1
-    hour_of = np.floor((arrivals + midnight) / HOUR).astype(np.int64) - first
+    counts, asked, answered = (np.zeros(hours, kind) for kind in (np.int64, float, float))
+    for times, *tokens in pieces(arrivals, request, response):
+        hour_of = np.floor((times + midnight) / HOUR).astype(np.int64) - first
+        low, high = int(hour_of[0]), int(hour_of[-1]) + 1
+        for into, weights in ((counts, None), *zip((asked, answered), tokens, strict=True)):
+            into[low:high] += np.bincount(hour_of - low, weights, high - low).astype(into.dtype)
     begin = (first + np.arange(hours)) * HOUR - midnight
     return Hours(
         first=first,
-        requests=np.bincount(hour_of, minlength=hours),
-        request_tokens=np.bincount(hour_of, request, hours),
-        response_tokens=np.bincount(hour_of, response, hours),
+        requests=counts,
+        request_tokens=asked,
+        response_tokens=answered,
         covered=(np.minimum(begin + HOUR, end) - np.maximum(begin, start)) / HOUR,
     )
 
@@ -282,7 +287,7 @@ def spectrum(counts: np.ndarray, width: float) -> list[Period]:
     power = np.abs(np.fft.rfft(off)) ** 2
     power[0] = 0.0
     total = float(power.sum())
-    if total <= 1e-12 * float(counts @ counts) * counts.size:
+    if total <= 1e-12 * dot(counts, counts) * counts.size:
         return []
     frequency = np.arange(power.size)
     # Bands of half an octave, but of 8 frequencies at least; the median of exponential noise is log 2 of its mean.
@@ -368,8 +373,8 @@ def autocorrelation(series: np.ndarray, lag: int) -> float | None:
     if series.size < 2 * lag:
         return None
     off = series - series.mean()
-    total = float(off @ off)
-    return float(off[lag:] @ off[:-lag]) / total if total > 0 else None
+    total = dot(off, off)
+    return dot(off[lag:], off[:-lag]) / total if total > 0 else None
 
 
 def _explained(series: np.ndarray, period: int) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_POINTS, MAXIMUM_WINDOWS, MINIMUM_BINS, GammaWindows, bin_counts
-from squall.characterize.summary import Summary, bin_width, correlation, ranks, summary
+from squall.characterize.summary import Summary, Tally, bin_width, correlation, ranks, summary
 
 BIN = 300.0
 """Bins in which failures are looked at for clustering, s."""
@@ -127,15 +127,22 @@ def failure_statistics(
 
 def _by_length(failed: np.ndarray, tokens: np.ndarray) -> tuple[LengthBucket, ...]:
     """Failed share per factor of 2 of the request length, if failed requests have one."""
-    length_known = tokens > 0
-    if not (failed & length_known).any():
+    lost_lengths = Tally.of_array(tokens, failed)
+    if not lost_lengths.values.any():
         return ()
-    octave = np.floor(np.log2(tokens[length_known])).astype(np.int64)
-    requests, lost = np.bincount(octave), np.bincount(octave, failed[length_known])
+    octaves = int(tokens.max()).bit_length()
+    requests, lost = (_by_octave(tally, octaves) for tally in (Tally.of_array(tokens), lost_lengths))
     return tuple(
         LengthBucket(low=2**i, high=2 ** (i + 1), requests=int(requests[i]), failed_share=float(lost[i] / requests[i]))
         for i in np.flatnonzero(requests).tolist()
     )
+
+
+def _by_octave(tally: Tally, octaves: int) -> np.ndarray:
+    """How many of the numbers from 1 on lie in each factor of 2."""
+    known = tally.values > 0
+    octave = np.floor(np.log2(tally.values[known])).astype(np.int64)
+    return np.bincount(octave, tally.counts[known], octaves)
 
 
 def _by_alpha(

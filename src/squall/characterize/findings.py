@@ -117,7 +117,7 @@ def _lengths(name: str, lengths: Lengths) -> Iterator[str]:
 
 def _dependence(stream: "Stream") -> Iterator[str]:
     rank, pearson = stream.correlation.spearman, stream.correlation.pearson
-    if rank is not None and pearson is not None:
+    if rank is not None and pearson is not None and stream.correlation.n >= FEW:
         noise = max(0.1, 2 / np.sqrt(stream.correlation.n))
         strength = "hardly depend on" if abs(rank) < noise else "grow with" if rank > 0 else "shrink with"
         yield f"Responses {strength} the request length (Spearman {rank:+.2f}, Pearson {pearson:+.2f})."

@@ -7,14 +7,16 @@ mass between k - 1/2 and k + 1/2 (from 0 for k = 1). So all five compare by BIC 
 by KS distance. Of thousands of rows every such family is rejected by a test; the distances say how far off it is.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import gamma_shape
-from squall.characterize.summary import LONGEST_TABLE, Summary, correlation, describe, known, position, ranks
+from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, dot, known, pieces
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
@@ -107,96 +109,166 @@ class LengthTime(Struct, frozen=True, kw_only=True):
     """The same if lengths were dealt out at random: root of the exact mean variance over all permutations."""
 
 
-def length_statistics(tokens: np.ndarray) -> Lengths:
-    """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order)."""
-    if tokens.size == 0:
+def length_statistics(tokens: np.ndarray, where: np.ndarray | None = None) -> Lengths:
+    """Quantiles, fits, modes and histogram of `tokens` (int, >= 0, any order), or of those `where` this is true."""
+    tally = Tally.of_array(tokens, where)
+    if tally.values.size == 0:
         return Lengths()
-    if tokens.max() < LONGEST_TABLE:
-        table = np.bincount(tokens)
-        values = np.flatnonzero(table)
-        counts = table[values]
-    else:
-        values, counts = np.unique(tokens.astype(np.int64), return_counts=True)
-    ordered = np.repeat(values, counts)
-    positive = values > 0
-    zipf, fits = _fits(values[positive], counts[positive])
+    positive = tally.values > 0
+    values, counts = tally.values[positive], tally.counts[positive]
+    zipf, fits = _fits(values, counts)
     return Lengths(
-        **describe(ordered),
+        **tally.describe(),
         zipf=zipf,
         fits=fits,
         best_fit=fits[0] if fits else None,
-        modes=_modes(values[positive], counts[positive]),
-        histogram=_histogram(values, counts),
+        modes=_modes(values, counts),
+        histogram=_histogram(tally.values, tally.counts),
     )
 
 
-def request_response(request: np.ndarray, response: np.ndarray) -> Correlation:
-    """Correlation of request and response lengths (pairs, tokens) of the same requests."""
-    x, y = request.astype(float), response.astype(float)
-    middle = (request >= 400) & (request < 2000)
-    pearson, spread = correlation(x[middle], y[middle]), x[middle].std() if middle.any() else 0.0
+def request_response(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> Correlation:
+    """Correlation of request and response lengths (pairs, tokens) of the same requests, or of those `where` true."""
+    whole, middle = _Moments(), _Moments()
+    for x, y in pieces(request, response, where=where):
+        whole.add(x, y)
+        inside = (x >= 400) & (x < 2000)
+        middle.add(x[inside], y[inside])
     return Correlation(
-        n=x.size,
-        pearson=correlation(x, y),
-        spearman=correlation(ranks(request), ranks(response)),
-        slope=None if pearson is None else pearson * float(y[middle].std() / spread),
+        n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response, where), slope=middle.slope
     )
 
 
-def response_bands(request: np.ndarray, response: np.ndarray) -> list[Band]:
-    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2)."""
+@dataclass
+class _Moments:
+    """Sums over pairs of integers, added up without rounding, so that means need not be known beforehand."""
+
+    n: int = 0
+    x: int = 0
+    y: int = 0
+    xx: int = 0
+    yy: int = 0
+    xy: int = 0
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        # Products of numbers below 2^18 add up exactly in a piece; absurd lengths lose the 16th digit.
+        x, y = x.astype(float), y.astype(float)
+        self.n += x.size
+        self.x, self.y = self.x + int(x.sum()), self.y + int(y.sum())
+        self.xx, self.yy, self.xy = self.xx + int(dot(x, x)), self.yy + int(dot(y, y)), self.xy + int(dot(x, y))
+
+    @property
+    def _centred(self) -> tuple[int, int, int]:
+        """n^2 times the variances of x and of y and their covariance."""
+        n = self.n
+        return n * self.xx - self.x**2, n * self.yy - self.y**2, n * self.xy - self.x * self.y
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's; None for fewer than 3 pairs, or if one side is constant."""
+        xx, yy, xy = self._centred
+        return xy / (math.sqrt(xx) * math.sqrt(yy)) if self.n >= 3 and xx > 0 and yy > 0 else None
+
+    @property
+    def slope(self) -> float | None:
+        """Of the least-squares line; None as above."""
+        return None if self.correlation is None else self._centred[2] / self._centred[0]
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, where: np.ndarray | None) -> float | None:
+    """Pearson's correlation of the ranks; None as there."""
+    tallies = Tally.of_array(x, where), Tally.of_array(y, where)
+    n = tallies[0].size
+    if n < 3:
+        return None
+    ranks = [tally.ranks() - (n + 1) / 2 for tally in tallies]
+    scale = float(np.prod([np.sqrt(dot(tally.counts, rank**2)) for tally, rank in zip(tallies, ranks, strict=True)]))
+    look_up = [_lookup(tally.values, rank) for tally, rank in zip(tallies, ranks, strict=True)]
+    both = sum(dot(look_up[0](a), look_up[1](b)) for a, b in pieces(x, y, where=where))
+    return both / scale if scale > 0 else None
+
+
+def _lookup(keys: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from each of the `keys` (integers >= 0, ascending) to its value."""
+    if keys[-1] >= LONGEST_TABLE:
+        return lambda wanted: values[np.searchsorted(keys, wanted)]
+    table = np.zeros(int(keys[-1]) + 1)
+    table[keys] = values
+    return lambda wanted: table[wanted]
+
+
+def response_bands(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> list[Band]:
+    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2).
+
+    Of all pairs, or of those `where` this is true.
+    """
     if request.size == 0:
         return []
-    edges = _edges(int(request.max()), 2)
-    # One sort of (bin, response) packed into an integer puts every bin in a run and its responses in order.
     longest = int(request.max())
+    edges = _edges(longest, 2)
     if longest < LONGEST_TABLE:
-        bins = np.digitize(np.arange(longest + 1), edges)[request]
+        table = np.digitize(np.arange(longest + 1), edges)
+        binned = (table[x] for (x,) in pieces(request, where=where))
     else:
-        bins = np.digitize(request, edges)
-    packed = np.sort((bins << 32) + response)
-    bin_of, response = packed >> 32, packed & 0xFFFFFFFF
+        binned = (np.digitize(x, edges) for (x,) in pieces(request, where=where))
+    # Bin and response in one number: counting these puts every bin in a run and its responses in order.
+    width = int(response.max()) + 1
+    answers = (y for (y,) in pieces(response, where=where))
+    packed = (bins * width + y for bins, y in zip(binned, answers, strict=True))
+    pairs = Tally.of(packed, (len(edges) + 1) * width)
+    bin_of, answer = np.divmod(pairs.values, width)
     bands = []
     for start, stop in pairwise(np.flatnonzero(np.diff(bin_of, prepend=-1, append=-1)).tolist()):
-        inside = response[start:stop]
+        inside = Tally(answer[start:stop], pairs.counts[start:stop])
         if inside.size < MINIMUM_IN_BAND:
             continue
-        p5, p50, p95 = (int(inside[position(share, inside.size)]) for share in (0.05, 0.5, 0.95))
         low, high = edges[bin_of[start] - 1 : bin_of[start] + 1]
-        bands.append(Band(low=low, high=high, n=inside.size, mean=float(inside.mean()), p5=p5, p50=p50, p95=p95))
+        p5, p50, p95 = inside.quantiles((0.05, 0.5, 0.95))
+        bands.append(Band(low=low, high=high, n=inside.size, mean=inside.mean, p5=p5, p50=p50, p95=p95))
     return bands
 
 
 def length_time(
     arrivals: np.ndarray, tokens: np.ndarray, start: float, end: float, scales: tuple[float, ...] = TIME_SCALES
 ) -> list[LengthTime]:
-    """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed."""
+    """Dependence of request lengths on time, in the whole windows of [start, end] s; at least 5 windows are needed.
+
+    `tokens` are integers; 0 is an unknown length and left out.
+    """
     result = []
-    all_lengths = tokens.astype(float)
-    until = np.concatenate(([0.0], np.cumsum(all_lengths)))
+    unknown = np.flatnonzero(tokens == 0)
+    until = np.concatenate(([0], np.cumsum(tokens, dtype=np.int64)))
+    squares = _squares(tokens)
     for scale in scales:
         windows = int((end - start) // scale)
         if not 5 <= windows <= 10_000_000:
             continue
         # Sorted arrivals are cut at the edges of the windows.
         places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
-        length = all_lengths[: places[-1]]
-        if length.size == 0:
+        count = np.diff(places) - np.diff(np.searchsorted(unknown, places))
+        load = np.diff(until[places])
+        n, total = int(count.sum()), int(load.sum())
+        if n == 0:
             continue
-        count, load = np.diff(places), np.diff(until[places])
         busy = count > 0
+        square = squares - _squares(tokens[places[-1] :])
         # Drawn without replacement, a window of c of n lengths has mean c m and variance c s^2 (n - c) / (n - 1).
-        n, mean, variance = length.size, length.mean(), length.var()
+        mean, variance = total / n, (n * square - total**2) / n**2
         drawn = (count * variance * (n - count) / max(n - 1, 1)).mean() + mean**2 * count.var()
         result.append(
             LengthTime(
                 scale=scale,
                 correlation=correlation(count[busy].astype(float), load[busy] / count[busy]),
-                cv=known(load.std() / load.mean()) if load.any() else None,
-                shuffled_cv=known(np.sqrt(drawn) / load.mean()) if load.any() else None,
+                cv=known(load.std() / load.mean()) if total else None,
+                shuffled_cv=known(np.sqrt(drawn) / load.mean()) if total else None,
             )
         )
     return result
+
+
+def _squares(tokens: np.ndarray) -> int:
+    """The sum of the squares of integers."""
+    return sum(int(dot(part, part)) for part in (x.astype(float) for (x,) in pieces(tokens)))
 
 
 def _edges(longest: int, per_octave: int) -> list[int]:
@@ -236,8 +308,8 @@ def _lognormal(values: np.ndarray, counts: np.ndarray) -> Fit:
     from scipy.special import ndtr
 
     logs, total = np.log(values), counts.sum()
-    mu = float(counts @ logs / total)
-    sigma = float(np.sqrt(counts @ (logs - mu) ** 2 / total))
+    mu = float(dot(counts, logs) / total)
+    sigma = float(np.sqrt(dot(counts, (logs - mu) ** 2) / total))
     below, above = ((np.log(limit) - mu) / sigma for limit in _cells(values))
     parameters = {"mu": mu, "sigma": sigma}
     return _fit("lognormal", parameters, (ndtr(below), ndtr(above)), (ndtr(-below), ndtr(-above)), counts)
@@ -259,32 +331,39 @@ def _mixture(values: np.ndarray, counts: np.ndarray) -> Fit | None:
     point = np.bincount(bin_of, counts * logs) / np.maximum(weight, 1)
     point, weight = point[weight > 0], weight[weight > 0] / counts.sum()
     below = np.cumsum(weight)
-    found = [_maximise(point, weight, below <= split) for split in (0.25, 0.5, 0.75)]
-    share, mu, sigma = max(found, key=lambda one: one[0])[1:]
+    share, mu, sigma = _maximise(point, weight, below <= np.array([[0.25], [0.5], [0.75]]))
     if mu[0] > mu[1]:
         share, mu, sigma = share[::-1], mu[::-1], sigma[::-1]
     limits = [(np.log(limit)[:, None] - mu) / sigma for limit in _cells(values)]
-    cdf, survival = (tuple(ndtr(sign * limit) @ share for limit in limits) for sign in (1, -1))
+    cdf, survival = (tuple(np.einsum("ij,j->i", ndtr(sign * limit), share) for limit in limits) for sign in (1, -1))
     parameters = {"weight": share[0], "mu1": mu[0], "sigma1": sigma[0], "mu2": mu[1], "sigma2": sigma[1]}
     return _fit("lognormal-mixture", {name: float(one) for name, one in parameters.items()}, cdf, survival, counts)
 
 
-def _maximise(
-    point: np.ndarray, weight: np.ndarray, first: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Expectation-maximisation of two normals from the split `first`; log-likelihood, shares, means, deviations."""
-    belongs, likelihood = np.column_stack((first, ~first)).astype(float), -np.inf
+def _maximise(point: np.ndarray, weight: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Expectation-maximisation of two normals: shares, means and deviations of the likeliest of several starts.
+
+    Each row of `first` is a start: which points belong to the first normal. All starts are worked on at once.
+    """
+    belongs = np.stack((first, ~first)).astype(float)
+    likelihood, found = np.full(first.shape[0], -np.inf), np.zeros((3, 2, first.shape[0]))
+    active = np.arange(first.shape[0])
     for _ in range(500):
-        part = weight[:, None] * belongs
-        share = np.maximum(part.sum(0), 1e-9)
-        mu = part.T @ point / share
-        sigma = np.sqrt(np.maximum((part * (point[:, None] - mu) ** 2).sum(0) / share, 0.05**2))
-        density = share / sigma * np.exp(-0.5 * ((point[:, None] - mu) / sigma) ** 2) + 1e-300
-        total = density.sum(1)
-        belongs, before, likelihood = density / total[:, None], likelihood, float(weight @ np.log(total))
-        if likelihood - before < 1e-9:
+        part = weight * belongs
+        share = np.maximum(part.sum(2), 1e-9)
+        mu = (part * point).sum(2) / share
+        sigma = np.sqrt(np.maximum((part * (point - mu[..., None]) ** 2).sum(2) / share, 0.05**2))
+        density = (share / sigma)[..., None] * np.exp(-0.5 * ((point - mu[..., None]) / sigma[..., None]) ** 2) + 1e-300
+        total = density.sum(0)
+        now = (weight * np.log(total)).sum(1)
+        found[:, :, active] = share / share.sum(0), mu, sigma
+        going = now - likelihood[active] >= 1e-9
+        likelihood[active] = now
+        if not going.any():
             break
-    return likelihood, share / share.sum(), mu, sigma
+        active, belongs = active[going], (density / total)[:, going]
+    share, mu, sigma = found[:, :, int(np.argmax(likelihood))]
+    return share, mu, sigma
 
 
 def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
@@ -292,7 +371,7 @@ def _gamma(values: np.ndarray, counts: np.ndarray) -> Fit:
 
     total = counts.sum()
     mean = float(counts @ values / total)
-    shape = float(gamma_shape(np.array([np.log(mean) - counts @ np.log(values) / total]))[0])
+    shape = float(gamma_shape(np.array([np.log(mean) - dot(counts, np.log(values)) / total]))[0])
     below, above = (shape / mean * limit for limit in _cells(values))
     cdf, survival = (gammainc(shape, below), gammainc(shape, above)), (gammaincc(shape, below), gammaincc(shape, above))
     return _fit("gamma", {"shape": shape, "rate": shape / mean}, cdf, survival, counts)
@@ -303,16 +382,17 @@ def _weibull(values: np.ndarray, counts: np.ndarray) -> Fit | None:
     longest, total = float(values[-1]), counts.sum()
     scaled = values / longest
     logs = np.log(scaled)
+    log_mean = dot(counts, logs) / total
 
     def slope(shape: float) -> float:
         weight = counts * scaled**shape
-        return float(weight @ logs / weight.sum() - 1 / shape - counts @ logs / total)
+        return float(dot(weight, logs) / weight.sum() - 1 / shape - log_mean)
 
     low, high = 1e-3, 1e4
     if not slope(low) < 0 < slope(high):
         return None
     shape = _root(slope, low, high)
-    scale = longest * float(counts @ scaled**shape / total) ** (1 / shape)
+    scale = longest * float(dot(counts, scaled**shape) / total) ** (1 / shape)
     below, above = ((limit / scale) ** shape for limit in _cells(values))
     cdf, survival = (-np.expm1(-below), -np.expm1(-above)), (np.exp(-below), np.exp(-above))
     return _fit("weibull", {"shape": shape, "scale": scale}, cdf, survival, counts)
@@ -334,7 +414,7 @@ def _fit(
     # In the upper tail the survival function keeps the digits that the cdf has lost.
     mass = np.where(cdf[0] < 0.5, cdf[1] - cdf[0], survival[0] - survival[1])
     number = len(parameters)
-    aic = float(2 * number - 2 * counts @ np.log(np.maximum(mass, 1e-300)))
+    aic = 2 * number - 2 * dot(counts, np.log(np.maximum(mass, 1e-300)))
     bic = aic + _penalty(number, counts)
     return Fit(family=family, parameters=parameters, ks=_distance(*cdf, counts), aic=aic, bic=bic)
 
@@ -347,7 +427,7 @@ def _penalty(parameters: int, counts: np.ndarray) -> float:
 def _zipf(values: np.ndarray, counts: np.ndarray) -> Zipf:
     """Maximum likelihood: where the mean log length of the model, -d log(sum k^-theta) / d theta, is the sample's."""
     longest, total = int(values[-1]), counts.sum()
-    log_mean = float(counts @ np.log(values) / total)
+    log_mean = float(dot(counts, np.log(values)) / total)
     step, ends = 1e-5, np.array([longest])
 
     def log_sum(theta: float) -> float:
@@ -398,7 +478,7 @@ def _modes(values: np.ndarray, counts: np.ndarray) -> tuple[Mode, ...]:
     if values.size < 2 or total < MINIMUM_IN_BAND:
         return ()
     cumulative, logs = np.cumsum(counts) / total, np.log(values)
-    spread = np.sqrt(counts @ (logs - counts @ logs / total) ** 2 / total)
+    spread = np.sqrt(dot(counts, (logs - dot(counts, logs) / total) ** 2) / total)
     low, high = logs[np.searchsorted(cumulative, (0.25, 0.75))]
     bandwidth = max(0.1, 0.9 * min(spread, (high - low) / 1.34 or spread) * float(total) ** -0.2)
 

@@ -9,6 +9,7 @@ Each has the columns service and model, both null for all requests together. Tim
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,16 +29,22 @@ Series = dict[str, pl.DataFrame]
 """File name without suffix -> table."""
 
 
-def series_of(
-    stream: "Stream",
-    windows: GammaWindows,
-    hours: Hours | None,
-    arrivals: np.ndarray,
-    midnight: float | None,
-    start: float,
-    end: float,
-) -> Series:
+@dataclass(frozen=True)
+class OverTime:
+    """What the series of one class are made from."""
+
+    windows: GammaWindows
+    hours: Hours | None
+    arrivals: np.ndarray
+    """Sorted seconds, spread inside the clock's ticks, where it has any."""
+    midnight: float | None
+    start: float
+    end: float
+
+
+def series_of(stream: "Stream", over_time: OverTime) -> Series:
     """The series of one class; those that its trace cannot have are left out."""
+    windows, hours, midnight = over_time.windows, over_time.hours, over_time.midnight
     found = {
         "windows": pl.DataFrame(
             {"start": windows.start, "requests": windows.count, "gaps": windows.gaps, "rate": windows.rate}
@@ -50,8 +57,9 @@ def series_of(
         found["hours"] = pl.DataFrame(
             {"start": begin, "requests": hours.requests} | tokens | {"covered": hours.covered}
         ).with_columns(pl.col(*tokens).cast(pl.Int64))
+    start, end = over_time.start, over_time.end
     runs = [
-        burst_table(arrivals, one.scale, start, end)[0].select(pl.lit(one.scale).alias("scale"), pl.all())
+        burst_table(over_time.arrivals, one.scale, start, end)[0].select(pl.lit(one.scale).alias("scale"), pl.all())
         for one in stream.bursts
     ]
     if runs:

@@ -3,7 +3,8 @@
 That is a value which was really observed, and never one below the share p of the sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from msgspec import Struct
 
 LONGEST_TABLE = 10_000_000
 """A table with an entry per integer is not made for integers beyond this."""
+PIECE = 1 << 17
+"""Long arrays are worked through in pieces of this many elements: what is made on the way then stays in the cache."""
 QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90, "p99": 0.99}
 
 
@@ -32,18 +35,86 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 def summary(sample: np.ndarray) -> Summary:
     """The Summary of the finite values of `sample`, in any order."""
-    return Summary(**describe(np.sort(sample[np.isfinite(sample)])))
+    return Summary(**describe(sample[np.isfinite(sample)]))
 
 
-def describe(ordered: np.ndarray) -> dict[str, Any]:
-    """The fields of a Summary for a sample that is sorted already."""
-    if ordered.size == 0:
+def describe(sample: np.ndarray) -> dict[str, Any]:
+    """The fields of a Summary for the numbers in `sample`, in any order."""
+    if sample.size == 0:
         return {"n": 0}
-    fields = {name: ordered[position(share, ordered.size)].item() for name, share in QUANTILES.items()}
-    mean = float(ordered.mean())
+    places = {name: position(share, sample.size) for name, share in QUANTILES.items()}
+    placed = np.partition(sample, sorted({0, sample.size - 1, *places.values()}))
+    fields = {name: placed[place].item() for name, place in places.items()}
+    mean = float(sample.mean())
     if mean > 0:
-        fields["cv"] = float(ordered.std()) / mean
-    return {"n": ordered.size, "mean": mean, "min": ordered[0].item(), "max": ordered[-1].item(), **fields}
+        fields["cv"] = float(sample.std()) / mean
+    return {"n": sample.size, "mean": mean, "min": placed[0].item(), "max": placed[-1].item(), **fields}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Distinct integers >= 0 in ascending order and how often each occurs: all that quantiles, ranks and fits need."""
+
+    values: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Iterable[np.ndarray], longest: int) -> "Tally":
+        """Of the integers from 0 to `longest` in all `parts`."""
+        if longest >= LONGEST_TABLE:
+            values, counts = np.unique(np.concatenate([*parts, np.zeros(0, np.int64)]), return_counts=True)
+            return cls(values, counts)
+        table = np.zeros(longest + 1, np.int64)
+        for part in parts:
+            found = np.bincount(part)
+            table[: found.size] += found
+        values = np.flatnonzero(table)
+        return cls(values, table[values])
+
+    @classmethod
+    def of_array(cls, numbers: np.ndarray, where: np.ndarray | None = None) -> "Tally":
+        """Of the integers in `numbers`, those of them `where` this is true."""
+        longest = int(numbers.max()) if numbers.size else 0
+        parts = (part for (part,) in pieces(numbers, where=where, size=longest))
+        return cls.of((part.astype(np.int64) for part in parts), longest)
+
+    @property
+    def size(self) -> int:
+        """How many integers were counted."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        return float(self.values @ self.counts) / self.size
+
+    def quantiles(self, shares: Iterable[float]) -> list[int]:
+        places = [position(share, self.size) for share in shares]
+        found: list[int] = self.values[np.searchsorted(np.cumsum(self.counts), places, side="right")].tolist()
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of a Summary."""
+        size = self.size
+        if size == 0:
+            return {"n": 0}
+        fields: dict[str, Any] = dict(zip(QUANTILES, self.quantiles(QUANTILES.values()), strict=True))
+        mean = self.mean
+        if mean > 0:
+            fields["cv"] = float(np.sqrt(dot(self.counts, (self.values - mean) ** 2) / size)) / mean
+        return {"n": size, "mean": mean, "min": self.values[0].item(), "max": self.values[-1].item(), **fields}
+
+    def ranks(self) -> np.ndarray:
+        """The rank of each distinct value among all, equal ones sharing their mean rank."""
+        return np.cumsum(self.counts) - (self.counts - 1) / 2
+
+
+def pieces(*arrays: np.ndarray, where: np.ndarray | None = None, size: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays of one length in pieces of PIECE (or `size`, if that is more) rows, those of them `where` this is true."""
+    step = max(PIECE, size)
+    for begin in range(0, arrays[0].size, step):
+        part = slice(begin, begin + step)
+        kept = None if where is None else where[part]
+        yield tuple(array[part] if kept is None else array[part][kept] for array in arrays)
 
 
 def position(share: float, size: int) -> int:
@@ -57,13 +128,18 @@ def known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def dot(x: np.ndarray, y: np.ndarray) -> float:
+    """The sum of products. Unlike `x @ y` it takes no threads of its own, which would fight those of the classes."""
+    return float(np.einsum("i,i->", x, y))
+
+
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson's correlation of two samples of equal length; None if there are fewer than 3 pairs or one is constant."""
     if x.size < 3:
         return None
     x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else None
+    scale = float(np.sqrt(dot(x, x) * dot(y, y)))
+    return dot(x, y) / scale if scale > 0 else None
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

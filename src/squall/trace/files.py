@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -124,7 +125,7 @@ def _open(source: str | Path, format: str | None, columns: str | None = None) ->
             raise InputError(
                 f"{source}: the gzip data are damaged or cut short ({error}); fetch the file again."
             ) from error
-    if not data.strip():
+    if not data or data.isspace():
         raise InputError(f"{source}: the file is empty.")
     if mapped is not None:
         if data[:4] == b"PAR1" or data.lstrip()[:1] in (b"{", b"["):
@@ -182,7 +183,7 @@ def _demand_columns(source: str | Path, data: bytes, form: Format) -> Format:
 
 
 def _header(data: bytes) -> tuple[str, set[str]]:
-    line = data.split(b"\n", 1)[0].decode("utf-8", "replace").strip().removeprefix("\ufeff").strip()
+    line = io.BytesIO(data).readline().decode("utf-8", "replace").strip().removeprefix("\ufeff").strip()
     return line, {name.strip() for name in line.split(",")}
 
 
@@ -217,7 +218,8 @@ def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Tra
         sha256=hashlib.sha256(data).hexdigest(),
         rows=len(columns),
         notes=notes,
-        **{"tick": tick_of(columns["arrival"])} | known,
+        **({} if "tick" in known else {"tick": tick_of(columns["arrival"])}),
+        **known,
     )
     return Trace.of(columns, meta)
 

@@ -15,6 +15,9 @@ from squall.progress import note
 from squall.seeds import DEFAULT_SEED, stream
 from squall.trace.table import Trace
 
+PIECE = 1 << 17
+"""Requests that are drawn at once."""
+
 TieRule = Literal["keep", "spread", "even"]
 
 
@@ -47,8 +50,18 @@ def despread(arrivals: np.ndarray, tick: float, seed: int = DEFAULT_SEED) -> np.
     """
     arrivals = np.asarray(arrivals, dtype=float)
     sizes, width = _ticks(arrivals, tick)
-    spread = arrivals + np.repeat(width, sizes) * stream(seed, "despread").random(arrivals.size)
-    spread.sort(kind="stable")  # five times faster here, where only neighbours change places
+    spread, random = np.empty(arrivals.size), stream(seed, "despread")
+    # In pieces of whole ticks, which stay in the cache; no draw leaves its tick, so that they sort one by one.
+    until = np.cumsum(sizes)
+    cuts = np.unique(np.append(np.searchsorted(until, np.arange(PIECE, arrivals.size, PIECE)) + 1, sizes.size))
+    first = begin = 0
+    for last in cuts.tolist():
+        end = int(until[last - 1])
+        drawn = np.repeat(width[first:last], sizes[first:last]) * random.random(end - begin)
+        drawn += arrivals[begin:end]
+        drawn.sort(kind="stable")  # five times faster here, where only neighbours change places
+        spread[begin:end] = drawn
+        first, begin = last, end
     return spread
 
 
@@ -62,6 +75,6 @@ def even(arrivals: np.ndarray, tick: float) -> np.ndarray:
 
 def _ticks(arrivals: np.ndarray, tick: float) -> tuple[np.ndarray, np.ndarray]:
     """Requests of each distinct time, and the seconds from it to the next one or for one tick, if that is less."""
-    last = np.append(np.flatnonzero(np.diff(arrivals)), arrivals.size - 1)
+    last = np.append(np.flatnonzero(arrivals[1:] != arrivals[:-1]), arrivals.size - 1)
     recorded = arrivals[last]
     return np.diff(last, prepend=-1), np.minimum(np.diff(recorded, append=np.inf), tick)

@@ -76,7 +76,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
         "midnight": clock % 86400,
         "weekday": (BURSTGPT_DAY0_WEEKDAY + int(clock // 86400)) % 7,
     }
-    if not (columns["arrival"] % 1 != 0).any():
+    if (columns["arrival"].floor() == columns["arrival"]).all():
         meta["tick"] = 1.0
     return Parsed(pl.DataFrame(columns), findings, meta, total, kind)
 

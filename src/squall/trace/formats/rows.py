@@ -83,7 +83,7 @@ def read_typed(data: bytes, types: dict[str, Any], required: Sequence[str]) -> p
     None for anything unusual, however harmless (unknown columns, padded names, `12.0` for a count, a missing, negative
     or infinite number): `read_csv` then finds out what and where. What passes here has no finding there.
     """
-    names = data.split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r").split(",")
+    names = io.BytesIO(data).readline().decode("utf-8", "replace").rstrip("\r\n").split(",")
     if not set(names) <= set(types) or not set(required) <= set(names):
         return None
     try:
