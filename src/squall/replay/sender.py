@@ -24,7 +24,7 @@ from squall.replay.connection import Exchange, Pool
 from squall.replay.pacer import Alarm, Pacer
 from squall.replay.prompt import Dialect, Prompts, Salt
 from squall.replay.schedule import PROMPT_LIMIT, Schedule
-from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply, judge
+from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
 from squall.run.journal import Attempt, Writer, client_path, lines_path
 from squall.run.verdict import Client
@@ -248,9 +248,7 @@ class Sender:
             self._finish()
 
     def _record(self, exchange: Exchange) -> None:
-        reply = exchange.fold()
-        reply.close()
-        outcome = self._outcome(exchange, reply)
+        reply, outcome = self._outcome(exchange)
         if exchange.attempt == 1 and exchange.sent is not None and exchange.connected is not None:
             self._stages.pacer.append((exchange.released - exchange.scheduled) / 1e9)
             self._stages.connect.append((exchange.connected - exchange.released) / 1e9)
@@ -265,17 +263,17 @@ class Sender:
         else:
             self.counts.failed += 1
 
-    def _outcome(self, exchange: Exchange, reply: Reply) -> Outcome:
-        status, slash, reason = exchange.ending.partition("/")
-        outcome = Outcome(status, reason) if slash else judge(exchange.ending, exchange.http_status, reply)
-        message = outcome.message or exchange.message
-        return outcome._replace(message=None if not message else self._plan.target.hide(message)[:MESSAGE_LIMIT])
+    def _outcome(self, exchange: Exchange) -> tuple[Reply, Outcome]:
+        reply, outcome = exchange.outcome()
+        message = outcome.message
+        return reply, outcome._replace(message=None if not message else self._plan.target.hide(message)[:MESSAGE_LIMIT])
 
     def _attempt(self, exchange: Exchange, reply: Reply, outcome: Outcome) -> Attempt:
         def seconds(at: int | None) -> float | None:
             return None if at is None else (at - self._start) / 1e9
 
         dialect, chunks = self._plan.dialect, reply.chunks
+        first = chunks[0] if chunks else 0
         words = dialect.fit.words(self._prompt[exchange.row])
         known = dialect.fit.tokens(words) if dialect.tokens == "ids" else None
         answered = bool(chunks) or outcome.status == "ok"
@@ -297,7 +295,7 @@ class Sender:
             request_tokens=reply.prompt_tokens if reply.prompt_tokens is not None else known,
             response_tokens=(reply.response_tokens if from_server else reply.pieces) if answered else None,
             token_source=("server" if from_server else "chunks") if answered else None,
-            chunks=[round((at - chunks[0]) / 1e9, 6) for at in chunks] if chunks else None,
+            chunks=[(at - first) // 1000 / 1e6 for at in chunks] if chunks else None,
             cached_tokens=reply.cached_tokens,
         )
 

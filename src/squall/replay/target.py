@@ -19,7 +19,7 @@ from squall.errors import InputError
 from squall.progress import printable
 from squall.replay.connection import Exchange, Pool
 from squall.replay.prompt import Dialect, Fit, Prompts, Tokens
-from squall.replay.stream import Outcome, judge
+from squall.replay.stream import Outcome
 
 PROBE_TIMEOUT = 120.0
 """Seconds that a server has for a one-token answer: it may be loading."""
@@ -217,7 +217,7 @@ class Preflight:
                 f"--url {url}: no HTTP answer to a question for its models ({what}); correct the host, port or scheme."
             )
         self._check_key(exchange)
-        body = b"".join(data for _, data in exchange.reads)
+        body = b"".join(exchange.datas)
         try:
             models = msgspec.json.decode(body, type=_Models).data
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -330,11 +330,8 @@ class Preflight:
         prompts = self._prompts(dialect.tokens)
         text = prompts.text(self._number, words)
         exchange = await self._ask(self._target.request(dialect.path, dialect.body(text, response_tokens)))
-        reply = exchange.fold()
-        reply.close()
-        status, slash, reason = exchange.ending.partition("/")
-        outcome = Outcome(status, reason) if slash else judge(exchange.ending, exchange.http_status, reply)
-        said = outcome.message or exchange.message
+        _, outcome = exchange.outcome()
+        said = outcome.message
         return exchange, outcome._replace(message=None if said is None else self._target.hide(said))
 
     def _prompts(self, tokens: Tokens) -> Prompts:
