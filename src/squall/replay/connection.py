@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection as a raw asyncio Protocol, and the pool of them.
 
-A read of a streamed answer is stamped and appended, and nothing else: whether the message is complete is asked only when
-a read ends as the last one does. Then the whole body is cut at once (`stream.plain_events`); a body that is not of the
-plain form goes read by read through httptools, which takes all that HTTP allows and refuses what it does not.
+A read of a streamed answer is stamped and appended, and nothing else: whether the message is complete is asked only
+when a read ends as the last one does. Then the whole body is cut at once (`stream.plain_events`); a body that is not of
+the plain form goes read by read through httptools, which takes all that HTTP allows and refuses what it does not.
 
 A server may close a connection that it promised to keep: the pool takes the youngest idle connection, retires the old
 ones before servers do, and looks at the socket before it reuses one. What still fails so is `stale_reuse`.
@@ -15,7 +15,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import cast
+from typing import Any, cast
 
 import httptools
 
@@ -51,6 +51,7 @@ class Exchange:
         "ending",
         "events",
         "first_byte",
+        "folded",
         "held",
         "http_status",
         "keep_text",
@@ -104,6 +105,7 @@ class Exchange:
         self.events: list[bytes] | None = None
         """The events of a complete plain body, and when they came."""
         self.token_times: list[int] = []
+        self.folded: int | None = None
         self.held = 0
         self.received = 0
         self.reply: Reply | None = None
@@ -119,6 +121,13 @@ class Exchange:
             self.connection = None
         self.on_end(self)
 
+    @property
+    def last_read(self) -> int | None:
+        """When the last byte of the answer came, as far as it is known without parsing."""
+        if self.times:
+            return self.times[-1]
+        return self.folded or self.first_byte
+
     def fold(self) -> Reply:
         """Parse what was read so far."""
         if self.connection is not None:
@@ -129,6 +138,7 @@ class Exchange:
             self.events = None
         for at, data in zip(self.times, self.datas, strict=True):
             reply.feed(at, data)
+            self.folded = at
         self.times, self.datas, self.held = [], [], 0
         return reply
 
@@ -153,7 +163,7 @@ class Connection(asyncio.Protocol):
         self._first = first
         self._spare = first is None
         self._transport: asyncio.Transport
-        self._parser: httptools.HttpResponseParser | None = None
+        self._parser: Any = None  # of httptools; made for a response, and gone with it where it did not see the end
         self._exchange: Exchange | None = None
         self._head = b""  # of a response's header, as far as it came
         self.raw = False
@@ -304,7 +314,7 @@ class Connection(asyncio.Protocol):
         if end < 4:
             if len(head) > HEADER_LIMIT:
                 self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
-            elif not b"HTTP/1."[: len(head)] == head[:7] and not head.startswith(b"HTTP/"):
+            elif head[:5] != b"HTTP/"[: len(head)]:
                 self._give_up("bad_http", f"not HTTP: it begins with {head[:40]!r}")
             elif b"\n\n" in head:  # bare line feeds: httptools says what it thinks of it
                 self._head = b""
@@ -356,7 +366,6 @@ class Connection(asyncio.Protocol):
             exchange.retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        assert self._parser is not None
         status = self._parser.get_status_code()
         if status >= 200 and self._exchange is not None:  # not 100 Continue and its like
             self._exchange.http_status = status
@@ -371,7 +380,6 @@ class Connection(asyncio.Protocol):
             exchange.held += len(body)
 
     def on_message_complete(self) -> None:
-        assert self._parser is not None
         self._complete = self._headers
         self._keep = self._parser.should_keep_alive()  # after this callback the parser has forgotten
 
