@@ -17,6 +17,7 @@ CLIENT_LIMITED, FAILED, INTERRUPTED = 3, 1, 130
 SERVER = Group("Server", sort_key=10)
 REQUESTS = Group("Requests", sort_key=20)
 SENDING = Group("Sending", sort_key=30)
+WATCHING = Group("Watching", sort_key=40)
 
 
 def replay(
@@ -39,6 +40,10 @@ def replay(
     duration: Annotated[str | None, Parameter(group=SENDING)] = None,
     drain_timeout: Annotated[str, Parameter(group=SENDING)] = "60s",
     warmup: Annotated[int, Parameter(group=SENDING)] = 0,
+    metrics: Annotated[bool, Parameter(group=WATCHING, negative="--no-metrics")] = True,
+    metrics_url: Annotated[str | None, Parameter(group=WATCHING)] = None,
+    metrics_interval: Annotated[str | None, Parameter(group=WATCHING)] = None,
+    view: Annotated[bool, Parameter(group=WATCHING, negative="--no-view")] = True,
     title: str | None = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
@@ -87,11 +92,19 @@ def replay(
         How long to wait for answers after the last request was sent.
     warmup
         Send the trace's first N requests before the run; they are not in it.
+    metrics
+        Read the server's own running, waiting, KV use and preemptions into the run's series, where it has /metrics.
+    metrics_url
+        Where that page is. [default: /metrics beside the API, if a known server wrote it]
+    metrics_interval
+        Time between readings. [default: 1s]
+    view
+        A live view on the terminal; never with --json or --quiet, or where standard error is no terminal.
     title
         A short name for reports.
     """
     from squall.replay import replay as send
-    from squall.run import metrics
+    from squall.run import metrics as measure
 
     run = send(
         trace,
@@ -108,6 +121,10 @@ def replay(
         duration=duration,
         drain_timeout=drain_timeout,
         warmup=warmup,
+        metrics=metrics,
+        metrics_url=metrics_url,
+        metrics_interval=metrics_interval,
+        view=view and not output.json,
         salt=salt,
         ignore_eos=ignore_eos,
         title=title,
@@ -115,7 +132,7 @@ def replay(
         header=header,
         **as_options(select),
     )
-    result = metrics(run)
+    result = measure(run)
     if output.json:
         import msgspec
 
@@ -132,7 +149,7 @@ def replay(
 
 
 def _show(run: "Run", result: "Metrics", out: str) -> None:
-    from squall.report.terminal import console, number, row, table
+    from squall.report.terminal import agreement, console, number, row, table
 
     screen = console()
     target = run.meta.target
@@ -179,6 +196,10 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     }
     for name, text in lines.items():
         screen.print(f"{name:<12} {printable(text)}", markup=False)
+    server = run.meta.server
+    if server is not None:
+        for found in result.agreement:
+            screen.print(printable(agreement(found, server.name)), markup=False)
     for failure in result.failures[:5]:
         kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
         text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"

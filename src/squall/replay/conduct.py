@@ -26,10 +26,13 @@ from squall.errors import InputError, SquallError
 from squall.progress import line, note
 from squall.replay.prompt import Salt
 from squall.replay.schedule import PROMPT_LIMIT, Schedule, rows_of, schedule_of
+from squall.replay.scrape import Endpoint, find_metrics
 from squall.replay.sender import Counts, Plan, Sender
-from squall.replay.target import OURS, Found, Preflight, find_target
+from squall.replay.target import OURS, Found, Preflight, Target, find_target
+from squall.replay.watch import Watch
 from squall.run.files import check_run_path, write_run
 from squall.run.journal import SCHEDULE, read_journal, write_header
+from squall.run.server import ServerMetrics
 from squall.run.table import Run, RunMeta
 from squall.seeds import DEFAULT_SEED
 from squall.trace import TraceSource, open_trace
@@ -61,6 +64,10 @@ def replay(
     title: str | None = None,
     extra_body: dict[str, Any] | str | None = None,
     header: dict[str, str] | list[str] | None = None,
+    metrics: bool = True,
+    metrics_url: str | None = None,
+    metrics_interval: Duration | None = None,
+    view: bool = True,
     progress_callback: Callable[[Counts], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -72,7 +79,9 @@ def replay(
     after 429, 503, refused and reset, each as an attempt of its own. `max_concurrency` makes a closed loop of it, and
     the Run says so.
     `extra_body` (a dict or JSON) and `header` (a dict or a list of `Name=value`) are added to every request.
-    `progress_callback` gets the counts twice a second.
+    The server's own `/metrics` are read beside the API, or at `metrics_url`, every `metrics_interval` (1 s) into the
+    Run's time series, unless `metrics` is False. `view` draws a live view where notes are on and standard error is a
+    terminal. `progress_callback` gets the counts twice a second.
 
     Failures are rows, never exceptions. Raises InputError if the trace or a setting is wrong or the server cannot be
     reached before the run. After SIGINT or SIGTERM the Run is returned with the state `interrupted`.
@@ -100,6 +109,7 @@ def replay(
     seed = int(options.get("seed", DEFAULT_SEED))
     key = os.environ.get(api_key_env)
     target = find_target(url, api_key=key, headers=headers, connect_timeout=connect)
+    endpoint, server = _metrics_page(target, metrics, metrics_url, metrics_interval)
     lengths = rows.select("asked_request_tokens", "asked_response_tokens").head(warmup).rows()
 
     async def ask() -> Found:
@@ -112,7 +122,12 @@ def replay(
             warmup=[(prompt, max(1, response)) for prompt, response in lengths if 0 < prompt <= PROMPT_LIMIT],
         )
 
-    found = _run(ask)
+    watch = Watch(view=view, endpoint=endpoint)
+    try:
+        found = _run(ask)
+    except BaseException:
+        watch.close(0.0)
+        raise
     for text in found.notes:
         note(f"replay: {text}")
     notes = list(found.notes)
@@ -152,7 +167,9 @@ def replay(
     try:
         rows.write_parquet(journal / SCHEDULE)
         write_header(journal, meta)
-        meta = _conduct(plan, schedule_of(rows), workers, meta, progress_callback)
+        with watch:
+            watch.begin(meta.title, journal, server, target.secrets)
+            meta = _conduct(plan, schedule_of(rows), workers, meta, watch, progress_callback)
         write_header(journal, meta)
     except OSError as error:
         raise SquallError(
@@ -160,7 +177,9 @@ def replay(
         ) from error
     run = read_journal(journal)
     run = Run(
-        run.table, msgspec.structs.replace(run.meta, target=run.meta.target | {"lengths": _asked_and_measured(run)})
+        run.table,
+        msgspec.structs.replace(run.meta, target=run.meta.target | {"lengths": _asked_and_measured(run)}),
+        run.series,
     )
     if out is not None:
         write_run(run, out)
@@ -169,7 +188,12 @@ def replay(
 
 
 def _conduct(
-    plan: Plan, schedule: Schedule, workers: int, meta: RunMeta, callback: Callable[[Counts], None] | None
+    plan: Plan,
+    schedule: Schedule,
+    workers: int,
+    meta: RunMeta,
+    watch: Watch,
+    callback: Callable[[Counts], None] | None,
 ) -> RunMeta:
     """Send the schedule; returns the metadata with the start's wall-clock time and the state at the end."""
     _raise_file_limit()
@@ -181,6 +205,7 @@ def _conduct(
         moment = datetime.now(UTC) + timedelta(microseconds=(start - time.monotonic_ns()) / 1e3)
         meta = msgspec.structs.replace(meta, started=moment.isoformat())
         write_header(plan.journal, meta)
+        watch.start(start)
 
     last_shown = 0.0
 
@@ -188,7 +213,9 @@ def _conduct(
         nonlocal last_shown
         if (now := time.monotonic()) - last_shown >= 0.5:
             last_shown = now
-            line(_progress(counts, (time.monotonic_ns() - began) / 1e9))
+            watch.tell(counts)
+            if not watch.view:
+                line(_progress(counts, (time.monotonic_ns() - began) / 1e9))
             if callback:
                 callback(counts)
 
@@ -279,6 +306,29 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(send())
+
+
+def _metrics_page(
+    target: Target, metrics: bool, url: str | None, interval: Duration | None
+) -> tuple[Endpoint | None, ServerMetrics | None]:
+    """Where the server's own numbers are, and the summary that readings of them will fill; None if nowhere."""
+    if not metrics:
+        for flag, value in (("--metrics-url", url), ("--metrics-interval", interval)):
+            if value is not None:
+                raise InputError(f"{flag} changes nothing with --no-metrics; leave one of them out.")
+        return None, None
+    pause = 1.0 if interval is None else seconds(interval, "--metrics-interval")
+    if not 0.1 <= pause <= 3600:
+        raise InputError(f"--metrics-interval {interval}: give 0.1 s to 1 h.")
+    endpoint, name = find_metrics(target, url)
+    if endpoint is None or name is None:
+        if interval is not None:
+            raise InputError(
+                f"--metrics-interval changes nothing: {target.url} has no metrics page of a server that is known; "
+                "give its address with --metrics-url, or leave the interval out."
+            )
+        return None, None
+    return endpoint, ServerMetrics(name=name, url=endpoint.url, interval=pause)
 
 
 def _run(main: Callable[[], Any]) -> Any:
