@@ -30,7 +30,7 @@ from squall.run.server import ServerMetrics
 if TYPE_CHECKING:
     from rich.text import Text
 
-REDRAW = 0.5
+REDRAW = 1.0
 RECENT = 10.0
 """Seconds that the view's rates and percentiles look back."""
 TREND = 120.0
