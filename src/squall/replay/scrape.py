@@ -9,7 +9,6 @@ later, TGI 3 and Dynamo 1.
 import math
 import re
 import socket
-import ssl
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -21,7 +20,7 @@ import msgspec
 
 from squall.errors import InputError
 from squall.progress import printable
-from squall.replay.target import Target
+from squall.replay.target import Target, Trust
 from squall.run.server import Histogram, ServerMetrics
 
 DEADLINE = 2.0
@@ -268,6 +267,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     address: tuple[str, int]
     tls: bool
     request: bytes
+    trust: Trust = Trust()
 
 
 class PageError(Exception):
@@ -307,7 +307,7 @@ def _beside(target: Target, path: str) -> Endpoint:
     scheme, slashes, rest = target.url.partition("://")
     where = f"{scheme}{slashes}{rest.partition('/')[0]}{path}"
     head = f"GET {path} HTTP/1.1\r\nConnection: close\r\n".encode()
-    return Endpoint(where, target.host, target.address, target.tls, head + target.headers + b"\r\n")
+    return Endpoint(where, target.host, target.address, target.tls, head + target.headers + b"\r\n", target.trust)
 
 
 def _endpoint(url: str, target: Target) -> Endpoint:
@@ -331,7 +331,8 @@ def _endpoint(url: str, target: Target) -> Endpoint:
     except (socket.gaierror, UnicodeError) as error:
         raise InputError(f"--metrics-url {shown}: the name {parts.hostname} cannot be resolved ({error}).") from error
     address = target.address if same else (str(found[0][4][0]), port)
-    return Endpoint(shown, parts.hostname, address, parts.scheme == "https", head + fields + b"\r\n")
+    trust = target.trust if same else Trust()
+    return Endpoint(shown, parts.hostname, address, parts.scheme == "https", head + fields + b"\r\n", trust)
 
 
 class _Page:
@@ -381,7 +382,7 @@ def fetch(endpoint: Endpoint, within: float = DEADLINE) -> bytes:
 def _secured(plain: socket.socket, endpoint: Endpoint) -> socket.socket:
     if not endpoint.tls:
         return plain
-    return ssl.create_default_context().wrap_socket(plain, server_hostname=endpoint.host)
+    return endpoint.trust.context().wrap_socket(plain, server_hostname=endpoint.host)
 
 
 def _received(wire: socket.socket, until: float) -> Iterator[bytes]:
