@@ -13,6 +13,7 @@ from dataclasses import dataclass
 class _Notes:
     shown: bool = False
     bars: int = 0  # open ones: a verb inside another verb draws none of its own
+    sink: Callable[[str], None] | None = None  # who prints notes while a live view has the terminal
 
 
 notes = _Notes()
@@ -20,7 +21,11 @@ notes = _Notes()
 
 def note(text: str) -> None:
     """Print one line to standard error, unless notes are off. Control characters in `text` are made visible."""
-    if notes.shown:
+    if not notes.shown:
+        return
+    if notes.sink is not None:
+        notes.sink(text)
+    else:
         print(printable(text), file=sys.stderr, flush=True)
 
 

@@ -96,10 +96,13 @@ class Mock:
         idle_close: float | None = None,
         context: int | None = None,
         tls: ssl.SSLContext | None = None,
+        metrics: Callable[[], Behaviour] | None = None,
     ) -> None:
         self.behave = behave or (lambda number, seen: Behaviour())
         self.models, self.refuse, self.idle_close, self.context = models, refuse, idle_close, context
         self.tls = tls
+        self.metrics = metrics or (lambda: Behaviour(status=404))
+        """How GET /metrics is answered."""
         self.seen: list[Seen] = []
         self.connections = 0
         self.open: set[_Serve] = set()
@@ -194,6 +197,8 @@ class _Serve(asyncio.Protocol):
             entry: dict[str, Any] = {"id": "mock"} | ({"max_model_len": self.mock.context} if self.mock.context else {})
             listed = Behaviour(body=json.dumps({"object": "list", "data": [entry]}).encode())
             self.document(self.mock.models or listed)
+        elif path.endswith("/metrics"):
+            self.answer(self.mock.metrics(), Seen(at, path, headers, {}, self.number, self.opened))
         elif path == "/arrivals":
             run = [seen.at for seen in self.mock.run]
             self.document(Behaviour(body=json.dumps(run).encode()))
@@ -214,7 +219,7 @@ class _Serve(asyncio.Protocol):
         elif how.raw is not None:
             self.transport.write(how.raw)
             self.transport.close()
-        elif how.body is not None:
+        elif how.body is not None or how.status != 200:
             self.loop.call_later(how.first, self.document, how)
         elif not how.stream:
             tokens = asked(seen.body) if how.tokens is None else how.tokens

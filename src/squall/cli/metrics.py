@@ -60,7 +60,7 @@ def metrics(
 
 def _print(result: "Metrics") -> None:
     from squall.progress import printable
-    from squall.report.terminal import console, duration, number, percent
+    from squall.report.terminal import agreement, console, duration, number, percent
     from squall.units import in_words
 
     out = console()
@@ -92,6 +92,8 @@ def _print(result: "Metrics") -> None:
         preemptions = "-" if result.preemptions is None else f"{result.preemptions:,}"
         mean, peak = percent(result.kv_cache.mean), percent(result.kv_cache.peak)
         say(f"KV cache {mean} mean, {peak} peak; {preemptions} preemptions")
+    for found in result.agreement:
+        say(agreement(found, "the server"))
     out.print()
     out.print(_latencies(result))
     if result.failures:

@@ -18,6 +18,7 @@ SERVER = Group("Server", sort_key=10)
 REQUESTS = Group("Requests", sort_key=20)
 FAILURES = Group("Failures", sort_key=25)
 SENDING = Group("Sending", sort_key=30)
+WATCHING = Group("Watching", sort_key=40)
 
 
 def replay(
@@ -60,6 +61,10 @@ def replay(
     warmup: Annotated[int, Parameter(group=SENDING)] = 0,
     self_check: Annotated[bool, Parameter(group=SENDING, negative="--no-self-check")] = True,
     resume: Annotated[bool, Parameter(group=SENDING, negative="")] = False,
+    metrics: Annotated[bool, Parameter(group=WATCHING, negative="--no-metrics")] = True,
+    metrics_url: Annotated[str | None, Parameter(group=WATCHING)] = None,
+    metrics_interval: Annotated[str | None, Parameter(group=WATCHING)] = None,
+    view: Annotated[bool, Parameter(group=WATCHING, negative="--no-view")] = True,
     title: str | None = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
@@ -151,11 +156,19 @@ def replay(
         Measure what this machine can send (half a second, once), and refuse a schedule that is beyond it.
     resume
         Go on with a run that was killed: repeat its command with this flag.
+    metrics
+        Read the server's own running, waiting, KV use and preemptions into the run's series, where it has /metrics.
+    metrics_url
+        Where that page is. [default: /metrics beside the API, if a known server wrote it]
+    metrics_interval
+        Time between readings. [default: 1s]
+    view
+        A live view on the terminal; never with --json or --quiet, or where standard error is no terminal.
     title
         A short name for reports.
     """
     from squall.replay import replay as send
-    from squall.run import metrics
+    from squall.run import metrics as measure
 
     run = send(
         trace,
@@ -192,6 +205,10 @@ def replay(
         duration=duration,
         drain_timeout=drain_timeout,
         warmup=warmup,
+        metrics=metrics,
+        metrics_url=metrics_url,
+        metrics_interval=metrics_interval,
+        view=view and not output.json,
         salt=salt,
         ignore_eos=ignore_eos,
         title=title,
@@ -199,7 +216,7 @@ def replay(
         header=header,
         **as_options(select),
     )
-    result = metrics(run)
+    result = measure(run)
     if output.json:
         import msgspec
 
@@ -218,7 +235,7 @@ def replay(
 
 
 def _show(run: "Run", result: "Metrics", out: str) -> None:
-    from squall.report.terminal import console, number, row, table
+    from squall.report.terminal import agreement, console, number, row, table
 
     screen = console()
     target = run.meta.target
@@ -266,6 +283,10 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     }
     for name, text in lines.items():
         screen.print(f"{name:<12} {printable(text)}", markup=False)
+    server = run.meta.server
+    if server is not None:
+        for found in result.agreement:
+            screen.print(printable(agreement(found, server.name)), markup=False)
     for failure in result.failures[:5]:
         kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
         text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"

@@ -36,11 +36,14 @@ from squall.replay.schedule import (
     rows_of,
     schedule_of,
 )
+from squall.replay.scrape import Endpoint, find_metrics
 from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender
-from squall.replay.target import OURS, Found, Preflight, Trust, find_target
+from squall.replay.target import OURS, Found, Preflight, Target, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
+from squall.replay.watch import Watch
 from squall.run.files import check_run_path, write_run
 from squall.run.journal import SCHEDULE, read_journal, write_header
+from squall.run.server import ServerMetrics
 from squall.run.table import Run, RunMeta
 from squall.run.verdict import sent_against_asked
 from squall.seeds import DEFAULT_SEED
@@ -93,6 +96,10 @@ def replay(
     title: str | None = None,
     extra_body: dict[str, Any] | str | None = None,
     header: dict[str, str] | list[str] | None = None,
+    metrics: bool = True,
+    metrics_url: str | None = None,
+    metrics_interval: Duration | None = None,
+    view: bool = True,
     self_check: bool = True,
     resume: bool = False,
     progress_callback: Callable[[Counts], None] | None = None,
@@ -109,7 +116,10 @@ def replay(
     with one of `retry_on`, after `retry_backoff` (0.5 s, doubled each time), each as an attempt of its own.
     `max_concurrency` makes a closed loop of it, and the Run says so. `prompts` is a file of text to cut prompts from,
     `tokenizer` a `tokenizer.json` to count them with. `extra_body` (a dict or JSON) and `header` (a dict or a list of
-    `Name=value`) are added to every request. `progress_callback` gets the counts twice a second.
+    `Name=value`) are added to every request. The server's own
+    `/metrics` are read beside the API, or at `metrics_url`, every `metrics_interval` (1 s) into the Run's time series,
+    unless `metrics` is False. `view` draws a live view where notes are on and standard error is a terminal.
+    `progress_callback` gets the counts twice a second.
 
     Failures are rows, never exceptions. Raises InputError if the trace or a setting is wrong or the server cannot be
     reached before the run. After SIGINT or SIGTERM the Run is returned with the state `interrupted`.
@@ -152,6 +162,7 @@ def replay(
     secret = os.environ.get(api_key_env)
     trust = Trust.of(cacert=cacert, cert=cert, key=key, insecure=insecure)
     target = find_target(url, api_key=secret, headers=headers, connect_timeout=connect, trust=trust)
+    endpoint, server = _metrics_page(target, metrics, metrics_url, metrics_interval)
     lengths = rows.select("asked_request_tokens", "asked_response_tokens").head(warmup).rows()
     own = None if prompts is None else read_texts(prompts)
     counter = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -170,7 +181,12 @@ def replay(
             tokenizer=counter,
         )
 
-    found = _run(ask)
+    watch = Watch(view=view, endpoint=endpoint)
+    try:
+        found = _run(ask)
+    except BaseException:
+        watch.close(0.0)
+        raise
     notes = [*limit.notes, *found.notes, *_notes_on(schedule, history)]
     for text in notes:
         note(f"replay: {text}")
@@ -221,7 +237,10 @@ def replay(
             write_header(plan.journal, meta)
         else:
             schedule, meta = before.take_up(plan, schedule, meta)
-        meta = _conduct(plan, schedule, workers, meta, progress_callback, stop_rule, before.since if before else 0)
+        with watch:
+            watch.begin(meta.title, plan.journal, server, target.secrets)
+            since = before.since if before else 0
+            meta = _conduct(plan, schedule, workers, meta, watch, progress_callback, stop_rule, since)
         write_header(plan.journal, meta)
     except OSError as error:
         raise SquallError(
@@ -321,6 +340,7 @@ def _conduct(
     schedule: Schedule,
     workers: int,
     meta: RunMeta,
+    watch: Watch,
     callback: Callable[[Counts], None] | None,
     rule: _StopRule,
     since: int,
@@ -340,6 +360,7 @@ def _conduct(
         moment = datetime.now(UTC) + timedelta(microseconds=(start - time.monotonic_ns()) / 1e3)
         meta = msgspec.structs.replace(meta, started=moment.isoformat())
         write_header(plan.journal, meta)
+        watch.start(start)
 
     last_shown = 0.0
 
@@ -347,22 +368,24 @@ def _conduct(
         nonlocal last_shown
         if (now := time.monotonic()) - last_shown >= 0.5:
             last_shown = now
-            line(_progress(counts, (time.monotonic_ns() - began) / 1e9))
+            watch.tell(counts)
+            if not watch.view:
+                line(_progress(counts, (time.monotonic_ns() - began) / 1e9))
             if callback:
                 callback(counts)
 
     with _stop_requests() as stops:
 
-        def watch(counts: Counts) -> int:
+        def follow(counts: Counts) -> int:
             show(counts)
             if stops[0] == 0 and rule.look(counts):
                 stops[0] = 1
             return stops[0]
 
         if workers == 1:
-            state = _here(plan, schedule, started, watch, stops, since)
+            state = _here(plan, schedule, started, follow, stops, since)
         else:
-            state = _in_processes(plan, schedule, workers, started, watch, stops, since)
+            state = _in_processes(plan, schedule, workers, started, follow, stops, since)
     line("")
     if rule.fired is not None:
         note(f"replay: {rule.fired}")
@@ -455,6 +478,29 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
     raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(send())
+
+
+def _metrics_page(
+    target: Target, metrics: bool, url: str | None, interval: Duration | None
+) -> tuple[Endpoint | None, ServerMetrics | None]:
+    """Where the server's own numbers are, and the summary that readings of them will fill; None if nowhere."""
+    if not metrics:
+        for flag, value in (("--metrics-url", url), ("--metrics-interval", interval)):
+            if value is not None:
+                raise InputError(f"{flag} changes nothing with --no-metrics; leave one of them out.")
+        return None, None
+    pause = 1.0 if interval is None else seconds(interval, "--metrics-interval")
+    if not 0.1 <= pause <= 3600:
+        raise InputError(f"--metrics-interval {interval}: give 0.1 s to 1 h.")
+    endpoint, name = find_metrics(target, url)
+    if endpoint is None or name is None:
+        if interval is not None:
+            raise InputError(
+                f"--metrics-interval changes nothing: {target.url} has no metrics page of a server that is known; "
+                "give its address with --metrics-url, or leave the interval out."
+            )
+        return None, None
+    return endpoint, ServerMetrics(name=name, url=endpoint.url, interval=pause)
 
 
 def _run(main: Callable[[], Any]) -> Any:

@@ -366,8 +366,12 @@ def in_flight(runs: Mapping[str, Latency]) -> "alt.LayerChart":
     return _curves(rows, runs, x=_time(rows), y=_axis("requests in flight"), step=True)
 
 
-def system(runs: Mapping[str, Run], column: str, title: str, *, share: bool = False) -> "alt.LayerChart":
-    """A column of the runs' time series, mean over a bin: summed over replicas, or a `share` of the fullest replica."""
+def system(
+    runs: Mapping[str, Run], column: str, title: str, *, share: bool = False, per_second: bool = False
+) -> "alt.LayerChart":
+    """A column of the runs' time series over bins: its mean summed over replicas, a `share` of the fullest replica, or
+    what happened `per_second`.
+    """
     import polars as pl
 
     end = max((float(run.series["time"].max() or 0.0) for run in runs.values()), default=0.0)  # type: ignore[arg-type]
@@ -376,10 +380,45 @@ def system(runs: Mapping[str, Run], column: str, title: str, *, share: bool = Fa
     rows: list[dict[str, Any]] = []
     for name, run in runs.items():
         samples = run.series.drop_nulls(["time", column]).with_columns(x=(pl.col("time") // width) * width)
-        binned = samples.group_by("x", "replica").agg(pl.col(column).mean()).group_by("x").agg(over_replicas).sort("x")
+        value = pl.col(column).sum() / width if per_second else pl.col(column).mean()
+        binned = samples.group_by("x", "replica").agg(value).group_by("x").agg(over_replicas).sort("x")
         rows += [{"name": name, "x": x, "y": y} for x, y in binned.select("x", column).iter_rows()]
     y = _axis(title, format=".0%", domain=(0, 1)) if share else _axis(title)
     return _curves(rows, runs, x=_time(rows), y=y, step=True)
+
+
+def latency_over_time(runs: Mapping[str, Latency], which: str, title: str) -> "alt.LayerChart":
+    """The median of `which` (`ttft`, `e2e`, `tpot`) of the requests that were due in each bin and succeeded."""
+    width = bin_width(_end(runs), BINS)
+    rows: list[dict[str, Any]] = []
+    for name, latency in runs.items():
+        known = latency["ok"] & np.isfinite(latency[which]) & np.isfinite(latency["scheduled"])
+        order = np.argsort(latency["scheduled"][known], kind="stable")
+        values = latency[which][known][order]
+        bins, firsts = np.unique(latency["scheduled"][known][order] // width, return_index=True)
+        medians = [float(np.median(part)) for part in np.split(values, firsts[1:])] if values.size else []
+        rows += [{"name": name, "x": float(k) * width, "y": y} for k, y in zip(bins, medians, strict=True)]
+    y = _axis(title, duration=True)
+    return _curves(rows, runs, x=_time(rows), y=y, step=True)
+
+
+def latency_against(runs: Mapping[str, tuple[Latency, Run]], column: str, title: str) -> "alt.LayerChart":
+    """TTFT of a request against a column of the time series (summed over replicas) when it was due."""
+    import polars as pl
+
+    rows: list[dict[str, Any]] = []
+    for name, (latency, run) in runs.items():
+        samples = run.series.drop_nulls(["time", column]).group_by("time").agg(pl.col(column).sum()).sort("time")
+        known = np.flatnonzero(latency["ok"] & np.isfinite(latency["ttft"]) & np.isfinite(latency["scheduled"]))
+        if samples.is_empty() or not known.size:
+            continue
+        chosen = known[np.unique(np.linspace(0, known.size - 1, POINTS).astype(np.int64))]
+        place = np.searchsorted(samples["time"].to_numpy(), latency["scheduled"][chosen], side="left")
+        x = samples[column].cast(pl.Float64).to_numpy()[place.clip(max=len(samples) - 1)]
+        y = np.maximum(latency["ttft"][chosen], 1e-4)
+        rows += [{"name": name, "x": float(a), "y": float(b)} for a, b in zip(x, y, strict=True)]
+    y_axis = _axis("TTFT", log=True, duration=True)
+    return _curves(rows, runs, x=_axis(title), y=y_axis, line=False)
 
 
 def ends(latency: Latency) -> np.ndarray:

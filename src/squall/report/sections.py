@@ -10,7 +10,7 @@ import polars as pl
 
 from squall.characterize import Characterization, Stream
 from squall.report import charts
-from squall.report.terminal import duration, number, percent
+from squall.report.terminal import agreement, duration, number, percent
 from squall.run import Metrics, Run
 from squall.run.metrics import Failure, Quantiles, latencies, per_request
 from squall.trace import Trace, TraceMeta
@@ -262,6 +262,9 @@ def _time_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
         chart = charts.dispersion_curves(arrivals)
         figures.append(Figure("run-dispersion", "Burstiness of the arrivals", chart, _DISPERSION))
     figures.append(Figure("in-flight", "In flight", charts.in_flight(latency), _IN_FLIGHT))
+    if any(measured.metrics.ttft.n for measured in runs.values()):
+        chart = charts.latency_over_time(latency, "ttft", "median TTFT")
+        figures.append(Figure("ttft-time", "Time to first token over time", chart, _TTFT_OVER_TIME))
     figures += _system_figures(runs)
     failures = sorted({failure.status for measured in runs.values() for failure in measured.metrics.failures})
     if failures:
@@ -281,6 +284,9 @@ _IN_FLIGHT = (
     "Requests due and not yet over, wherever they wait. A curve that climbs for as long as requests arrive is a system "
     "that cannot keep up."
 )
+
+
+_TTFT_OVER_TIME = "Median of the requests that were due in each bin and succeeded, from schedule."
 
 
 def _system_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
@@ -308,6 +314,18 @@ def _system_figures(runs: Mapping[str, MeasuredRun]) -> list[Figure]:
             caption += f" Not recorded by {', '.join(name for name in runs if name not in recorded)}."
         chart = charts.system(tables, column, axis, share=column == "kv_used")
         figures.append(Figure(column.replace("_", "-"), title, chart, caption))
+    preempted = [name for name, run in tables.items() if run.series["preemptions"].sum()]
+    if preempted:
+        chart = charts.system(tables, "preemptions", "preemptions/s", per_second=True)
+        totals = "; ".join(f"{runs[name].metrics.preemptions:,} ({name})" for name in preempted)
+        text = f"Requests that lost their place in the KV cache and computed it again, by the server's count: {totals}."
+        figures.append(Figure("preemptions", "Preemptions", chart, text))
+    queued = {name: (measured.latency, measured.run) for name, measured in runs.items()}
+    queued = {name: pair for name, pair in queued.items() if pair[1].series["waiting"].sum()}
+    if queued:
+        chart = charts.latency_against(queued, "waiting", "requests waiting")
+        text = "Each point is a request: how many waited in the server's queue when it was due, and its TTFT."
+        figures.append(Figure("ttft-waiting", "TTFT against the queue", chart, text))
     return figures
 
 
@@ -328,6 +346,10 @@ def run_facts(measured: MeasuredRun) -> list[tuple[str, str]]:
         ("started", meta.started or ""),
         ("notes", " ".join(meta.notes)),
     ]
+    if meta.server is not None:
+        read = f"{meta.server.scrapes:,} times from {meta.server.name} at {meta.server.url}"
+        facts.append(("server's own numbers", f"read {read}"))
+        facts += [("server's histogram", agreement(one, meta.server.name)) for one in measured.metrics.agreement]
     trace = _meta_facts(meta.trace) if meta.trace else []
     failures = [
         (f"failed: {_kind(f)}", f"{f.requests:,} requests, as request {f.example}{_said(f)}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from squall.progress import printable
+from squall.run.server import Agreement
 from squall.units import in_words
 
 if TYPE_CHECKING:
@@ -55,6 +56,26 @@ def duration(value: float | None) -> str:
     if value is None or value != value:
         return "-"
     return f"{value:.3g} s" if value == 0 or 1 <= abs(value) < 1000 else in_words(value)
+
+
+def agreement(found: Agreement, server: str) -> str:
+    """One sentence on a latency as the server's histogram and as the client's sample have it."""
+    counts = f"{found.server_n:,} and {found.client_n:,} requests"
+    means = f"mean {duration(found.server_mean)} by {server}, {duration(found.client_mean)} here from send"
+    gap = f"shares at the histogram's edges differ by at most {percent(found.largest_gap)}"
+    told = f"{found.metric.upper()} {means} ({counts}); {gap}"
+    if found.agree is None:
+        return f"{told}: not the same requests, so not comparable."
+    off = [level for level in found.levels if not level.within]
+    if not off:
+        levels = ", ".join(f"P{level.level}" for level in found.levels)
+        return f"{told}; {levels} lie in the server's buckets: they agree."
+    worst = "; ".join(
+        f"P{level.level} {duration(level.client)} here, {duration(level.low)} to "
+        f"{'more' if level.high is None else duration(level.high)} there"
+        for level in off
+    )
+    return f"{told}; they DISAGREE: {worst}."
 
 
 def percent(share: float | None) -> str:

@@ -4,6 +4,8 @@
     run.json           the RunMeta; its state is `running` until the end
     worker-0.jsonl     one line per attempt of worker 0, appended once a second: the fields of `Attempt`
     worker-0.json      what worker 0 says of itself at its end: the fields of `Client`
+    series.jsonl       the server's own numbers, if it tells them: a line per reading and replica
+    server.json        what was read of them as a whole: `ServerMetrics`
 
 A request without a line was lost with its writer: it becomes a row of its own, so that the outcomes add up to the rows.
 """
@@ -17,11 +19,14 @@ import polars as pl
 from squall.errors import InputError
 from squall.files import replace_file
 from squall.progress import note
-from squall.run.table import SCHEMA, Run, RunMeta
+from squall.run.server import ServerMetrics
+from squall.run.table import SCHEMA, SERIES, Run, RunMeta
 from squall.run.verdict import Client, judge
 
 SCHEDULE = "schedule.parquet"
 HEADER = "run.json"
+SERIES_LINES = "series.jsonl"
+SERVER = "server.json"
 
 
 class Attempt(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -100,8 +105,16 @@ def read_journal(path: str | Path) -> Run:
     run = Run.of(table, meta)
     reasons = judge(run, clients)
     verdict = "CLIENT-LIMITED" if reasons else "VALID"
-    meta = msgspec.structs.replace(meta, notes=notes, verdict=verdict, verdict_reasons=reasons)
-    return Run(run.table, meta)
+    server = _server(path)
+    if server is not None and server.failed:
+        readings = server.scrapes + server.failed
+        notes.append(
+            f"{server.failed} of {readings} readings of the server's metrics failed, the last: {server.error}."
+        )
+    if server is not None and server.restarts:
+        notes.append(f"The server's counters began anew {server.restarts} times: it was restarted.")
+    meta = msgspec.structs.replace(meta, notes=notes, verdict=verdict, verdict_reasons=reasons, server=server)
+    return Run.of(run.table, meta, _series(path))
 
 
 def read_lines(path: Path) -> pl.DataFrame:
@@ -126,6 +139,29 @@ def read_schedule(path: Path) -> pl.DataFrame:
         return pl.read_parquet(path / SCHEDULE)
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path / SCHEDULE}: the journal's schedule cannot be read ({error}).") from error
+
+
+def _server(path: Path) -> ServerMetrics | None:
+    file = path / SERVER
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=ServerMetrics) if file.is_file() else None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        note(f"{file}: cannot be read and is left out ({error}).")
+        return None
+
+
+def _series(path: Path) -> pl.DataFrame:
+    """What was read from the server while the run lasted: a reading before time 0 only gives the counters' base."""
+    file = path / SERIES_LINES
+    text = file.read_bytes() if file.is_file() else b""
+    text = text[: text.rfind(b"\n") + 1]
+    if not text:
+        return pl.DataFrame(schema=SERIES)
+    try:
+        return pl.read_ndjson(text, schema=SERIES).filter(pl.col("time") >= 0)
+    except pl.exceptions.PolarsError as error:
+        note(f"{file}: cannot be read and is left out ({error}).")
+        return pl.DataFrame(schema=SERIES)
 
 
 def _lines(file: Path) -> pl.DataFrame:

@@ -23,6 +23,7 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.run.files import read_run
+from squall.run.server import Agreement, agreements
 from squall.run.slo import SLO, parse_slo
 from squall.run.table import Run, RunSource
 from squall.units import Duration, seconds
@@ -169,6 +170,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     """Mean |difference| of the mean TTFT and E2E of consecutive windows: drift and bursts, not single requests."""
     kv_cache: KVCache
     preemptions: int | None
+    agreement: list[Agreement]
+    """Whether the server's own latency histograms, where it has them, show what the client measured."""
     notes: list[str]
 
 
@@ -248,6 +251,7 @@ def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s")
         },
         kv_cache=_kv_cache(run.series),
         preemptions=_preemptions(run),
+        agreement=agreements(run.meta.server, run.table),
         notes=run.meta.notes,
     )
 

@@ -8,6 +8,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
+from squall.run.server import ServerMetrics
 from squall.trace.table import SERVICES, TraceMeta
 
 STATUSES = ("ok", "http_error", "timeout", "refused", "reset", "truncated", "cancelled", "client_fault")
@@ -83,6 +84,8 @@ class RunMeta(msgspec.Struct, kw_only=True, frozen=True):
     verdict: str = "VALID"
     """`VALID`, `CLIENT-LIMITED`, or `UNCHECKED` (recorded elsewhere)."""
     verdict_reasons: list[str] = []
+    server: ServerMetrics | None = None
+    """What was read from the server's own metrics; null: nothing."""
     notes: list[str] = []
 
 
