@@ -1,6 +1,6 @@
 """`squall replay`: a trace to a live endpoint, open loop; whether the run can be believed stands above its results."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -16,6 +16,7 @@ CLIENT_LIMITED, FAILED, INTERRUPTED = 3, 1, 130
 
 SERVER = Group("Server", sort_key=10)
 REQUESTS = Group("Requests", sort_key=20)
+FAILURES = Group("Failures", sort_key=25)
 SENDING = Group("Sending", sort_key=30)
 
 
@@ -25,20 +26,40 @@ def replay(
     out: Annotated[str, Parameter(name=["--out", "-o"])],
     url: Annotated[str, Parameter(group=SERVER)],
     model: Annotated[str | None, Parameter(group=SERVER)] = None,
-    api: Annotated[Literal["chat", "completions"], Parameter(group=SERVER)] = "chat",
+    api: Annotated[Literal["chat", "completions", "responses"], Parameter(group=SERVER)] = "chat",
     api_key_env: Annotated[str, Parameter(group=SERVER)] = "OPENAI_API_KEY",
     header: Annotated[list[str] | None, Parameter(group=SERVER, negative="")] = None,
+    cacert: Annotated[str | None, Parameter(group=SERVER)] = None,
+    cert: Annotated[str | None, Parameter(group=SERVER)] = None,
+    key: Annotated[str | None, Parameter(group=SERVER)] = None,
+    insecure: Annotated[bool, Parameter(group=SERVER, negative="")] = False,
     extra_body: Annotated[str | None, Parameter(group=REQUESTS)] = None,
     ignore_eos: Annotated[bool, Parameter(group=REQUESTS, negative="--no-ignore-eos")] = True,
     salt: Annotated[Literal["run", "request", "none"], Parameter(group=REQUESTS)] = "run",
-    timeout: Annotated[str | None, Parameter(group=SENDING)] = None,
-    connect_timeout: Annotated[str, Parameter(group=SENDING)] = "10s",
-    retries: Annotated[int, Parameter(group=SENDING)] = 0,
+    prompts: Annotated[str | None, Parameter(group=REQUESTS)] = None,
+    tokenizer: Annotated[str | None, Parameter(group=REQUESTS)] = None,
+    history: Annotated[Literal["recorded", "live", "none"], Parameter(group=REQUESTS)] = "recorded",
+    recorded_failures: Annotated[Literal["short", "cancel", "mark"], Parameter(group=REQUESTS)] = "short",
+    timeout: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    connect_timeout: Annotated[str, Parameter(group=FAILURES)] = "10s",
+    first_token_timeout: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    idle_timeout: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    cancel_rate: Annotated[float, Parameter(group=FAILURES)] = 0.0,
+    cancel_after: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    retries: Annotated[int, Parameter(group=FAILURES)] = 0,
+    retry_backoff: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    retry_jitter: Annotated[bool, Parameter(group=FAILURES, negative="--no-retry-jitter")] = True,
+    retry_budget: Annotated[float | None, Parameter(group=FAILURES)] = None,
+    retry_on: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    max_errors: Annotated[int | None, Parameter(group=FAILURES)] = None,
+    max_error_rate: Annotated[float | None, Parameter(group=FAILURES)] = None,
     workers: Annotated[int, Parameter(group=SENDING)] = 1,
     max_concurrency: Annotated[int | None, Parameter(group=SENDING)] = None,
     duration: Annotated[str | None, Parameter(group=SENDING)] = None,
     drain_timeout: Annotated[str, Parameter(group=SENDING)] = "60s",
     warmup: Annotated[int, Parameter(group=SENDING)] = 0,
+    self_check: Annotated[bool, Parameter(group=SENDING, negative="--no-self-check")] = True,
+    resume: Annotated[bool, Parameter(group=SENDING, negative="")] = False,
     title: str | None = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
@@ -60,23 +81,62 @@ def replay(
     model
         The served model. [default: the first that the server lists]
     api
-        chat sends words, completions token ids where the server takes them.
+        chat and responses send words, completions token ids where the server takes them.
     api_key_env
         Environment variable with the API key. The key is in no output.
     header
         A header for every request, as Name=value; may be given more than once.
+    cacert
+        PEM file of the certificates that are believed. [default: the system's]
+    cert
+        PEM file of the client's own certificate, for servers that ask for one.
+    key
+        Its unencrypted private key, if that is not in the same file.
+    insecure
+        Believe every certificate.
     extra_body
         JSON object with more fields for every request, such as {"temperature": 0}.
     ignore_eos
         Ask for answers of exactly the trace's length (ignore_eos and min_tokens); left out where a server refuses.
     salt
-        Makes prompts that no prefix cache knows: run and request anew in every run; none sends the same ones again.
+        run: prompts that no earlier run has put into a cache, sharing only what the trace shares. request: nothing
+        is shared. none: the same prompts in every run.
+    prompts
+        A file of text to cut prompts from: ShareGPT-like JSON, JSON lines, or any text. [default: common words]
+    tokenizer
+        A local tokenizer.json that counts their tokens. [default: the server's /tokenize, else fitted to its usage]
+    history
+        What later turns of a session carry, when the answer before them has come: text of the recorded length, the
+        live replies, or (none) nothing: every turn then goes out at its recorded time.
+    recorded_failures
+        What becomes of requests that the traced system failed: short asks for one token, cancel hangs up after the
+        recorded time (else --cancel-after), mark does not send them. See --drop-failed too.
     timeout
         Give a request up after this time. [default: never]
     connect_timeout
         Give up opening a connection after this time.
+    first_token_timeout
+        Give a request up that has no token by then. [default: never]
+    idle_timeout
+        Give a request up that has brought nothing for this time. [default: never]
+    cancel_rate
+        Share of the requests, chosen by the seed, that is hung up on.
+    cancel_after
+        How long after sending. [default: 1s]
     retries
-        How often a request is sent again after 429, 503, refused or reset, with growing, jittered pauses.
+        How often a request is sent again, each time as an attempt of its own.
+    retry_backoff
+        Pause before the first retry, doubled for each further one; 0 makes a retry storm. [default: 500ms]
+    retry_jitter
+        Draw each pause from 0.5 to 1.5 of itself.
+    retry_budget
+        At most this share of the requests sent may be retries. [default: no limit]
+    retry_on
+        What is sent again: HTTP statuses, 5xx, refused, reset, timeout, truncated. [default: 429,503,refused,reset]
+    max_errors
+        End the run when more requests than this have failed.
+    max_error_rate
+        End the run when more than this share of at least 20 requests has failed.
     workers
         Sending processes; more than one where the verdict names the processor.
     max_concurrency
@@ -87,6 +147,10 @@ def replay(
         How long to wait for answers after the last request was sent.
     warmup
         Send the trace's first N requests before the run; they are not in it.
+    self_check
+        Measure what this machine can send (half a second, once), and refuse a schedule that is beyond it.
+    resume
+        Go on with a run that was killed: repeat its command with this flag.
     title
         A short name for reports.
     """
@@ -100,9 +164,29 @@ def replay(
         model=model,
         api=api,
         api_key_env=api_key_env,
+        cacert=cacert,
+        cert=cert,
+        key=key,
+        insecure=insecure,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        history=history,
+        recorded_failures=recorded_failures,
         timeout=timeout,
         connect_timeout=connect_timeout,
+        first_token_timeout=first_token_timeout,
+        idle_timeout=idle_timeout,
+        cancel_rate=cancel_rate,
+        cancel_after=cancel_after,
         retries=retries,
+        retry_backoff=retry_backoff,
+        retry_jitter=retry_jitter,
+        retry_budget=retry_budget,
+        retry_on=retry_on,
+        max_errors=max_errors,
+        max_error_rate=max_error_rate,
+        self_check=self_check,
+        resume=resume,
         workers=workers,
         max_concurrency=max_concurrency,
         duration=duration,
@@ -124,6 +208,8 @@ def replay(
         )
     else:
         _show(run, result, out)
+    if "ended_by" in run.meta.target:
+        return FAILED
     if run.meta.state == "interrupted":
         return INTERRUPTED
     if run.meta.state == "failed":
@@ -174,6 +260,7 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         "sent late": f"p50 {_in_ms(late.p50)}, p99 {_in_ms(late.p99)}, at most {_in_ms(late.max)}",
         "throughput": f"{number(result.throughput)} requests/s, "
         f"{number(result.output_token_throughput)} response tokens/s; offered {number(result.offered_rate)} requests/s",
+        "sent / asked": _beside(target.get("sent_against_asked", {})),
         "mean tokens": "; ".join(said) or "not reported by the server",
         "written": out,
     }
@@ -183,6 +270,24 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
         text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"
         screen.print(f"  {printable(text)}", markup=False)
+
+
+def _beside(found: "dict[str, Any]") -> str:
+    """What was sent beside what was asked."""
+    from squall.report.terminal import number
+
+    if "rate" not in found:
+        return "too few requests to compare"
+    parts = [
+        f"{name} {number(found[key]['sent'])} / {number(found[key]['asked'])}"
+        for name, key in (("requests", "requests"), ("requests/s", "rate"), ("gap CV", "gap_cv"))
+    ]
+    spread = [
+        f"{number(of['sent'])} / {number(of['asked'])} ({number(of['window'])} s)"
+        for of in found["dispersion"]
+        if of["asked"] is not None and of["sent"] is not None
+    ]
+    return "; ".join([*parts, *(["dispersion " + ", ".join(spread)] if spread else [])])
 
 
 def _in_ms(value: float | None) -> str:

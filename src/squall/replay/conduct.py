@@ -4,7 +4,6 @@ import asyncio
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import signal
 import tempfile
@@ -12,32 +11,47 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+import numpy as np
 import polars as pl
 import uvloop
 
 from squall import __version__
 from squall.errors import InputError, SquallError
 from squall.progress import line, note
-from squall.replay.prompt import Salt
-from squall.replay.schedule import PROMPT_LIMIT, Schedule, rows_of, schedule_of
-from squall.replay.sender import Counts, Plan, Sender
-from squall.replay.target import OURS, Found, Preflight, find_target
+from squall.replay.loopback import check_machine, raise_file_limit
+from squall.replay.prompt import Api, Salt
+from squall.replay.resume import resumption
+from squall.replay.schedule import (
+    PROMPT_LIMIT,
+    History,
+    RecordedFailures,
+    Schedule,
+    rows_of,
+    schedule_of,
+)
+from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender
+from squall.replay.target import OURS, Found, Preflight, Trust, find_target
+from squall.replay.text import load_tokenizer, read_texts
 from squall.run.files import check_run_path, write_run
 from squall.run.journal import SCHEDULE, read_journal, write_header
 from squall.run.table import Run, RunMeta
+from squall.run.verdict import sent_against_asked
 from squall.seeds import DEFAULT_SEED
 from squall.trace import TraceSource, open_trace
 from squall.units import Duration, seconds
 
-LEAD = 300_000_000
+LEAD = 100_000_000
 """Nanoseconds from the decision to start to the run's time 0."""
 CONNECT_TIMEOUT = 10.0
+ERRORS_AFTER = 20
+"""Requests that must be decided before a share of failures ends a run."""
 
 
 def replay(
@@ -46,33 +60,56 @@ def replay(
     url: str,
     out: str | Path | None = None,
     model: str | None = None,
-    api: Literal["chat", "completions"] = "chat",
+    api: Api = "chat",
     api_key_env: str = "OPENAI_API_KEY",
+    cacert: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    insecure: bool = False,
+    history: History = "recorded",
+    recorded_failures: RecordedFailures = "short",
     timeout: Duration | None = None,
     connect_timeout: Duration = CONNECT_TIMEOUT,
+    first_token_timeout: Duration | None = None,
+    idle_timeout: Duration | None = None,
+    cancel_rate: float = 0.0,
+    cancel_after: Duration | None = None,
     retries: int = 0,
+    retry_backoff: Duration | None = None,
+    retry_jitter: bool = True,
+    retry_budget: float | None = None,
+    retry_on: str | None = None,
+    max_errors: int | None = None,
+    max_error_rate: float | None = None,
     workers: int = 1,
     max_concurrency: int | None = None,
     duration: Duration | None = None,
     drain_timeout: Duration = 60.0,
     warmup: int = 0,
     salt: Salt = "run",
+    prompts: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     ignore_eos: bool = True,
     title: str | None = None,
     extra_body: dict[str, Any] | str | None = None,
     header: dict[str, str] | list[str] | None = None,
+    self_check: bool = True,
+    resume: bool = False,
     progress_callback: Callable[[Counts], None] | None = None,
     **options: Any,
 ) -> Run:
     """Send `trace` to the OpenAI-compatible server at `url` at the times written in it, and record every outcome.
 
-    `out` names the Run file; until it is written, everything is in the journal `<out>.journal/` beside it. `options`
-    are trace options (`head=100`, `rate=2.0`, `seed=1`, …). Times are counted from the trace's first arrival.
-    `duration` and the timeouts are seconds or texts such as `90s`; `timeout` is for a whole attempt. `retries` resends
-    after 429, 503, refused and reset, each as an attempt of its own. `max_concurrency` makes a closed loop of it, and
-    the Run says so.
-    `extra_body` (a dict or JSON) and `header` (a dict or a list of `Name=value`) are added to every request.
-    `progress_callback` gets the counts twice a second.
+    `out` names the Run file; until it is written, everything is in the journal `<out>.journal/` beside it, from which
+    `resume` goes on after a kill. `options` are trace options (`head=100`, `rate=2.0`, `seed=1`, …). Times are counted
+    from the trace's first arrival. `duration` and the timeouts are seconds or texts such as `90s`.
+
+    Later turns of a session wait for the answer before them and the think time; `history` says what they carry. A share
+    `cancel_rate` of the requests is hung up on `cancel_after` (1 s) after sending. `retries` sends again what failed
+    with one of `retry_on`, after `retry_backoff` (0.5 s, doubled each time), each as an attempt of its own.
+    `max_concurrency` makes a closed loop of it, and the Run says so. `prompts` is a file of text to cut prompts from,
+    `tokenizer` a `tokenizer.json` to count them with. `extra_body` (a dict or JSON) and `header` (a dict or a list of
+    `Name=value`) are added to every request. `progress_callback` gets the counts twice a second.
 
     Failures are rows, never exceptions. Raises InputError if the trace or a setting is wrong or the server cannot be
     reached before the run. After SIGINT or SIGTERM the Run is returned with the state `interrupted`.
@@ -83,64 +120,92 @@ def replay(
             raise InputError(f"--{name} {value}: give at least {least}.")
     if max_concurrency is not None and max_concurrency < workers:
         raise InputError(f"--max-concurrency {max_concurrency}: give at least 1 per worker ({workers}).")
-    total = None if timeout is None else seconds(timeout, "--timeout")
-    if total == 0:
-        raise InputError("--timeout 0: no request can be answered in no time; leave it out for none.")
+    stop_rule = _StopRule.of(max_errors, max_error_rate)
+    again = _retries(retries, retry_backoff, retry_jitter, retry_budget, retry_on)
+    hang_up = _hang_up(cancel_rate, cancel_after, recorded_failures)
     connect = seconds(connect_timeout, "--connect-timeout")
-    drain, span = (
-        seconds(drain_timeout, "--drain-timeout"),
-        None if duration is None else seconds(duration, "--duration"),
-    )
+    drain = seconds(drain_timeout, "--drain-timeout")
+    span = None if duration is None else seconds(duration, "--duration")
+    waits = {"timeout": timeout, "first_token_timeout": first_token_timeout, "idle_timeout": idle_timeout}
+    waited = {name: _positive(value, f"--{name.replace('_', '-')}") for name, value in waits.items()}
     extra, headers = _extra_body(extra_body), _headers(header)
-    journal = _journal_path(out)
+    if resume and out is None:
+        raise InputError("--resume goes on from the journal beside the run: name the run with --out.")
+    journal = _journal_path(out, resume)
     opened = open_trace(trace, **options)
     rows = rows_of(opened, span)
     if rows.is_empty():
         raise InputError(f"{opened.meta.source}: no request is scheduled before --duration {duration}.")
     seed = int(options.get("seed", DEFAULT_SEED))
-    key = os.environ.get(api_key_env)
-    target = find_target(url, api_key=key, headers=headers, connect_timeout=connect)
+    schedule = schedule_of(
+        rows,
+        opened,
+        history=history,
+        failures=recorded_failures,
+        cancel_rate=cancel_rate,
+        cancel_after=hang_up,
+        seed=seed,
+    )
+    before = resumption(journal, rows, schedule) if resume and journal is not None else None
+    if before is not None and history == "live":
+        raise InputError("--resume cannot go on with --history live: the replies of the killed run are not kept.")
+    secret = os.environ.get(api_key_env)
+    trust = Trust.of(cacert=cacert, cert=cert, key=key, insecure=insecure)
+    target = find_target(url, api_key=secret, headers=headers, connect_timeout=connect, trust=trust)
     lengths = rows.select("asked_request_tokens", "asked_response_tokens").head(warmup).rows()
+    own = None if prompts is None else read_texts(prompts)
+    counter = None if tokenizer is None else load_tokenizer(tokenizer)
+    limit = check_machine(schedule, workers, self_check)
 
     async def ask() -> Found:
-        return await Preflight(target, connect, total).find(
+        return await Preflight(target, connect, waited["timeout"]).find(
             model=model,
             api=api,
+            words_only=history == "live",
             extra=extra,
             ignore_eos=ignore_eos,
             typical=round(rows["asked_request_tokens"].median() or 1),  # type: ignore[arg-type]
             warmup=[(prompt, max(1, response)) for prompt, response in lengths if 0 < prompt <= PROMPT_LIMIT],
+            own=own,
+            tokenizer=counter,
         )
 
     found = _run(ask)
-    for text in found.notes:
+    notes = [*limit.notes, *found.notes, *_notes_on(schedule, history)]
+    for text in notes:
         note(f"replay: {text}")
-    notes = list(found.notes)
     if len(rows) < len(opened):
         notes.append(f"{len(opened) - len(rows):,} requests lie after --duration and are left out.")
-    if journal is None:
-        journal = Path(tempfile.mkdtemp(prefix="squall-", suffix=".journal"))
-    else:
-        journal.mkdir(parents=True)
     plan = Plan(
         target=target,
         dialect=found.dialect,
         salt=salt,
         seed=seed,
         fresh=os.urandom(8),
-        journal=journal,
-        timeout=total,
+        journal=journal or Path(tempfile.mkdtemp(prefix="squall-", suffix=".journal")),
         connect_timeout=connect,
-        retries=retries,
+        retries=again,
+        live=history == "live",
+        own_text=found.text,
+        block_size=opened.meta.block_size or 0,
         max_concurrency=max_concurrency,
         drain_timeout=drain,
         stop_after=span,
+        part="" if before is None else f".{before.number}",
+        **waited,
     )
     meta = RunMeta(
         kind="replay",
         title=title or f"{found.dialect.model or 'server'} at {target.host}",
         trace=opened.meta,
-        target=_describe(plan, found, api_key_env if key else None, headers, workers),
+        target=_describe(plan, found, api_key_env if secret else None, headers, workers)
+        | {
+            "history": history if schedule.conversation is not None else None,
+            "recorded_failures": recorded_failures,
+            "cancel_rate": cancel_rate,
+            "cancel_after": hang_up if cancel_rate else None,
+            "machine": limit.facts,
+        },
         offered=len(rows),
         seed=seed,
         version=__version__,
@@ -150,34 +215,128 @@ def replay(
         notes=notes,
     )
     try:
-        rows.write_parquet(journal / SCHEDULE)
-        write_header(journal, meta)
-        meta = _conduct(plan, schedule_of(rows), workers, meta, progress_callback)
-        write_header(journal, meta)
+        if before is None:
+            plan.journal.mkdir(parents=True, exist_ok=True)
+            rows.write_parquet(plan.journal / SCHEDULE)
+            write_header(plan.journal, meta)
+        else:
+            schedule, meta = before.take_up(plan, schedule, meta)
+        meta = _conduct(plan, schedule, workers, meta, progress_callback, stop_rule, before.since if before else 0)
+        write_header(plan.journal, meta)
     except OSError as error:
         raise SquallError(
-            f"{journal}: cannot be written ({error.strerror}); what was recorded before is in it."
+            f"{plan.journal}: cannot be written ({error.strerror}); what was recorded before is in it."
         ) from error
-    run = read_journal(journal)
-    run = Run(
-        run.table, msgspec.structs.replace(run.meta, target=run.meta.target | {"lengths": _asked_and_measured(run)})
-    )
+    run = read_journal(plan.journal)
+    facts = {"lengths": _asked_and_measured(run), "sent_against_asked": sent_against_asked(run)}
+    run = Run(run.table, msgspec.structs.replace(run.meta, target=run.meta.target | facts), run.series)
     if out is not None:
         write_run(run, out)
-    shutil.rmtree(journal)
+    shutil.rmtree(plan.journal)
     return run
 
 
+def _positive(value: Duration | None, flag: str) -> float | None:
+    found = None if value is None else seconds(value, flag)
+    if found == 0:
+        raise InputError(f"{flag} 0: no request can be answered in no time; leave it out for none.")
+    return found
+
+
+def _hang_up(rate: float, after: Duration | None, failures: RecordedFailures) -> float:
+    """Seconds after which requests are hung up on."""
+    if not 0 <= rate <= 1:
+        raise InputError(f"--cancel-rate {rate:g}: give a share from 0 to 1.")
+    if after is not None and rate == 0 and failures != "cancel":
+        raise InputError("--cancel-after does nothing without --cancel-rate or --recorded-failures cancel.")
+    return 1.0 if after is None else seconds(after, "--cancel-after")
+
+
+def _retries(most: int, backoff: Duration | None, jitter: bool, budget: float | None, on: str | None) -> Retries:
+    if most == 0 and (backoff is not None or not jitter or budget is not None or on is not None):
+        raise InputError(
+            "--retry-backoff, --no-retry-jitter, --retry-budget and --retry-on do nothing without --retries."
+        )
+    kinds = RETRY_ON if on is None else tuple(part.strip() for part in on.split(","))
+    for kind in kinds:
+        if kind not in RETRY_KINDS and not (kind.isdigit() and 400 <= int(kind) < 600):
+            raise InputError(f"--retry-on {kind}: name HTTP statuses or {', '.join(RETRY_KINDS[2:])}.")
+    if budget is not None and budget <= 0:
+        raise InputError(f"--retry-budget {budget:g}: give a share of the requests above 0.")
+    pause = 0.5 if backoff is None else seconds(backoff, "--retry-backoff")
+    return Retries(most=most, backoff=pause, jitter=jitter, budget=budget, on=kinds)
+
+
+@dataclass
+class _StopRule:
+    """When failures end a run early."""
+
+    errors: int | None
+    share: float | None
+    fired: str | None = None
+
+    @classmethod
+    def of(cls, errors: int | None, share: float | None) -> "_StopRule":
+        if errors is not None and errors < 0:
+            raise InputError(f"--max-errors {errors}: give at least 0.")
+        if share is not None and not 0 <= share < 1:
+            raise InputError(f"--max-error-rate {share:g}: give a share from 0 to below 1.")
+        return cls(errors, share)
+
+    def look(self, counts: Counts) -> bool:
+        """Whether too many requests have failed; what was passed is in `fired`."""
+        decided = counts.ok + counts.failed
+        if self.errors is not None and counts.failed > self.errors:
+            self.fired = f"{counts.failed} requests failed, more than --max-errors {self.errors}: the run was ended."
+        elif self.share is not None and decided >= ERRORS_AFTER and counts.failed > self.share * decided:
+            self.fired = (
+                f"{counts.failed} of {decided} requests failed, more than --max-error-rate {self.share:g}: "
+                "the run was ended."
+            )
+        return self.fired is not None
+
+
+def _notes_on(schedule: Schedule, history: History) -> list[str]:
+    """What must be known of the conversations in the schedule."""
+    opens, _ = schedule.turns()
+    if opens is None or schedule.root is None or schedule.think is None:
+        return []
+    later = len(schedule) - len(opens)
+    carried = int((schedule.root != schedule.request).sum())
+    guessed = int(np.isnan(schedule.think).sum()) - len(opens)
+    notes = [
+        f"{later:,} later turns wait for the answer before them; {carried:,} carry the history ({history}), the others "
+        "are too short to hold it."
+    ]
+    if guessed > 0:
+        notes.append(
+            f"{guessed:,} later turns have no recorded think time: they keep their recorded distance, or follow the "
+            "answer if that comes later."
+        )
+    return notes
+
+
 def _conduct(
-    plan: Plan, schedule: Schedule, workers: int, meta: RunMeta, callback: Callable[[Counts], None] | None
+    plan: Plan,
+    schedule: Schedule,
+    workers: int,
+    meta: RunMeta,
+    callback: Callable[[Counts], None] | None,
+    rule: _StopRule,
+    since: int,
 ) -> RunMeta:
-    """Send the schedule; returns the metadata with the start's wall-clock time and the state at the end."""
-    _raise_file_limit()
+    """Send the schedule; returns the metadata with the start's wall-clock time and the state at the end.
+
+    `since` are the nanoseconds of the run's clock at which it goes on, where it was resumed.
+    """
+    raise_file_limit()
     began = 0
 
     def started(start: int) -> None:
         nonlocal meta, began
         began = start
+        if meta.started is not None:
+            return
         moment = datetime.now(UTC) + timedelta(microseconds=(start - time.monotonic_ns()) / 1e3)
         meta = msgspec.structs.replace(meta, started=moment.isoformat())
         write_header(plan.journal, meta)
@@ -193,23 +352,36 @@ def _conduct(
                 callback(counts)
 
     with _stop_requests() as stops:
+
+        def watch(counts: Counts) -> int:
+            show(counts)
+            if stops[0] == 0 and rule.look(counts):
+                stops[0] = 1
+            return stops[0]
+
         if workers == 1:
-            state = _here(plan, schedule, started, show, stops)
+            state = _here(plan, schedule, started, watch, stops, since)
         else:
-            state = _in_processes(plan, schedule, workers, started, show, stops)
+            state = _in_processes(plan, schedule, workers, started, watch, stops, since)
     line("")
+    if rule.fired is not None:
+        note(f"replay: {rule.fired}")
+        meta = msgspec.structs.replace(
+            meta, notes=[*meta.notes, rule.fired], target=meta.target | {"ended_by": rule.fired}
+        )
     return msgspec.structs.replace(meta, state=state)
 
 
 def _here(
-    plan: Plan, schedule: Schedule, started: Callable[[int], None], show: Callable[[Counts], None], stops: list[int]
+    plan: Plan,
+    schedule: Schedule,
+    started: Callable[[int], None],
+    watch: Callable[[Counts], int],
+    stops: list[int],
+    since: int,
 ) -> str:
     async def send() -> None:
-        def watch(counts: Counts) -> int:
-            show(counts)
-            return stops[0]
-
-        start = time.monotonic_ns() + LEAD
+        start = time.monotonic_ns() + LEAD - since
         started(start)
         await Sender(plan, schedule, start, watch=watch).run()
 
@@ -225,8 +397,9 @@ def _in_processes(
     schedule: Schedule,
     workers: int,
     started: Callable[[int], None],
-    show: Callable[[Counts], None],
+    watch: Callable[[Counts], int],
     stops: list[int],
+    since: int,
 ) -> str:
     """Spawn the workers, start their clocks together, and wait. They share a few numbers and nothing else."""
     spawn = multiprocessing.get_context("spawn")
@@ -244,12 +417,10 @@ def _in_processes(
             if any(process.exitcode is not None for process in processes):
                 break  # its rows will be the client's fault; the others go on
             time.sleep(0.01)
-        shared[0] = time.monotonic_ns() + LEAD
+        shared[0] = time.monotonic_ns() + LEAD - since
         started(shared[0])
         while any(process.is_alive() for process in processes):
-            shared[1] = stops[0]
-            counts = [shared[3 + worker * (_COUNTS + 1) :][:_COUNTS] for worker in range(workers)]
-            show(Counts(*(sum(column) for column in zip(*counts, strict=True))))
+            shared[1] = watch(sum(_snapshot(shared, workers), Counts()))
             time.sleep(0.1)
     finally:
         for process in processes:
@@ -259,6 +430,11 @@ def _in_processes(
     if any(process.exitcode for process in processes):
         return "failed"
     return "interrupted" if stops[0] else "complete"
+
+
+def _snapshot(shared: Any, workers: int) -> list[Counts]:
+    """The counts of every worker, as it last wrote them (ten times a second); reading them disturbs nobody."""
+    return [Counts(*shared[3 + worker * (_COUNTS + 1) :][:_COUNTS]) for worker in range(workers)]
 
 
 def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any) -> None:
@@ -276,7 +452,7 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
             await asyncio.sleep(0.005)
         await Sender(plan, schedule, shared[0], worker=worker, watch=watch).run()
 
-    _raise_file_limit()
+    raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(send())
 
@@ -319,23 +495,18 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _journal_path(out: str | Path | None) -> Path | None:
+def _journal_path(out: str | Path | None, resume: bool) -> Path | None:
     if out is None:
         return None
     out = check_run_path(out)
     journal = out.with_name(out.name + ".journal")
-    if journal.exists():
+    if journal.exists() and not resume:
         raise InputError(
-            f"{journal}: an earlier replay was killed and left its journal; read it with `squall metrics {journal}`, "
-            "then remove it, or give another name."
+            f"{journal}: an earlier replay was killed and left its journal; go on with --resume, or read it with "
+            f"`squall metrics {journal}` and then remove it, or give another name."
         )
+    if resume and not journal.exists():
+        raise InputError(f"--resume: there is no {journal} to go on from; leave the flag out to start anew.")
     return journal
 
 
@@ -377,10 +548,14 @@ def _describe(plan: Plan, found: Found, key_env: str | None, headers: dict[str, 
         "extra_body": sorted(dialect.extra or {}),
         "headers": sorted(headers),
         "api_key_env": key_env,
+        "engine": found.engine,
         "timeout": plan.timeout,
         "connect_timeout": plan.connect_timeout,
+        "first_token_timeout": plan.first_token_timeout,
+        "idle_timeout": plan.idle_timeout,
         "drain_timeout": plan.drain_timeout,
-        "retries": plan.retries,
+        "retries": plan.retries.most,
+        "retry_policy": msgspec.to_builtins(plan.retries) if plan.retries.most else None,
         "max_concurrency": plan.max_concurrency,
         "workers": workers,
     }
@@ -404,7 +579,8 @@ def _asked_and_measured(run: Run) -> dict[str, Any]:
 
 
 def _progress(counts: Counts, elapsed: float) -> str:
+    retried = f", {counts.retried:,} retries" if counts.retried else ""
     return (
         f"replay: {counts.released:,}/{counts.total:,} sent, {counts.in_flight:,} in flight, {counts.ok:,} ok, "
-        f"{counts.failed:,} failed, {max(elapsed, 0):.0f} s"
+        f"{counts.failed:,} failed{retried}, {max(elapsed, 0):.0f} s"
     )

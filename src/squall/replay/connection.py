@@ -1,6 +1,9 @@
 """One HTTP/1.1 connection as a raw asyncio Protocol, and the pool of them.
 
-`data_received` takes the time first, lets httptools find the message's bounds, and appends; nothing is decoded here.
+A read of a streamed answer is stamped and appended, and nothing else: whether the message is complete is asked only
+when a read ends as the last one does. Then the whole body is cut at once (`stream.plain_events`); a body that is not of
+the plain form goes read by read through httptools, which takes all that HTTP allows and refuses what it does not.
+
 A server may close a connection that it promised to keep: the pool takes the youngest idle connection, retires the old
 ones before servers do, and looks at the socket before it reuses one. What still fails so is `stale_reuse`.
 """
@@ -12,11 +15,11 @@ import socket
 import ssl
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import cast
+from typing import Any, cast
 
 import httptools
 
-from squall.replay.stream import Reply
+from squall.replay.stream import Outcome, Reply, judge, plain_events, times_of
 
 IDLE_LIMIT = 4_000_000_000
 """Nanoseconds after which an idle connection is not used again: uvicorn, and so vLLM, closes after 5 s."""
@@ -26,6 +29,13 @@ BODY_LIMIT = 1 << 28
 """Bytes of an answer after which it counts as endless."""
 HEADER_LIMIT = 1 << 18
 """Bytes of response headers after which this is no HTTP server."""
+DEAD_PEER = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 30),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+)
+"""A peer that vanished without a word (half-open connection) is noticed after a minute, even with every timeout off."""
 
 
 class Exchange:
@@ -33,17 +43,22 @@ class Exchange:
 
     __slots__ = (
         "attempt",
+        "compressed",
         "connected",
         "connection",
+        "datas",
         "ended",
         "ending",
+        "events",
         "first_byte",
+        "folded",
         "held",
         "http_status",
+        "keep_text",
+        "location",
         "message",
         "on_end",
         "payload",
-        "reads",
         "received",
         "released",
         "reply",
@@ -54,6 +69,8 @@ class Exchange:
         "scheduled",
         "sent",
         "streamed",
+        "times",
+        "token_times",
     )
 
     def __init__(
@@ -75,10 +92,20 @@ class Exchange:
         self.message: str | None = None
         self.http_status: int | None = None
         self.streamed = False
+        self.compressed: str | None = None
+        self.location: str | None = None
         self.retry_after: str | None = None
         self.reused = False
+        self.keep_text = False
         self.connection: Connection | None = None
-        self.reads: list[tuple[int, bytes]] = []
+        self.times: list[int] = []
+        """When the reads came whose bytes are in `datas`."""
+        self.datas: list[bytes] = []
+        """Pieces of the body that are not yet parsed; as long as `connection.raw`, with the chunked framing in them."""
+        self.events: list[bytes] | None = None
+        """The events of a complete plain body, and when they came."""
+        self.token_times: list[int] = []
+        self.folded: int | None = None
         self.held = 0
         self.received = 0
         self.reply: Reply | None = None
@@ -89,17 +116,43 @@ class Exchange:
             return
         self.ended = monotonic_ns()
         self.ending, self.message = ending, message
-        self.connection = None
+        if self.connection is not None:
+            self.connection.unframe(self)
+            self.connection = None
         self.on_end(self)
+
+    @property
+    def last_read(self) -> int | None:
+        """When the last byte of the answer came, as far as it is known without parsing."""
+        if self.times:
+            return self.times[-1]
+        return self.folded or self.first_byte
 
     def fold(self) -> Reply:
         """Parse what was read so far."""
-        reply = self.reply = self.reply or Reply(self.streamed)
-        for at, data in self.reads:
+        if self.connection is not None:
+            self.connection.unframe(self)
+        reply = self.reply = self.reply or Reply(self.streamed, self.keep_text)
+        if self.events is not None:
+            reply.take(self.events, self.token_times)
+            self.events = None
+        for at, data in zip(self.times, self.datas, strict=True):
             reply.feed(at, data)
-        self.reads.clear()
-        self.held = 0
+            self.folded = at
+        self.times, self.datas, self.held = [], [], 0
         return reply
+
+    def outcome(self) -> tuple[Reply, Outcome]:
+        """The whole reply, and what became of this attempt."""
+        reply = self.fold()
+        reply.close()
+        status, slash, reason = self.ending.partition("/")
+        outcome = Outcome(status, reason) if slash else judge(self.ending, self.http_status, reply)
+        if self.compressed and outcome.status not in ("timeout", "cancelled"):
+            outcome = Outcome("truncated", "compressed", f"the answer is encoded as {self.compressed}, unasked")
+        elif self.location and outcome.status == "http_error":
+            outcome = outcome._replace(message=f"redirect to {self.location}")
+        return reply, outcome._replace(message=outcome.message or self.message)
 
 
 class Connection(asyncio.Protocol):
@@ -110,12 +163,16 @@ class Connection(asyncio.Protocol):
         self._first = first
         self._spare = first is None
         self._transport: asyncio.Transport
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = None  # of httptools; made for a response, and gone with it where it did not see the end
         self._exchange: Exchange | None = None
+        self._head = b""  # of a response's header, as far as it came
+        self.raw = False
+        """The body is chunked and its reads are taken as they are, framing included."""
         self._paused = False
         self._lost = False
         self._at = 0
         self._headers = False  # the current response's headers are complete
+        self._chunked = False
         self._complete = False
         self._keep = False
         self.idle_since = 0
@@ -127,7 +184,8 @@ class Connection(asyncio.Protocol):
         exchange.connection = self
         exchange.connected = monotonic_ns()
         exchange.reused = self.idle_since > 0
-        self._headers = self._complete = False
+        self._head = b""
+        self._headers = self._chunked = self._complete = self.raw = False
         self._transport.write(exchange.payload)
         if not self._paused:
             exchange.sent = monotonic_ns()
@@ -151,6 +209,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        handle = transport.get_extra_info("socket")
+        for level, name, value in DEAD_PEER:
+            if hasattr(socket, name):
+                handle.setsockopt(level, getattr(socket, name), value)
         if transport.get_extra_info("sslcontext") is None:
             # With a high-water mark of 0 the loop writes at once, and says (pause, resume) when a request did not fit.
             # A TLS transport would always pause; there `sent` is when the request was encrypted and handed on.
@@ -175,28 +237,116 @@ class Connection(asyncio.Protocol):
             exchange.sent = monotonic_ns()
 
     def data_received(self, data: bytes) -> None:
-        self._at = at = monotonic_ns()
+        at = monotonic_ns()
         exchange = self._exchange
         if exchange is None:
             self.abort()
+        elif self.raw:  # the way of nearly every read
+            exchange.times.append(at)
+            exchange.datas.append(data)
+            exchange.held = held = exchange.held + len(data)
+            if data[-4:] == b"\r\n\r\n" or len(data) < 4 or held > EARLY:
+                self._perhaps_complete(exchange)
+        else:
+            self._slowly(exchange, at, data)
+
+    def _perhaps_complete(self, exchange: Exchange) -> None:
+        """The read ended as a chunked message ends (or the end is cut, or too much is held)."""
+        if exchange.held <= EARLY:
+            plain = plain_events(b"".join(exchange.datas))
+            if plain is not None:
+                exchange.events, ends = plain
+                exchange.token_times = times_of(ends, exchange.times, exchange.datas)
+                self._at = exchange.times[-1]
+                exchange.received += exchange.held
+                exchange.times, exchange.datas, exchange.held = [], [], 0
+                self._parser, self.raw = None, False  # it stands behind the headers; the next response gets a new one
+                self._release(exchange)
+                return
+            if exchange.datas[-1][-5:] != b"0\r\n\r\n" and len(exchange.datas[-1]) >= 5:
+                return  # an event that ends with CRLF twice, not the message
+        self.unframe(exchange)
+        if self._complete:
+            self._release(exchange)
+        elif exchange.ended is None:
+            self._bound(exchange)
+
+    def unframe(self, exchange: Exchange) -> None:
+        """Give the reads taken so far to httptools: their framing is checked and gone; later ones follow at once."""
+        if not self.raw or self._exchange is not exchange:
             return
+        self.raw = False
+        times, datas = exchange.times, exchange.datas
+        exchange.times, exchange.datas, exchange.held = [], [], 0
+        for at, data in zip(times, datas, strict=True):
+            self._at = at
+            exchange.received += len(data)
+            if not self._feed(data):
+                return
+
+    def _slowly(self, exchange: Exchange, at: int, data: bytes) -> None:
+        self._at = at
         if exchange.first_byte is None:
             exchange.first_byte = at
             exchange.payload = b""
+        if not self._headers:
+            self._take_head(exchange, at, data)
+            return
         exchange.received += len(data)
+        if not self._feed(data):
+            return
+        if self._complete:
+            self._release(exchange)
+        else:
+            self._bound(exchange)
+
+    def _bound(self, exchange: Exchange) -> None:
+        """Keep what is held small, and an answer finite."""
+        if exchange.held > EARLY:
+            exchange.fold()
+        if exchange.received > BODY_LIMIT:
+            self._give_up("bad_http", f"endless answer: more than {BODY_LIMIT >> 20} MB")
+
+    def _take_head(self, exchange: Exchange, at: int, data: bytes) -> None:
+        """Read the header; what follows it in the same read belongs to the body."""
+        head = self._head + data if self._head else data
+        end = head.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(head) > HEADER_LIMIT:
+                self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
+            elif head[:5] != b"HTTP/"[: len(head)]:
+                self._give_up("bad_http", f"not HTTP: it begins with {head[:40]!r}")
+            elif b"\n\n" in head:  # bare line feeds: httptools says what it thinks of it
+                self._head = b""
+                self._feed(head)
+                self._give_up("bad_http", "a header that ends with bare line feeds")
+            else:
+                self._head = head
+            return
+        self._head = b""
+        if not self._feed(head[:end]):
+            return
+        rest = head[end:]
+        if not self._headers:  # 100 Continue and its like: the true header follows
+            if rest:
+                self._take_head(exchange, at, rest)
+            return
+        self.raw = self._chunked and exchange.streamed and not self._complete
+        if self._complete:
+            self._release(exchange)
+        elif rest:
+            self.data_received(rest) if self.raw else self._slowly(exchange, at, rest)
+
+    def _feed(self, data: bytes) -> bool:
+        """Give bytes to httptools, which calls the on_… methods; whether they were HTTP."""
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._give_up("bad_http", f"not HTTP: {error}")
-            return
-        if self._complete:
-            self._release(exchange)
-        elif exchange.held > EARLY:
-            exchange.fold()
-            if exchange.received > BODY_LIMIT:
-                self._give_up("bad_http", f"endless answer: more than {BODY_LIMIT >> 20} MB")
-        elif not self._headers and exchange.received > HEADER_LIMIT:
-            self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
+            return False
+        return True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         exchange = self._exchange
@@ -205,6 +355,13 @@ class Connection(asyncio.Protocol):
         key = name.lower()
         if key == b"content-type":
             exchange.streamed = value.strip().lower().startswith(b"text/event-stream")
+        elif key == b"transfer-encoding":
+            self._chunked = value.strip().lower() == b"chunked"
+        elif key == b"content-encoding":
+            encoding = value.strip().lower()
+            exchange.compressed = None if encoding in (b"", b"identity") else encoding.decode("latin-1")
+        elif key == b"location":
+            exchange.location = value.decode("latin-1")
         elif key == b"retry-after":
             exchange.retry_after = value.decode("latin-1")
 
@@ -213,11 +370,13 @@ class Connection(asyncio.Protocol):
         if status >= 200 and self._exchange is not None:  # not 100 Continue and its like
             self._exchange.http_status = status
             self._headers = True
+            self._keep = self._parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
         exchange = self._exchange
         if exchange is not None:
-            exchange.reads.append((self._at, body))
+            exchange.times.append(self._at)
+            exchange.datas.append(body)
             exchange.held += len(body)
 
     def on_message_complete(self) -> None:
@@ -227,15 +386,21 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         self._lost = True
-        del self._parser  # it holds this connection: without the circle no garbage collector is needed
-        exchange, self._exchange = self._exchange, None
+        exchange = self._exchange
+        if exchange is not None and exchange.ended is None:
+            self.unframe(exchange)
+        self._parser = None  # it holds this connection: without the circle no garbage collector is needed
+        self._exchange = None
         if exchange is None or exchange.ended is not None:
             return
+        exchange.connection = None
         message = None if exc is None else f"{type(exc).__name__}: {exc}"
         if exchange.first_byte is None:
             exchange.end("stale_reuse" if exchange.reused else "reset" if exc else "eof_headers", message)
         elif not self._headers:
             exchange.end("eof_headers", message)
+        elif self._complete:
+            exchange.end("complete")
         else:
             exchange.end("reset" if exc else "eof", message)
 

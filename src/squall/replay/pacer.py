@@ -26,6 +26,9 @@ class Pacer:
         self.next = 0
         """Index of the first row that is not yet released."""
 
+    def __len__(self) -> int:
+        return self._count
+
     def due(self, now: int) -> range:
         """The rows due at `now` that were not given out before."""
         first = self.next

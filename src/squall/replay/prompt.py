@@ -9,6 +9,7 @@ The chat template around a prompt costs tokens too: tokens = overhead + slope ×
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import numpy as np
 
 from squall.seeds import stream
 
+Api = Literal["chat", "completions", "responses"]
 Salt = Literal["run", "request", "none"]
 Tokens = Literal["ids", "words"]
 
@@ -50,26 +52,80 @@ def symbols(tokens: Tokens) -> list[bytes]:
     return [b" " + word.encode() for word in WORDS.split()]
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text of the user's, cut into units (words, or token ids) whose tokens are counted; escaped for JSON."""
+
+    content: bytes
+    ends: np.ndarray
+    """int64: where each unit ends in `content`."""
+    tokens: np.ndarray
+    """int64: tokens up to the end of each unit."""
+    exact: bool
+    """The counts are the tokenizer's; else every unit counts as one and the fit to the server's usage does the rest."""
+
+    def cut(self, start: int, tokens: int) -> tuple[bytes, int]:
+        """Units from unit `start` on, around the end if need be, of at most `tokens` tokens; and how many are left."""
+        pieces, start = [], start % len(self.ends)
+        while tokens > 0:
+            before = int(self.tokens[start - 1]) if start else 0
+            stop = int(np.searchsorted(self.tokens, before + tokens, side="right"))
+            if stop <= start:
+                break
+            pieces.append(self.content[int(self.ends[start - 1]) if start else 0 : int(self.ends[stop - 1])])
+            tokens -= int(self.tokens[stop - 1]) - before
+            if stop < len(self.ends):
+                break
+            start = 0
+        return b"".join(pieces), tokens
+
+
 class Prompts:
     """The prompts of a run: `text(row, length)` is `length` symbols, unlike all others from the first symbol on."""
 
-    def __init__(self, tokens: Tokens, *, salt: Salt, seed: int, fresh: bytes) -> None:
+    def __init__(
+        self, tokens: Tokens, *, salt: Salt, seed: int, fresh: bytes, own: Text | None = None, block_size: int = 0
+    ) -> None:
         """`fresh` are random bytes, new in every run. Salt `run` mixes them into all openings, `none` does not.
 
-        Salt `request` is the same as `run` while no prompt shares a prefix with another by the trace's own will.
+        Salt `request` mixes the request in as well, so that nothing is shared. `own` is text to cut prompts from
+        instead of random words; `block_size` the tokens of a block hash.
         """
         self._symbols = symbols(tokens)
         alphabet = np.array(self._symbols, dtype=f"S{WIDTH}")
         self._pool = alphabet[stream(seed, "prompts").integers(0, 256, _POOL)].tobytes()
-        self._salt, self._fresh, self._seed = salt, fresh, seed
+        self._salt, self._seed = b"" if salt == "none" else fresh, seed
+        self._shares = salt != "request"
+        self._own, self._block_size = own, block_size
 
-    def text(self, row: int, length: int) -> bytes:
-        """The symbols of the prompt of `row`, WIDTH x `length` bytes."""
-        salt = b"" if self._salt == "none" else self._fresh
-        digest = hashlib.blake2b(b"%d %d %b" % (row, self._seed, salt), digest_size=2 * _MARK).digest()
+    def text(self, row: int, length: int, root: int | None = None, blocks: Sequence[int] = ()) -> bytes:
+        """The prompt of `row`: `length` tokens.
+
+        Where `root` is another row, the prompt begins like that row's, as far as both go. The text of a block is the
+        same wherever its hash stands, `block_size` tokens; the last one is cut to the length.
+        """
+        if not self._shares:
+            return self._cut(b"%d" % row, length)
+        pieces = []
+        for block in blocks:
+            size = min(self._block_size, length)
+            if size <= 0:
+                break
+            pieces.append(self._cut(b"block %d" % block, size))
+            length -= size
+        if length > 0:
+            pieces.append(self._cut(b"%d" % (row if root is None else root), length))
+        return b"".join(pieces)
+
+    def _cut(self, key: bytes, length: int) -> bytes:
+        """`length` tokens that belong to `key`: the same beginning for every length."""
+        digest = hashlib.blake2b(b"%b %d %b" % (key, self._seed, self._salt), digest_size=2 * _MARK).digest()
         opening = b"".join([self._symbols[value] for value in digest[: min(length, _MARK)]])
         rest = max(0, length - _MARK)
         start = int.from_bytes(digest[_MARK:], "little") % _POOL
+        if self._own is not None and rest:
+            text, rest = self._own.cut(start, rest)
+            opening += text
         around, end = divmod(start + rest, _POOL)
         if around == 0:
             return opening + self._pool[start * WIDTH : end * WIDTH]
@@ -104,7 +160,7 @@ class Fit:
 class Dialect:
     """How this server wants to be asked."""
 
-    api: Literal["chat", "completions"]
+    api: Api
     model: str | None
     tokens: Tokens
     fit: Fit = Fit()
@@ -117,14 +173,34 @@ class Dialect:
     @property
     def path(self) -> str:
         """Where requests go, after the base."""
-        return "/chat/completions" if self.api == "chat" else "/completions"
+        return {"chat": "/chat/completions", "completions": "/completions", "responses": "/responses"}[self.api]
 
-    def body(self, text: bytes, response_tokens: int) -> bytes:
-        """The request body: `text` as the prompt, answered with exactly `response_tokens` tokens if the server can."""
+    def body(self, text: bytes, response_tokens: int, history: bytes = b"") -> bytes:
+        """The request body: `text` as the prompt, answered with exactly `response_tokens` tokens if the server can.
+
+        `history` is what `remember` made of the turns before.
+        """
         head, tail = self._frame
         prompt = text[:-1] if self.tokens == "ids" else text  # without the last comma
+        if self.api == "completions":
+            prompt = history + prompt
+        elif self.api == "responses" and not history:
+            prompt = b'"' + prompt + b'"'
+        elif self.api == "responses":
+            prompt = b"[" + history + b'{"role":"user","content":"' + prompt + b'"}]'
+        else:
+            prompt = history + b'{"role":"user","content":"' + prompt + b'"}'
         least = b'"min_tokens":%d,' % response_tokens if "min_tokens" in self.fields else b""
         return b"".join((head, prompt, tail, least, b'"%b":%d}' % (self.limit.encode(), response_tokens)))
+
+    def remember(self, history: bytes, text: bytes, reply: str) -> bytes:
+        """The history after a turn: what was asked and what came back, as the next request carries them."""
+        said = msgspec.json.encode(reply)[1:-1]
+        if self.api == "completions":
+            return history + text + said
+        return b"".join(
+            (history, b'{"role":"user","content":"', text, b'"},{"role":"assistant","content":"', said, b'"},')
+        )
 
     @cached_property
     def _frame(self) -> tuple[bytes, bytes]:
@@ -137,7 +213,9 @@ class Dialect:
             fields["ignore_eos"] = True
         head = msgspec.json.encode(fields | (self.extra or {}))[:-1]
         if self.api == "chat":
-            return head + b',"messages":[{"role":"user","content":"', b'"}],'
+            return head + b',"messages":[', b"],"
+        if self.api == "responses":
+            return head + b',"input":', b","
         if self.tokens == "ids":
             return head + b',"prompt":[', b"],"
         return head + b',"prompt":"', b'",'

@@ -3,8 +3,14 @@
 Nothing here reads a clock or a socket: every read comes with the time at which the socket was read. A body is
 server-sent events (WHATWG HTML, section 9.2: lines end with LF, CR or CRLF; an empty line ends an event; several
 `data:` lines make one event; a line that starts with a colon is a comment), or else one JSON document.
+
+Nearly all streams have one plain form: chunked encoding, one or more whole events per chunk, one `data: ` line each.
+`plain_events` cuts such a body by splitting it, and `Reply.take` decodes all events in one call; whatever deviates by a
+byte goes through `Reply.feed`, which takes everything. Both give the same answer; a test holds them to it.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,40 +19,105 @@ MESSAGE_LIMIT = 200
 """Characters of a server's message that are kept."""
 
 
-class _Delta(msgspec.Struct):
+# gc=False: decoded documents live for a moment and hold no circles, so the collector need not know them.
+class _Delta(msgspec.Struct, gc=False):
     content: Any = None
+    refusal: Any = None
     reasoning: Any = None
     reasoning_content: Any = None
     tool_calls: Any = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     message: _Delta | None = None
     text: Any = None
     finish_reason: Any = None
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: Any = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: Any = None
     completion_tokens: Any = None
     prompt_tokens_details: _Details | None = None
+    input_tokens: Any = None  # the Responses API's names
+    output_tokens: Any = None
+    input_tokens_details: _Details | None = None
 
 
-class _Document(msgspec.Struct):
+class _Response(msgspec.Struct, gc=False):
+    """What the events of the Responses API that begin and end an answer carry."""
+
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _Part(msgspec.Struct, gc=False):
+    text: str | None = None
+    refusal: str | None = None
+
+
+class _Item(msgspec.Struct, gc=False):
+    content: list[_Part] | None = None
+
+
+class _Document(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
     object: Any = None
     message: Any = None
     code: Any = None
+    type: Any = None
+    delta: Any = None
+    response: _Response | None = None
+    output: list[_Item] | None = None
 
 
 _decode = msgspec.json.Decoder(_Document).decode
+_decode_all = msgspec.json.Decoder(list[_Document]).decode
+_TERMINAL = ("response.completed", "response.incomplete")
+_ANSWERS = ("response.output_text.delta", "response.refusal.delta")
+
+
+def plain_events(raw: bytes) -> tuple[list[bytes], list[int]] | None:
+    """The payloads of the events in `raw`, the whole body in chunked encoding, and the offset at which each ends.
+
+    None if the body is not (yet) complete or not of the plain form. Nothing is guessed: every size is compared.
+    """
+    parts = raw.split(b"\r\n")
+    if parts[-3:] != [b"0", b"", b""] or raw.count(b"\r") != len(parts) - 1:
+        return None
+    sizes, payloads = parts[:-3:2], parts[1:-3:2]
+    if [b"%x" % len(payload) for payload in payloads] != sizes:
+        return None
+    events, ends, position = [], [], 0
+    for size, payload in zip(sizes, payloads, strict=True):
+        position += len(size) + 2
+        if payload[-2:] != b"\n\n":
+            return None
+        for event in payload[:-2].split(b"\n\n"):
+            if event[:6] != b"data: " or b"\n" in event:
+                return None
+            position += len(event) + 2
+            events.append(event[6:])
+            ends.append(position)
+        position += 2
+    return events, ends
+
+
+def times_of(ends: list[int], times: Sequence[int], reads: Sequence[bytes]) -> list[int]:
+    """For each offset in `ends` (ascending), the time of the read that brought the byte before it."""
+    found, read = [], iter(zip(accumulate(map(len, reads)), times, strict=True))
+    edge, at = next(read)
+    for end in ends:
+        while edge < end:
+            edge, at = next(read)
+        found.append(at)
+    return found
 
 
 class Reply:
@@ -59,6 +130,7 @@ class Reply:
         "_data",
         "_finished",
         "_tail",
+        "answer",
         "bad",
         "cached_tokens",
         "chunks",
@@ -69,13 +141,18 @@ class Reply:
         "prompt_tokens",
         "response_tokens",
         "streamed",
+        "text",
     )
 
-    def __init__(self, streamed: bool) -> None:
+    def __init__(self, streamed: bool, keep_text: bool = False) -> None:
         self.streamed = streamed
         """Server-sent events; else one document."""
         self.chunks: list[int] = []
         """Times (ns) of the reads that held at least one generated token, of any channel."""
+        self.answer: int | None = None
+        """Time of the first token of the answer itself: neither reasoning nor a tool call."""
+        self.text: list[str] | None = [] if keep_text else None
+        """The answer's text, where it is wanted."""
         self.pieces = 0
         """Events with generated text: the number of tokens, if each event holds one."""
         self.done: int | None = None
@@ -94,6 +171,24 @@ class Reply:
         self._data: list[bytes] = []  # data lines of the event being read
         self._body: list[bytes] = []
         self._at = 0
+
+    def take(self, events: list[bytes], times: list[int]) -> None:
+        """Take a whole stream that `plain_events` has cut: the payload of each event, and the time of its last byte."""
+        count = len(events)
+        while count and events[count - 1] == b"[DONE]":
+            count -= 1
+        try:
+            documents = _decode_all(b"[" + b",".join(events[:count]) + b"]")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            documents = []
+        if len(documents) != count:
+            for event, at in zip(events, times, strict=True):
+                self.feed(at, b"data: " + event + b"\n\n")
+            return
+        for document, at in zip(documents, times, strict=False):
+            self._take(document, at)
+        if count < len(events) and self.done is None:
+            self.done = times[count]
 
     def feed(self, at: int, data: bytes) -> None:
         """Take the bytes that one socket read at time `at` brought; they may be cut anywhere."""
@@ -160,27 +255,67 @@ class Reply:
             self.bad = _short(body)
             return
         self._take(document, self._at)
-        if self.error is None and document.choices is None:
+        for item in document.output or ():
+            self._token(self._at, "".join(part.text or part.refusal or "" for part in item.content or ()) or None)
+        if self.error is None and document.choices is None and document.output is None:
             self.bad = _short(body)
         elif self.error is None:
-            self.done = self._at
+            self.done = self._finished = self._at
 
     def _take(self, document: _Document, at: int) -> None:
         if document.error is not None or document.object == "error":
             self._fail(document.error if document.error is not None else document)
         for choice in document.choices or ():
-            if _says(choice):
-                self.pieces += 1
-                if not self.chunks or self.chunks[-1] != at:
-                    self.chunks.append(at)
+            part = choice.delta if choice.delta is not None else choice.message
+            text = choice.text or (part and (part.content or part.refusal))
+            if text:
+                self._token(at, text)
+            elif part is not None and (part.reasoning or part.reasoning_content or part.tool_calls):
+                self._token(at, None)
             if choice.finish_reason is not None and self._finished is None:
                 self._finished = at
-        usage = document.usage
-        if usage is not None:
-            self.prompt_tokens = _count(usage.prompt_tokens, self.prompt_tokens)
-            self.response_tokens = _count(usage.completion_tokens, self.response_tokens)
-            if usage.prompt_tokens_details is not None:
-                self.cached_tokens = _count(usage.prompt_tokens_details.cached_tokens, self.cached_tokens)
+        if document.usage is not None:
+            self._count(document.usage)
+        if document.type is not None:
+            self._take_typed(document, at)
+
+    def _take_typed(self, document: _Document, at: int) -> None:
+        """An event of the Responses API, which names its kind."""
+        kind, response = document.type, document.response
+        if not isinstance(kind, str):
+            return
+        if kind.endswith(".delta") and document.delta:
+            self._token(at, document.delta if kind in _ANSWERS else None)
+        elif kind == "error" and document.error is None:
+            self._fail(document)
+        elif kind == "response.failed":
+            self._fail((response and response.error) or "the response failed")
+        elif kind in _TERMINAL:
+            self._finished = self._finished or at
+            if self.done is None:
+                self.done = at
+        if response is not None and response.usage is not None:
+            self._count(response.usage)
+
+    def _token(self, at: int, text: Any) -> None:
+        """A piece of generated text; `text` is None for reasoning and tool calls."""
+        self.pieces += 1
+        if not self.chunks or self.chunks[-1] != at:
+            self.chunks.append(at)
+        if text is not None:
+            if self.answer is None:
+                self.answer = at
+            if self.text is not None:
+                self.text.append(str(text))
+
+    def _count(self, usage: _Usage) -> None:
+        prompt, response, details = usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens_details
+        if prompt is None:
+            prompt, details = usage.input_tokens, details or usage.input_tokens_details
+        self.prompt_tokens = _number(prompt, self.prompt_tokens)
+        self.response_tokens = _number(usage.output_tokens if response is None else response, self.response_tokens)
+        if details is not None:
+            self.cached_tokens = _number(details.cached_tokens, self.cached_tokens)
 
     def _fail(self, error: Any) -> None:
         if self.error is not None:
@@ -230,15 +365,7 @@ def judge(ending: str, http_status: int | None, reply: Reply | None) -> Outcome:
     return Outcome("truncated", "eof", "the stream ended without a terminal event")
 
 
-def _says(choice: _Choice) -> bool:
-    """Whether a choice holds generated text of any channel; a role or an empty text is none."""
-    if choice.text:
-        return True
-    part = choice.delta if choice.delta is not None else choice.message
-    return part is not None and bool(part.content or part.reasoning or part.reasoning_content or part.tool_calls)
-
-
-def _count(value: Any, known: int | None) -> int | None:
+def _number(value: Any, known: int | None) -> int | None:
     return value if isinstance(value, int) and 0 <= value < 2**31 else known
 
 

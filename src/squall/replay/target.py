@@ -9,7 +9,8 @@ import os
 import socket
 import ssl
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,15 +19,76 @@ from squall import __version__
 from squall.errors import InputError
 from squall.progress import printable
 from squall.replay.connection import Exchange, Pool
-from squall.replay.prompt import Dialect, Fit, Prompts, Tokens
-from squall.replay.stream import Outcome, judge
+from squall.replay.prompt import Api, Dialect, Fit, Prompts, Text, Tokens
+from squall.replay.stream import Outcome
+from squall.replay.text import Tokenizer, most_common_words, sample_words, text_of_ids, text_of_words
 
 PROBE_TIMEOUT = 120.0
 """Seconds that a server has for a one-token answer: it may be loading."""
 PROBE_WORDS = (16, 144)
 WARM_AT_ONCE = 4
-OURS = ("model", "messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "min_tokens")
+TOKENIZE_AT_ONCE = 1 << 18
+OURS = (
+    "model",
+    "messages",
+    "prompt",
+    "input",
+    "stream",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "min_tokens",
+)
 """Fields of the request that `--extra-body` may not set, since the Run's numbers speak of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """Which certificates are believed, and which one is shown."""
+
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    insecure: bool = False
+
+    @classmethod
+    def of(
+        cls, *, cacert: str | Path | None, cert: str | Path | None, key: str | Path | None, insecure: bool
+    ) -> "Trust":
+        """Raises InputError for files that are missing or of no use."""
+        if key is not None and cert is None:
+            raise InputError("--key: a key is of no use without its certificate; give --cert as well.")
+        if insecure and cacert is not None:
+            raise InputError("--insecure believes every certificate, --cacert only its own; give one of them.")
+        for flag, file in (("--cacert", cacert), ("--cert", cert), ("--key", key)):
+            if file is not None and not Path(file).is_file():
+                raise InputError(f"{flag} {file}: there is no such file.")
+        paths = (None if file is None else str(file) for file in (cacert, cert, key))
+        trust = cls(**dict(zip(("cacert", "cert", "key"), paths, strict=True)), insecure=insecure)
+        trust.context()
+        return trust
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was asked for."""
+        return self != Trust()
+
+    def context(self) -> ssl.SSLContext:
+        """How to speak TLS."""
+        try:
+            context = ssl.create_default_context(cafile=self.cacert)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(f"--cacert {self.cacert}: not a PEM file of certificates ({error}).") from error
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.cert is not None:
+            try:
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")
+            except (OSError, ssl.SSLError) as error:
+                what = f"--cert {self.cert}" + (f" --key {self.key}" if self.key else "")
+                raise InputError(f"{what}: no usable certificate with its unencrypted key ({error}).") from error
+        return context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +105,11 @@ class Target:
     query: str = field(repr=False)
     headers: bytes = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
+    trust: Trust = Trust()
 
-    def request(self, path: str, body: bytes) -> bytes:
-        """The bytes of a POST to `path` under the base."""
-        line = f"POST {self.base}{path}{self.query} HTTP/1.1\r\n".encode()
+    def request(self, path: str, body: bytes, base: str | None = None) -> bytes:
+        """The bytes of a POST to `path` under the base, or under another one."""
+        line = f"POST {self.base if base is None else base}{path}{self.query} HTTP/1.1\r\n".encode()
         return b"".join(
             (line, self.headers, b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body)
         )
@@ -57,7 +120,7 @@ class Target:
 
     def context(self) -> ssl.SSLContext | None:
         """How to speak TLS; None for plain HTTP."""
-        return ssl.create_default_context() if self.tls else None
+        return self.trust.context() if self.tls else None
 
     def hide(self, text: str) -> str:
         """`text` without the secrets that a server may have echoed."""
@@ -66,7 +129,9 @@ class Target:
         return text
 
 
-def find_target(url: str, *, api_key: str | None, headers: dict[str, str], connect_timeout: float) -> Target:
+def find_target(
+    url: str, *, api_key: str | None, headers: dict[str, str], connect_timeout: float, trust: Trust = Trust()
+) -> Target:
     """The target at `url`, resolved and reached once. Raises InputError if that is not possible."""
     parts = urlsplit(url)
     try:
@@ -78,11 +143,15 @@ def find_target(url: str, *, api_key: str | None, headers: dict[str, str], conne
             f"--url {_plain(url)}: give the server's base, such as http://127.0.0.1:8000 or https://host/v1."
         )
     tls = parts.scheme == "https"
+    if trust.asked and not tls:
+        raise InputError(
+            "--cacert, --cert, --key and --insecure do nothing for an http:// URL; write https:// or leave them out."
+        )
     port = port or (443 if tls else 80)
     where = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     shown = f"{parts.scheme}://{where}:{port}{parts.path.rstrip('/')}"
     base = parts.path.rstrip("/")
-    for known in ("/chat/completions", "/completions", "/models"):
+    for known in ("/chat/completions", "/completions", "/responses", "/models"):
         base = base.removesuffix(known)
     base = base if base.endswith("/v1") else base + "/v1"
     fields = {
@@ -119,6 +188,7 @@ def find_target(url: str, *, api_key: str | None, headers: dict[str, str], conne
         query=f"?{parts.query}" if parts.query else "",
         headers="".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode(),
         secrets=tuple(secret for secret in secrets if secret),
+        trust=trust,
     )
 
 
@@ -157,6 +227,10 @@ class Found:
     calibration: dict[str, Any]
     """How prompt lengths are made, for the Run's metadata."""
     notes: list[str]
+    engine: str | None = None
+    """Who owns the model, as the server lists it: vllm, sglang, llamacpp, …"""
+    text: Text | None = None
+    """The user's text, cut for this server."""
 
 
 class Preflight:
@@ -170,40 +244,57 @@ class Preflight:
             self._loop, target.address, tls=target.context(), hostname=target.host, connect_timeout=connect_timeout
         )
         self._number = 0
+        self._engine: str | None = None
+        self._text: Text | None = None
+        self._made: dict[Tokens, Prompts] = {}
 
     async def find(
         self,
         *,
         model: str | None,
-        api: Literal["chat", "completions"],
+        api: Api,
+        words_only: bool,
         extra: dict[str, Any] | None,
         ignore_eos: bool,
         typical: int,
         warmup: list[tuple[int, int]],
+        own: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Found:
         """Model, context, fields, token mode and calibration; then the warm-up.
 
-        `typical` is a prompt length that the run will ask for; `warmup` are (prompt, response) lengths to be sent.
+        `own` is text to cut prompts from, counted by `tokenizer`, else by the server's /tokenize, else not. `typical`
+        is a prompt length that the run will ask for; `warmup` are (prompt, response) lengths to be sent.
 
         Raises InputError if the server cannot be asked, or refuses even the plainest request.
         """
         notes: list[str] = []
         try:
             listed, context = await self._models(model, notes)
-            fields = ("stream_options", "min_tokens", "ignore_eos") if ignore_eos else ("stream_options",)
-            dialect = Dialect(api, model or listed, "words", fields=fields, extra=extra)
-            if api == "completions":
+            fields: tuple[str, ...] = ("stream_options", "min_tokens", "ignore_eos")
+            if not ignore_eos:
+                fields = ("stream_options",)
+            if api == "responses":  # it reports usage unasked, and names its limit otherwise
+                fields = ("ignore_eos",) if ignore_eos else ()
+            limit = "max_output_tokens" if api == "responses" else "max_tokens"
+            dialect = Dialect(api, model or listed, "words", fields=fields, extra=extra, limit=limit)
+            if api == "completions" and not words_only:
                 dialect = await self._ids(dialect, notes)
+            if own is not None or tokenizer is not None:
+                dialect = await self._cut(dialect, own, tokenizer, notes)
             dialect, usage = await self._fields(dialect, notes)
             if usage is None:
                 notes.append(
                     "The server reports no usage: prompt lengths are in words, and answers are counted in chunks."
                 )
-                return Found(dialect, context, {"tokens": dialect.tokens, "calibrated": False}, notes)
-            dialect, calibration = await self._calibrate(dialect, typical, context)
-            if warmup:
+                calibration: dict[str, Any] = {"tokens": dialect.tokens, "calibrated": False}
+            else:
+                dialect, calibration = await self._calibrate(dialect, typical, context)
+            if self._text is not None:
+                calibration |= {"text": "own" if own is not None else "words", "counted": self._text.exact}
+            if warmup and usage is not None:
                 dialect, calibration["warmup"] = await self._warm(dialect, warmup)
-            return Found(dialect, context, calibration, notes)
+            return Found(dialect, context, calibration, notes, self._engine, self._text)
         finally:
             self._pool.close()
 
@@ -217,7 +308,7 @@ class Preflight:
                 f"--url {url}: no HTTP answer to a question for its models ({what}); correct the host, port or scheme."
             )
         self._check_key(exchange)
-        body = b"".join(data for _, data in exchange.reads)
+        body = b"".join(exchange.datas)
         try:
             models = msgspec.json.decode(body, type=_Models).data
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -235,7 +326,56 @@ class Preflight:
             names = ", ".join(entry.id for entry in models[:5])
             notes.append(f"The server does not list the model {model}; it lists {names}.")
             return None, None
+        self._engine = chosen.owned_by if isinstance(chosen.owned_by, str) else None
         return chosen.id, chosen.max_model_len or (chosen.meta or {}).get("n_ctx")
+
+    async def _cut(self, dialect: Dialect, own: str | None, tokenizer: Tokenizer | None, notes: list[str]) -> Dialect:
+        """Cut the user's text, or the words that are there anyway, into pieces whose tokens are known."""
+        text = sample_words() if own is None else own
+        ids: list[int] | None = None
+        if dialect.tokens == "ids":
+            ids = tokenizer.ids(text) if tokenizer is not None else await self._tokenized(dialect, text)
+            if ids:
+                self._text = text_of_ids(ids)
+                self._made.clear()
+                return dialect
+            notes.append(
+                "Nothing here can turn the text into token ids (no --tokenizer, no /tokenize): words are sent."
+            )
+            dialect = replace(dialect, tokens="words")
+        counts: dict[str, int] | None = None
+        words = most_common_words(text)
+        if tokenizer is not None:
+            counts = tokenizer.counts(words)
+        elif await self._tokenized(dialect, words[0]):
+            counts = {}
+            for word in words:
+                counts[word] = len(await self._tokenized(dialect, word) or ())
+        else:
+            notes.append(
+                "Nothing here can count the text's tokens (no --tokenizer, no /tokenize): lengths are fitted to the "
+                "server's usage and vary with the words."
+            )
+        self._text = text_of_words(text, counts)
+        self._made.clear()
+        return dialect
+
+    async def _tokenized(self, dialect: Dialect, text: str) -> list[int] | None:
+        """The ids of `text` by the server's own tokenizer; None if it offers none."""
+        ids: list[int] = []
+        for start in range(0, len(text), TOKENIZE_AT_ONCE):
+            piece = text[start : start + TOKENIZE_AT_ONCE]
+            asked = {"prompt": piece, "content": piece, "inputs": piece, "add_special_tokens": False}
+            body = msgspec.json.encode(asked if dialect.model is None else asked | {"model": dialect.model})
+            exchange = await self._ask(self._target.request("/tokenize", body, self._target.base.removesuffix("/v1")))
+            if exchange.http_status != 200:
+                return None
+            try:
+                found = msgspec.json.decode(b"".join(exchange.datas), type=_Tokens | list[_Token])
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return None
+            ids += found.tokens if isinstance(found, _Tokens) else [token.id for token in found]
+        return ids
 
     async def _ids(self, dialect: Dialect, notes: list[str]) -> Dialect:
         """Token ids where the server takes them and counts them as they are, words elsewhere."""
@@ -263,7 +403,7 @@ class Preflight:
                     f"A one-token request before the run failed ({outcome.status}: {said}); nothing is calibrated."
                 )
                 return dialect, None
-            if "max_completion_tokens" in said and dialect.limit == "max_tokens":
+            if "max_completion_tokens" in said and dialect.api != "responses" and dialect.limit == "max_tokens":
                 dialect = replace(dialect, limit="max_completion_tokens")
                 continue
             if not dialect.fields or exchange.http_status in (404, 405):
@@ -330,18 +470,14 @@ class Preflight:
         prompts = self._prompts(dialect.tokens)
         text = prompts.text(self._number, words)
         exchange = await self._ask(self._target.request(dialect.path, dialect.body(text, response_tokens)))
-        reply = exchange.fold()
-        reply.close()
-        status, slash, reason = exchange.ending.partition("/")
-        outcome = Outcome(status, reason) if slash else judge(exchange.ending, exchange.http_status, reply)
-        said = outcome.message or exchange.message
+        _, outcome = exchange.outcome()
+        said = outcome.message
         return exchange, outcome._replace(message=None if said is None else self._target.hide(said))
 
     def _prompts(self, tokens: Tokens) -> Prompts:
-        known: dict[Tokens, Prompts] = self.__dict__.setdefault("_made", {})
-        if tokens not in known:  # with a salt of its own for each: no prompt of the run begins like these
-            known[tokens] = Prompts(tokens, salt="request", seed=0, fresh=os.urandom(8))
-        return known[tokens]
+        if tokens not in self._made:  # with a salt of its own for each: no prompt of the run begins like these
+            self._made[tokens] = Prompts(tokens, salt="request", seed=0, fresh=os.urandom(8), own=self._text)
+        return self._made[tokens]
 
     async def _ask(self, payload: bytes) -> Exchange:
         """Send and wait for the end; once more on a fresh connection if a kept one was stale."""
@@ -369,7 +505,16 @@ class Preflight:
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    owned_by: Any = None
     meta: dict[str, Any] | None = None
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Token(msgspec.Struct):
+    id: int
 
 
 class _Models(msgspec.Struct):

@@ -33,6 +33,7 @@ class Attempt(msgspec.Struct, omit_defaults=True, kw_only=True):
     sent: float | None = None
     first_byte: float | None = None
     first_token: float | None = None
+    first_answer: float | None = None
     last_token: float | None = None
     done: float | None = None
     ended: float | None = None
@@ -56,14 +57,14 @@ _MISSING = {
 }
 
 
-def lines_path(journal: Path, worker: int) -> Path:
-    """Where `worker` writes its attempts."""
-    return journal / f"worker-{worker}.jsonl"
+def lines_path(journal: Path, worker: int, part: str = "") -> Path:
+    """Where `worker` writes its attempts; `part` tells apart the runs of a replay that was resumed."""
+    return journal / f"worker-{worker}{part}.jsonl"
 
 
-def client_path(journal: Path, worker: int) -> Path:
+def client_path(journal: Path, worker: int, part: str = "") -> Path:
     """Where `worker` writes what it says of itself."""
-    return journal / f"worker-{worker}.json"
+    return journal / f"worker-{worker}{part}.json"
 
 
 def write_header(journal: Path, meta: RunMeta) -> None:
@@ -80,8 +81,8 @@ def read_journal(path: str | Path) -> Run:
     elsewhere raises InputError, and so does a directory that is not a journal.
     """
     path = Path(path)
-    meta, offered = _header(path), _schedule(path)
-    attempts = pl.concat([_lines(file) for file in sorted(path.glob("worker-*.jsonl"))] or [pl.DataFrame(schema=_LINE)])
+    meta, offered = read_header(path), read_schedule(path)
+    attempts = read_lines(path)
     status, reason = _MISSING[meta.state]
     missing = offered.join(attempts, on="request", how="anti").select(
         "request",
@@ -104,7 +105,13 @@ def read_journal(path: str | Path) -> Run:
     return Run(run.table, meta)
 
 
-def _header(path: Path) -> RunMeta:
+def read_lines(path: Path) -> pl.DataFrame:
+    """The attempts in a journal directory, in no order."""
+    return pl.concat([_lines(file) for file in sorted(path.glob("worker-*.jsonl"))] or [pl.DataFrame(schema=_LINE)])
+
+
+def read_header(path: Path) -> RunMeta:
+    """The metadata in a journal directory; InputError if it is none."""
     file = path / HEADER
     if not file.is_file() or not (path / SCHEDULE).is_file():
         raise InputError(f"{path}: this is not the journal of a replay; it lacks {HEADER} or {SCHEDULE}.")
@@ -114,7 +121,8 @@ def _header(path: Path) -> RunMeta:
         raise InputError(f"{file}: the journal's header cannot be read ({error}).") from error
 
 
-def _schedule(path: Path) -> pl.DataFrame:
+def read_schedule(path: Path) -> pl.DataFrame:
+    """The requests that the replay of a journal offers."""
     try:
         return pl.read_parquet(path / SCHEDULE)
     except pl.exceptions.PolarsError as error:

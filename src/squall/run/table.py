@@ -20,7 +20,8 @@ _COLUMNS: dict[str, Any] = {
     "scheduled": pl.Float64,
     "sent": pl.Float64,
     "first_byte": pl.Float64,
-    "first_token": pl.Float64,
+    "first_token": pl.Float64,  # of any channel: answer, reasoning, tool call
+    "first_answer": pl.Float64,  # of the answer itself; null if none came or nobody looked
     "last_token": pl.Float64,
     "done": pl.Float64,  # terminal event seen; null for a truncated stream
     "ended": pl.Float64,  # the outcome was decided

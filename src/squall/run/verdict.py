@@ -4,6 +4,9 @@ An open loop whose sends drift behind the schedule measures its own sender. All 
 are load, but no arrivals. A quantile is the order statistic below it, so that one hiccup in a short run is forgiven.
 """
 
+from itertools import pairwise
+from typing import Any
+
 import msgspec
 import numpy as np
 import polars as pl
@@ -18,6 +21,7 @@ GAP_CV = 0.03
 STALL_P999 = 0.010
 COLLECTION = 0.005
 CPU_SHARE = 0.8
+MOMENTS = ("scheduled", "sent", "first_byte", "first_token", "last_token", "done", "ended")
 
 
 class Client(msgspec.Struct, kw_only=True):
@@ -45,7 +49,7 @@ def judge(run: Run, clients: list[Client]) -> list[str]:
     A closed loop (`open_loop` False) is late by design: only the client's own faults and its stalls count.
     """
     first = run.table.filter(pl.col("attempt") == 1)
-    reasons = []
+    reasons = _invariants(run.table)
     faults = (run.table["status"] == "client_fault").sum()
     if faults:
         kinds = run.table.filter(pl.col("status") == "client_fault")["reason"].drop_nulls().unique().sort().to_list()
@@ -66,6 +70,56 @@ def judge(run: Run, clients: list[Client]) -> list[str]:
             f"a sending process used {100 * busy:.0f} % of a core (limit {100 * CPU_SHARE:g} %): use more --workers"
         )
     return reasons
+
+
+def _invariants(table: pl.DataFrame) -> list[str]:
+    """A row whose moments are out of order, or whose tokens came at no time, is a fault of the recorder."""
+    wrong = pl.lit(False)
+    for earlier, later in pairwise(MOMENTS):
+        wrong = wrong | (pl.col(earlier) > pl.col(later)).fill_null(False)
+    wrong = wrong | ((pl.col("response_tokens") > 0) != pl.col("first_token").is_not_null()).fill_null(False)
+    broken = table.filter(wrong)
+    if broken.is_empty():
+        return []
+    return [f"{len(broken)} rows contradict themselves, the first is request {broken['request'][0]}: a fault of ours"]
+
+
+def sent_against_asked(run: Run) -> dict[str, Any]:
+    """What was sent beside what was asked, over first attempts: count, rate, CV of the gaps, and dispersion.
+
+    Dispersion is the variance over the mean of the counts in windows of 1, 10 and 100 mean gaps; None where fewer than
+    ten windows fit. It sees what the CV of gaps does not: gaps in another order.
+    """
+    first = run.table.filter((pl.col("attempt") == 1) & pl.col("sent").is_not_null())
+    result: dict[str, Any] = {"requests": {"asked": run.meta.offered, "sent": len(first)}}
+    if len(first) < 3:
+        return result
+    asked, sent = (np.sort(first[name].to_numpy()) for name in ("scheduled", "sent"))
+    pairs = {"rate": _rate, "gap_cv": _gap_cv}
+    result |= {name: {"asked": _known(of(asked)), "sent": _known(of(sent))} for name, of in pairs.items()}
+    gap = float(asked[-1] - asked[0]) / (len(asked) - 1)
+    result["dispersion"] = [
+        {"window": width * gap, "asked": _dispersion(asked, width * gap), "sent": _dispersion(sent, width * gap)}
+        for width in (1, 10, 100)
+        if gap > 0
+    ]
+    return result
+
+
+def _rate(times: np.ndarray) -> float:
+    return (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else float("nan")
+
+
+def _dispersion(times: np.ndarray, width: float) -> float | None:
+    windows = int((times[-1] - times[0]) // width)
+    if windows < 10:
+        return None
+    counts = np.histogram(times, windows, (times[0], times[0] + windows * width))[0]
+    return float(counts.var() / counts.mean())
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _lateness(first: pl.DataFrame, clients: list[Client]) -> list[str]:
