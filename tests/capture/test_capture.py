@@ -16,6 +16,7 @@ import openai
 import pytest
 
 import squall
+import squall.seeds
 from squall.errors import InputError
 
 CANARY = "xyzzy-canary"
@@ -227,6 +228,54 @@ def test_capture_follows_conversations_of_the_official_client(tmp_path: Path) ->
     assert table["turn"].to_list() == [1, 2, 3, 1, 1, 1, 2]
     first = table["session"][0]
     assert (table["session"] == first).to_list() == [True] * 3 + [False] * 4
+
+
+def test_capture_follows_the_responses_api(tmp_path: Path) -> None:
+    made = [b'data: {"type":"response.created","response":{"id":"resp_1"}}\n\n']
+    usage = b'"usage":{"input_tokens":6,"output_tokens":1}'
+    done = b'data: {"type":"response.completed","response":{"id":"resp_1",%s}}\n\n' % usage
+    text = b'data: {"type":"response.output_text.delta","delta":"xyzzy-canary"}\n\n'
+
+    def behave(request: bytes) -> list:
+        if b'"stream":true' in request:
+            return streamed([*made, text, done])
+        return [
+            document(b'{"id":"resp_2","object":"response","output":[],"usage":{"input_tokens":7,"output_tokens":2}}')
+        ]
+
+    with proxy(behave, tmp_path / "c") as (it, _):
+        it.say(post({"model": "m", "input": "a", "stream": True}, "/v1/responses"))
+        it.say(post({"model": "m", "input": "b", "previous_response_id": "resp_1"}, "/v1/responses"))
+        it.say(post({"model": "m", "input": "c", "previous_response_id": "resp_2"}, "/v1/responses"))
+        run = it.stop()
+    table = squall.read_trace(it.out / "trace.parquet").table
+    assert table["turn"].to_list() == [1, 2, 3]
+    assert table["session"].n_unique() == 1
+    assert run.table["request_tokens"].to_list() == [6, 7, 7]
+    assert run.table["status"].to_list() == ["ok"] * 3
+
+
+@pytest.mark.alone
+def test_what_replay_sends_is_what_capture_records(tmp_path: Path) -> None:
+    from squall.trace import Trace, TraceMeta
+
+    count = 300
+    random = squall.seeds.stream(1, "test")
+    arrival = random.gamma(0.3, 0.03 / 0.3, count).cumsum()
+    lengths = {"request_tokens": random.integers(20, 400, count), "response_tokens": random.integers(1, 40, count)}
+    sent = Trace.of({"arrival": arrival - arrival[0], **lengths}, TraceMeta(source="test", format="generated"))
+    mock = Path(__file__).parents[1] / "replay" / "mock.py"
+    with subprocess.Popen([sys.executable, str(mock)], stdout=subprocess.PIPE, text=True) as server:
+        port = server.stdout.readline().strip()
+        it = Proxy(f"http://127.0.0.1:{port}", tmp_path / "c")
+        run = squall.replay(sent, url=it.url, out=tmp_path / "run.parquet", api="completions", model="mock")
+        it.stop()
+        server.kill()
+    got = squall.read_trace(it.out / "trace.parquet").table.tail(count)  # before them: the questions of the pre-flight
+    shift = run.table["sent"] - (got["arrival"] - got["arrival"][0])
+    assert (shift - shift[0]).abs().max() < 0.005
+    assert got["request_tokens"].to_list() == run.table["request_tokens"].to_list()
+    assert got["response_tokens"].to_list() == sent.table["response_tokens"].to_list()
 
 
 def test_capture_tells_what_failed_and_whose_fault_it_was(tmp_path: Path) -> None:

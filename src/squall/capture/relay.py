@@ -47,6 +47,7 @@ _REWRITTEN = frozenset((b"host", b"content-length", b"accept-encoding"))
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null')
+_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 _HEAD_END = b"\r\n\r\n"
 _REASONS = {
     400: "Bad Request",
@@ -636,6 +637,8 @@ class Upstream(asyncio.Protocol):
             return
         if self._streamed:
             exchange.reply.feed(self._at, body)
+            if exchange.kind == "/responses" and not self._document:
+                self._document += [b'{"id":"%s"}' % found[1] for found in _RESPONSE_ID.finditer(body)][:1]
             if self._rewrite:
                 self._filter(body)
         elif self._held < DOCUMENT_LIMIT:
