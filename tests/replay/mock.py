@@ -277,16 +277,18 @@ class _Stream:
             kind = f"response.{channel}.delta"
             delta = json.dumps({"type": kind, "delta": "tok ", "output_index": 0}).encode()
         elif self.chat:
-            delta = json.dumps({"choices": [{"delta": {how.channel: "tok "}, "finish_reason": None}]}).encode()
+            delta = json.dumps(
+                {"choices": [{"index": 0, "delta": {how.channel: "tok "}, "finish_reason": None}]}
+            ).encode()
         else:
-            delta = json.dumps({"choices": [{"text": "tok ", "finish_reason": None}]}).encode()
+            delta = json.dumps({"choices": [{"index": 0, "text": "tok ", "finish_reason": None}]}).encode()
         named = b"event: " + kind.encode() + b"\n" if self.responses else b""
         self.event = _chunk(named + b"data: " + delta + b"\n\n")
         self.next = serve.loop.time() + how.first
         serve.loop.call_at(self.next, self.begin)
 
     def begin(self) -> None:
-        role = b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+        role = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
         self.serve.transport.write(self.HEAD + (_chunk(role) if self.chat else b""))
         self.step()
 
@@ -316,7 +318,7 @@ class _Stream:
                 self.next += how.gap
                 serve.loop.call_at(self.next, self.step)
                 return
-        last = b'data: {"choices":[{"delta":{},"text":"","finish_reason":"length"}]}\n\n'
+        last = b'data: {"choices":[{"index":0,"delta":{},"text":"","finish_reason":"length"}]}\n\n'
         usage = {"prompt_tokens": prompt_tokens(self.seen.body), "completion_tokens": self.sent}
         if how.usage and "stream_options" in self.seen.body:
             last += b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"

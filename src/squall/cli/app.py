@@ -22,6 +22,7 @@ VERBS = {
     "replay": ("Send a trace to a live endpoint, open loop.", "Experiments"),
     "simulate": ("Run a trace through a modelled cluster.", "Experiments"),
     "calibrate": ("Fit the simulator's step time to a recorded run.", "Experiments"),
+    "capture": ("Record live traffic through a proxy: times, tokens, outcomes, no content.", "Experiments"),
     "local": ("Start a real llama.cpp server with a small model on this machine.", "Experiments"),
     "metrics": ("Efficiency, stability and reliability of a run.", "Results"),
     "compare": ("Which differences between two runs are real.", "Results"),
