@@ -13,18 +13,17 @@ from squall.trace import Trace, TraceSource, open_trace
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import RenewalFit, fit_renewal
 from squall.workload.conversations import fit_conversations
-from squall.workload.episodes import EPISODE, MOST_REQUESTS, Episodes, fit_episodes, held_out
+from squall.workload.choosing import Bench, freest, held_out
+from squall.workload.episodes import Episodes, fit_episodes
 from squall.workload.failures import fit_failures
 from squall.workload.lengths import fit_lengths, ks_distance, spearman
-from squall.workload.model import Arrivals, ClassFit, ClassModel, Workload, save_workload
+from squall.workload.model import ClassFit, ClassModel, Workload, save_workload
 
 KINDS = ("auto", "episodes", "renewal")
 FEWEST_WINDOWS = 6
 """A trace with fewer windows than this is fitted in smaller ones."""
 NO_BETTER = 0.05
 """Held-out log-likelihoods per request that differ by less than this say nothing."""
-MOST_REGULAR = 2.0
-"""Gaps with a larger shape (CV below 0.7) are more regular than a cascade makes them."""
 _SMALLER = (600, 300, 120, 60, 30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.01, 0.001)
 
 
@@ -105,11 +104,7 @@ def _fit_class(
     answered = ~failed
     rng = stream(seed, "fit", index)
     tick = source.meta.tick
-    arrivals: Arrivals
-    arrivals, quality = fit_renewal(arrival, span, window, tick=tick, method=method, seed=seed)
-    kind, reason = _choose(kind, arrival, span, window, quality, tick, seed)
-    if kind == "episodes":
-        arrivals = fit_episodes(arrival, answered, request, response, span, tick=tick, rng=rng, seed=seed)
+    windows, quality = fit_renewal(arrival, span, window, tick=tick, method=method, seed=seed)
     conversations = None
     if rows["session"].null_count() < len(rows):
         # A row without a session is a conversation of its own.
@@ -119,32 +114,47 @@ def _fit_class(
     model = ClassModel(
         service=rows["service"][0],
         model=rows["model"][0],
-        arrivals=arrivals,
+        arrivals=windows,
         lengths=fit_lengths(request[answered], response[answered], rng) if answered.any() else None,
         conversations=conversations,
         failures=fit_failures(arrival, failed, request[failed]),
     )
+    if kind != "renewal":
+        course = fit_episodes(arrival, answered, request, response, span, tick=tick, rng=rng)
+        model, reason = _choose(kind, model, course, arrival, rows, span, window, tick, seed)
+    else:
+        reason = "renewal: asked for"
     return _with_fit(model, rows, arrival, span, quality, reason, seed, index)
 
 
 def _choose(
-    kind: str, arrival: np.ndarray, span: float, window: float, quality: RenewalFit, tick: float | None, seed: int
-) -> tuple[str, str]:
-    """The kind of arrivals for a class, and why."""
+    kind: str,
+    windows: ClassModel,
+    course: Episodes,
+    arrival: np.ndarray,
+    rows: pl.DataFrame,
+    span: float,
+    window: float,
+    tick: float | None,
+    seed: int,
+) -> tuple[ClassModel, str]:
+    """The model of a class in windows, or in its course with as much freedom as it bears; and why."""
+    import msgspec
+
+    bench = Bench(arrival, rows, span)
+    ours, check = freest(msgspec.structs.replace(windows, arrivals=course), bench, seed)
+    freedom = f"freedom {ours.arrivals.freedom:g}, with which a queue is off by {check.words}"  # type: ignore[union-attr]
     if kind != "auto":
-        return kind, f"{kind}: asked for"
-    if not 2 * EPISODE <= arrival.size <= MOST_REQUESTS:
-        return "renewal", f"renewal: {arrival.size:,} requests; episodes take {2 * EPISODE} to {MOST_REQUESTS:,}"
-    if quality.alpha[1] > MOST_REGULAR:
-        return "renewal", f"renewal: gaps are regular (median shape {quality.alpha[1]:.3g}), which episodes do not keep"
-    ours, theirs = held_out(arrival, span, window, tick=tick, seed=seed)
-    # A tie goes to the episodes, which also keep where the long requests are.
-    better = "episodes" if ours >= theirs - NO_BETTER else "renewal"
-    reason = (
-        f"{better}: log-likelihood of a held-out half of the arrivals, per request, {ours:.4g} as episodes and "
-        f"{theirs:.4g} in windows of {in_words(window)}"
+        return ours, f"{kind}: asked for; {freedom}"
+    theirs = bench.check(windows, seed)
+    likelihood = held_out(arrival, span, window, tick=tick, seed=seed)
+    said = (
+        f"windows of {in_words(window)}: {theirs.words}; log-likelihood of a held-out half of the arrivals, per request, "
+        f"{likelihood[0]:.4g} by its course and {likelihood[1]:.4g} in windows"
     )
-    return better, reason
+    if likelihood[1] > likelihood[0] + NO_BETTER and theirs.worst <= max(check.worst, 1.0):
+        return windows, f"renewal: predicts better, and a queue is off no more. {said}; episodes: {freedom}"
+    return ours, f"episodes: {freedom}; {said}"
 
 
 def _with_fit(
@@ -221,7 +231,7 @@ def _holds(classes: list[ClassModel]) -> list[str]:
     if not any(isinstance(one.arrivals, Episodes) for one in classes):
         return []
     return [
-        f"The model holds the trace at a coarser grain (counts, and length classes by groups of {EPISODE} requests): "
+        f"The model holds the trace at a coarser grain (times and length classes of its requests): "
         "treat it with the same care as the trace."
     ]
 

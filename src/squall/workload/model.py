@@ -12,7 +12,7 @@ from squall.errors import InputError
 from squall.seeds import stream
 from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
 from squall.workload.conversations import Conversations
-from squall.workload.episodes import Episodes
+from squall.workload.episodes import Course, Episodes
 from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
 
@@ -72,30 +72,29 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path, seed: int, index: int) -> pl.DataFrame:
+    def draw(self, path: Path | Course, seed: int, index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
         clock = stream(seed, "arrivals", index)
-        episode = number = np.empty(0, np.int64)
-        if isinstance(self.arrivals, Episodes):
-            arrival, episode, number = self.arrivals.arrive(path, clock)
+        row = None
+        if isinstance(path, Course):
+            arrival, row = self.arrivals.arrive(path, clock)
         else:
             arrival = renewal(path, clock)
-        session = turn = None
+        session = turn = order = None
         rank_rng = stream(seed, "lengths", index)
         if self.conversations:
             session, turn = self.conversations.assign(arrival, stream(seed, "conversations", index))
-            u = self.conversations.growth.draw(session, turn, rank_rng)
-        else:
-            u = rank_rng.random(arrival.size)
+            order = self.conversations.growth.draw(session, turn, rank_rng)
         failing_rng = stream(seed, "failures", index)
-        failed = self.failures.draw(arrival, failing_rng)
+        length_rng = stream(seed, "responses", index)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
-        if self.lengths and isinstance(self.arrivals, Episodes) and self.arrivals.lengths and not self.conversations:
-            request, response = self.arrivals.lengths.draw(
-                episode, number, self.lengths, self.arrivals.freedom, stream(seed, "responses", index)
-            )
-        elif self.lengths:
-            request, response = self.lengths.draw(u, stream(seed, "responses", index))
+        if self.lengths and row is not None and self.arrivals.lengths:
+            request, response, failed = self.arrivals.lengths.draw(row, self.lengths, self.arrivals.freedom, length_rng, order)
+        else:
+            failed = self.failures.draw(arrival, failing_rng)
+            if self.lengths:
+                u = rank_rng.random(arrival.size) if order is None else order
+                request, response = self.lengths.draw(u, length_rng)
         if self.failures.request:
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
         response[failed] = 0
