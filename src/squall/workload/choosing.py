@@ -31,6 +31,9 @@ OFF = np.log([1.04, 1.04, 1.10])
 """How far the middle of the draws may be from the trace: mean, P90, P99 of the time in the queue."""
 SPREAD = np.log([1.10, 1.10, 1.30])
 """How far a draw may be from the middle (one standard deviation)."""
+COVERED = 1.5
+"""The middle of the draws is at most so many standard deviations of a draw from the trace, or ALMOST equal."""
+ALMOST = 0.003
 FREEDOMS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 DRAWS = 8
 SAMPLE = 30_000
@@ -53,7 +56,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.worst <= 1 and bool((self.spread <= SPREAD).all())
+        """Near the trace, spread no wider than allowed, and wide enough for the trace to be one of the draws."""
+        covered = np.abs(self.off) <= COVERED * self.spread + ALMOST
+        return self.worst <= 1 and bool((self.spread <= SPREAD).all()) and bool(covered.all())
 
     @property
     def words(self) -> str:

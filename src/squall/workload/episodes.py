@@ -11,7 +11,7 @@ it in three ways (a smoothed, weighted bootstrap in place):
 * **When.** Requests at one time stay together, and each such group moves by up to JITTER of the shorter of its two
   gaps, so that bursts, silences and the law of the gaps stay.
 * **How long.** The lengths of GROUP neighbouring requests are dealt anew among them, each drawn afresh inside its
-  class of (request, response) length (64 x 64, finer where the tokens are). Failures are dealt with them.
+  class of (request, response) length (at least 64 x 64, finer where the tokens are). Failures are dealt with them.
 
 The more freedom, the wider the draws spread, and the more they differ from the trace on average; fitting.py takes the
 largest freedom with which the trace still looks like one of the draws to a queue. Beyond its span the model goes on
@@ -36,7 +36,9 @@ JITTER = 0.45
 """A group of requests moves by at most so much of the shorter gap beside it."""
 MOST_CELLS = 600_000
 """A class with more requests than this is held in cells of several: one time for each cell."""
-FEWEST = 8
+WIDTH = 0.1
+"""Lengths of one class differ by at most about this factor, if they are not short."""
+_SHORT = 32  # tokens
 _CLASSES = 64  # length classes of the requests, and as many of the responses
 _CLASS_ROWS = 3  # requests that a length class needs
 _BLOCKS = 8
@@ -338,11 +340,15 @@ def _classes(
 def _borders(tokens: np.ndarray) -> np.ndarray:
     """Ranks that divide a sample into classes which hold equally much, counting half by requests and half by tokens.
 
-    Few long requests make much of the load, so they are told apart more finely than many short ones.
+    Few long requests make much of the load, so they are told apart more finely than many short ones, and no class of
+    long ones is much wider than WIDTH of their length.
     """
     classes = min(_CLASSES, max(1, tokens.size // _CLASS_ROWS))
     rank = np.arange(1, tokens.size + 1) / tokens.size
     volume = np.cumsum(np.sort(tokens), dtype=float)
     held = (rank + volume / volume[-1]) / 2 if volume[-1] > 0 else rank
     inner = np.interp(np.arange(1, classes) / classes, held, rank)
-    return np.unique(np.concatenate([[0.0], inner, [1.0]]))
+    value = np.sort(tokens)
+    step = np.floor(np.log(np.maximum(value, _SHORT)) / WIDTH)
+    wide = np.flatnonzero(np.diff(step) > 0)
+    return np.unique(np.concatenate([[0.0], inner, rank[wide], [1.0]]))

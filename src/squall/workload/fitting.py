@@ -13,13 +13,14 @@ from squall.trace import Trace, TraceSource, open_trace
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import RenewalFit, fit_renewal
 from squall.workload.conversations import fit_conversations
+from squall.workload.cascade import fit_cascade
 from squall.workload.choosing import Bench, freest, held_out
 from squall.workload.episodes import Episodes, fit_episodes
 from squall.workload.failures import fit_failures
 from squall.workload.lengths import fit_lengths, ks_distance, spearman
 from squall.workload.model import ClassFit, ClassModel, Workload, save_workload
 
-KINDS = ("auto", "episodes", "renewal")
+KINDS = ("auto", "episodes", "cascade", "renewal")
 FEWEST_WINDOWS = 6
 """A trace with fewer windows than this is fitted in smaller ones."""
 NO_BETTER = 0.05
@@ -119,7 +120,14 @@ def _fit_class(
         conversations=conversations,
         failures=fit_failures(arrival, failed, request[failed]),
     )
-    if kind != "renewal":
+    if kind == "cascade":
+        import msgspec
+
+        arrivals = fit_cascade(
+            arrival, answered, request, response, model.lengths, span, tick=tick, rng=rng, seed=seed
+        )
+        model, reason = msgspec.structs.replace(model, arrivals=arrivals), "cascade: asked for"
+    elif kind != "renewal":
         course = fit_episodes(arrival, answered, request, response, span, tick=tick, rng=rng)
         model, reason = _choose(kind, model, course, arrival, rows, span, window, tick, seed)
     else:

@@ -10,6 +10,7 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import stream
+from squall.workload.cascade import Cascade, Stretch
 from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
 from squall.workload.conversations import Conversations
 from squall.workload.episodes import Course, Episodes
@@ -17,7 +18,7 @@ from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
 
 VERSION = 1
-Arrivals = Renewal | Daily | Floods | Episodes
+Arrivals = Renewal | Daily | Floods | Episodes | Cascade
 
 
 class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,12 +73,14 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path | Course, seed: int, index: int) -> pl.DataFrame:
+    def draw(self, path: Path | Course | Stretch, seed: int, index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
         clock = stream(seed, "arrivals", index)
-        row = None
+        row = scores = None
         if isinstance(path, Course):
             arrival, row = self.arrivals.arrive(path, clock)
+        elif isinstance(path, Stretch):
+            arrival, *scores = self.arrivals.arrive(path, clock)
         else:
             arrival = renewal(path, clock)
         session = turn = order = None
@@ -92,7 +95,9 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
             request, response, failed = self.arrivals.lengths.draw(row, self.lengths, self.arrivals.freedom, length_rng, order)
         else:
             failed = self.failures.draw(arrival, failing_rng)
-            if self.lengths:
+            if self.lengths and scores is not None:
+                request, response = self.lengths.at(*_uniform(scores, order, length_rng))
+            elif self.lengths:
                 u = rank_rng.random(arrival.size) if order is None else order
                 request, response = self.lengths.draw(u, length_rng)
         if self.failures.request:
@@ -188,6 +193,23 @@ def read_workload(path: str | pathlib.Path) -> Workload:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error}); a workload model is what `squall fit` writes.") from None
+
+
+def _uniform(
+    scores: list[np.ndarray], order: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks inside (0, 1) in the order of the normal scores, so that the lengths' marginal law is exact.
+
+    In conversations (`order`) the request's rank follows both: what the burst is like, and where in its session it is.
+    """
+    from scipy.special import ndtri
+
+    from squall.workload.lengths import ranks
+
+    request, response = scores
+    if order is not None:
+        request = request + ndtri(np.clip(order, 1e-6, 1 - 1e-6)) * (request.std() or 1.0)
+    return ranks(request, rng), ranks(response, rng)
 
 
 def _nulls(size: int, dtype: Any) -> pl.Series:
