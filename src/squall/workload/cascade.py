@@ -1,7 +1,7 @@
 """Arrivals and lengths from a few numbers per time scale: a cascade that has never seen the hour it draws.
 
 Cut n gaps in halves, quarters, eighths, … by their number. The share of the time that the first half of a part takes is
-Beta(c, c) distributed, with a concentration c for every size m of a half. If gaps were independent and Gamma(alpha),
+Beta(c, c) distributed, with a odds c for every size m of a half. If gaps were independent and Gamma(alpha),
 c would be m alpha exactly (Lukacs, Ann. Math. Stat. 26, 1955): the cascade is the paper's renewal process with a burstiness
 of its own at every scale, and where c grows more slowly than m, dispersion grows with the scale. c is fitted by
 likelihood, apart for parts that are dense and sparse for their size, because a burst is smoother inside than a lull.
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 FEWEST = 64
 """A cascade is not fitted to fewer requests."""
-_DENSITIES = 3  # sparse, middling and dense parts
+_DENSITIES = 5  # kinds of parts, from dense to sparse
 _FEW_PARTS = 12  # fewer say nothing about a scale
-_LEAST, _MOST = 1e-3, 1e7  # of a concentration
-_GRID = np.geomspace(_LEAST, _MOST, 400)
+_OVERLAP = 8
+LEVELS = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0])
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,18 @@ class Scale(msgspec.Struct, frozen=True):
     """Requests of a half."""
     density: list[float]
     """Borders between sparse, middling and dense parts: log(mean gap of the part / mean gap of all), rising."""
-    concentration: list[float]
-    """c of dense, middling and sparse parts."""
-    request: float
-    """Variance of the effect on the request lengths' normal score that `size` neighbours share."""
-    response: float
-    """The same for the response's score given the request."""
+    odds: list[list[float]]
+    """Of parts from dense to sparse, the quantiles of |log odds| of the first half's share of the time, at LEVELS."""
+    effect: tuple[float, float]
+    """Variances of what `size` neighbours share of the two lengths' normal scores."""
     tilt: tuple[float, float]
-    """Slope of both scores' difference between the halves on the normal score of the first half's share of the time."""
+    """Slopes of the scores' differences between the halves on the rank of the first half's share of the time."""
 
     def __post_init__(self) -> None:
-        if self.size <= 0 or len(self.concentration) != len(self.density) + 1 or np.any(np.diff(self.density) < 0):
-            raise ValueError("a scale needs a size, and one concentration more than borders of density, which rise")
-        if min(self.concentration) <= 0 or self.request < 0 or self.response < 0:
-            raise ValueError("concentrations must be above 0 and variances not negative")
+        if self.size <= 0 or len(self.odds) != len(self.density) + 1 or np.any(np.diff(self.density) < 0):
+            raise ValueError("a scale needs a size, and one odds more than borders of density, which rise")
+        if min(self.effect) < 0:
+            raise ValueError("oddss must be above 0 and variances not negative")
 
 
 class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
@@ -89,12 +87,16 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
     """Seconds after which the slow rate repeats; null: there is none."""
     profile: list[float]
     """Rate in equal parts of the period, as a multiple of the mean."""
+    lead: str
+    """Which length the first score is of, "request" or "response"; the second is of the other one given the first."""
     scales: list[Scale]
     """From single gaps to half of the trace."""
 
     def __post_init__(self) -> None:
         if not self.span > 0 or not self.mean_rate > 0 or not self.scales:
             raise ValueError("span and mean_rate must be above 0, and there must be scales")
+        if self.lead not in ("request", "response"):
+            raise ValueError("lead must be request or response")
         if (self.period is None) != (not self.profile) or min(self.profile, default=1.0) < 0:
             raise ValueError("profile must have rates where there is a period, none negative")
         if self.tick is not None and self.tick <= 0:
@@ -145,13 +147,18 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
             held = np.diff(border)
             scale = self._scale(size / 2 ** (level + 1))
             thin = np.log(np.maximum(share * size / np.maximum(held, 1), 1e-300))
-            c = np.array(scale.concentration)[np.searchsorted(scale.density, thin)]
+            kind = np.searchsorted(scale.density, thin)
             first, second = np.diff(new)[::2], np.diff(new)[1::2]
-            left = _beta(c, rng)
+            u = rng.random(thin.size)
+            odds = np.empty(thin.size)
+            for number, law in enumerate(scale.odds):
+                odds[kind == number] = np.interp(u[kind == number], LEVELS, law)
+            side = np.where(rng.random(thin.size) < 0.5, 1.0, -1.0)
+            left = 1 / (1 + np.exp(-side * odds))
             left = np.where(first == 0, 0.0, np.where(second == 0, 1.0, left))
-            g = np.sqrt(8 * c + 4) * (left - 0.5)  # a normal score where c is large, bounded where it is small
+            g = side * u
             share = np.stack([share * left, share * (1 - left)], axis=1).ravel()
-            spread = np.sqrt([[scale.request], [scale.response]])
+            spread = np.sqrt(np.array(scale.effect))[:, None]
             tilt = np.array(scale.tilt)[:, None] / 2 * g
             both = np.stack([effect + tilt, effect - tilt], axis=2).reshape(2, -1)
             effect = both + spread * rng.standard_normal(both.shape)
@@ -169,10 +176,8 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
         at = np.log2(size)
         if at <= known[-1] + 0.5 or len(self.scales) < 3:
             return self.scales[int(np.argmin(np.abs(known - at)))]
-        last, before = self.scales[-1], self.scales[-3]
-        slope = np.log2(np.array(last.concentration) / np.array(before.concentration)).mean() / (known[-1] - known[-3])
-        growth = 2 ** (np.clip(slope, 0.0, 1.0) * (at - known[-1]))
-        return msgspec.structs.replace(last, size=size, concentration=[c * growth for c in last.concentration])
+        last = self.scales[-1]
+        return last
 
     def _warped(self, time: np.ndarray) -> np.ndarray:
         """Operational time: the integral of the profile from 0."""
@@ -204,6 +209,7 @@ def fit_cascade(
     span: float,
     *,
     tick: float | None,
+    sessions: bool,
     rng: np.random.Generator,
     seed: int,
 ) -> Cascade:
@@ -213,14 +219,23 @@ def fit_cascade(
 
     times = np.minimum(despread(arrivals, tick, seed), np.nextafter(span, 0)) if tick else arrivals
     period, profile = slow_rate(times, span)
-    empty = Cascade(span, times.size / span, tick, period, profile, [Scale(1.0, [], [1.0], 0.0, 0.0, (0.0, 0.0))])
+    empty = Cascade(span, times.size / span, tick, period, profile, "request", [Scale(1.0, [], [[0.0] * LEVELS.size], (0.0, 0.0), (0.0, 0.0))])
     warped = empty._warped(np.append(times, span))
     gaps = np.diff(warped)
     gaps = np.maximum(gaps, 1e-7 * gaps.mean())
     scores = np.zeros((2, times.size))
-    if law is not None and answered.sum() > 2:
-        scores[:, answered] = law.scores(request[answered], response[answered], rng)
-    return msgspec.structs.replace(empty, scales=_scales(gaps, scores))
+    if law is None or answered.sum() < 3:
+        return msgspec.structs.replace(empty, scales=_scales(gaps, scores))
+    scores[:, answered] = law.scores(request[answered], response[answered], rng)
+    found = _scales(gaps, scores)
+    if sessions:  # where in its session a request is says how long it is
+        return msgspec.structs.replace(empty, scales=found)
+    scores[:, answered] = law.reversed.scores(response[answered], request[answered], rng)
+    other = _scales(gaps, scores)
+    # That order which shows more of how lengths move with time: one length often follows the other.
+    moved = [sum(sum(scale.effect) for scale in some[2:]) for some in (found, other)]
+    lead, scales = ("request", found) if moved[0] >= moved[1] else ("response", other)
+    return msgspec.structs.replace(empty, lead=lead, scales=scales)
 
 
 def slow_rate(times: np.ndarray, span: float) -> tuple[float | None, list[float]]:
@@ -244,55 +259,59 @@ def slow_rate(times: np.ndarray, span: float) -> tuple[float | None, list[float]
 
 
 def _scales(gaps: np.ndarray, scores: np.ndarray) -> list[Scale]:
-    """Concentrations and length effects from single gaps upwards, while there are parts enough to tell."""
+    """The laws of the shares and the length effects, from single gaps up to a third of the trace."""
     mean = gaps.mean()
-    scales, before = [], (scores[:, 1:] - scores[:, :-1]).var(axis=1) / 2 if scores.shape[1] > 2 else np.zeros(2)
-    before = np.zeros(2)
-    part, score, size = gaps, scores, 1
-    while part.size >= 2 * _FEW_PARTS or not scales:
-        pairs = part.size // 2
-        left, right = part[: 2 * pairs : 2], part[1 : 2 * pairs : 2]
-        whole = left + right
+    time = np.concatenate([[0.0], np.cumsum(gaps)])
+    known = np.concatenate([np.zeros((2, 1)), np.cumsum(scores, axis=1)], axis=1)
+    scales, before, size = [], np.zeros(2), 1
+    while 3 * size <= gaps.size or not scales:
+        # Parts that overlap: few large ones say more that way.
+        begin = np.arange(0, gaps.size - 2 * size + 1, max(1, size // _OVERLAP))
+        cut, end = begin + size, begin + 2 * size
+        left, whole = time[cut] - time[begin], time[end] - time[begin]
         share = np.clip(left / whole, 1e-9, 1 - 1e-9)
         thin = np.log(whole / (2 * size) / mean)
-        kinds = int(np.clip(pairs // (4 * _FEW_PARTS), 1, _DENSITIES))
+        parts = gaps.size / (2 * size)  # that do not overlap
+        kinds = int(np.clip(parts // _FEW_PARTS, 1, _DENSITIES))
         border = np.quantile(thin, np.arange(1, kinds) / kinds)
         kind = np.searchsorted(border, thin)
-        c = [likeliest(share[kind == k]) if (kind == k).any() else likeliest(share) for k in range(kinds)]
-        g = np.sqrt(8 * np.array(c)[kind] + 4) * (share - 0.5)
-        apart = score[:, : 2 * pairs : 2] - score[:, 1 : 2 * pairs : 2]
+        laws = [_law(share[kind == k]) for k in range(kinds)]
+        g = _score(laws, kind, share)
+        apart = (2 * known[:, cut] - known[:, begin] - known[:, end]) / size
         tilt = (apart * g).mean(axis=1) / max(float((g**2).mean()), 1e-9)
-        # Three standard errors: less is chance.
-        tilt = np.where(np.abs(tilt) * np.sqrt(pairs) > 3 * apart.std(axis=1), tilt, 0.0)
-        differs = (apart - tilt[:, None] * g).var(axis=1) / 2
+        # Two standard errors: less is chance.
+        tilt = np.where(np.abs(tilt) * np.sqrt(parts) > 2 * apart.std(axis=1), tilt, 0.0)
+        differs = ((apart - tilt[:, None] * g) ** 2).mean(axis=1) / 2
         effect = np.maximum(differs - before / 2, 0.0)
         before = (apart**2).mean(axis=1) / 2
         scales.append(
             Scale(
                 float(size),
                 [float(f"{b:.4g}") for b in border],
-                [float(f"{x:.4g}") for x in c],
-                float(f"{effect[0]:.4g}"),
-                float(f"{effect[1]:.4g}"),
-                (float(f"{tilt[0]:.4g}"), float(f"{tilt[1]:.4g}")),
+                laws,
+                _pair(effect),
+                _pair(tilt),
             )
         )
-        part, size = whole, 2 * size
-        score = (score[:, : 2 * pairs : 2] + score[:, 1 : 2 * pairs : 2]) / 2
+        size *= 2
     return scales
 
 
-def likeliest(share: np.ndarray) -> float:
-    """The c of largest likelihood for shares from Beta(c, c): digamma(c) - digamma(2 c) = mean of log share, both ways."""
-    from scipy.special import digamma
-
-    goal = float(np.mean(np.log(share) + np.log1p(-share))) / 2
-    law = digamma(_GRID) - digamma(2 * _GRID)  # rises to -log 2
-    return float(np.exp(np.interp(goal, law, np.log(_GRID))))
+def _law(share: np.ndarray) -> list[float]:
+    """How uneven the halves are: quantiles of |log odds| of the share."""
+    odds = np.abs(np.log(share / (1 - share)))
+    return [float(f"{x:.4g}") for x in np.quantile(odds, LEVELS)]
 
 
-def _beta(c: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Beta(c, c) numbers; for c so small that both Gammas vanish, 0 or 1."""
-    a, b = rng.standard_gamma(c), rng.standard_gamma(c)
-    total = a + b
-    return np.where(total > 0, a / np.where(total > 0, total, 1.0), (rng.random(c.size) < 0.5).astype(float))
+def _score(laws: list[list[float]], kind: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Between -1 and 1: at which quantile of its law the share lies, and on which side of a half."""
+    odds = np.log(share / (1 - share))
+    rank = np.zeros(share.size)
+    for number, law in enumerate(laws):
+        some = kind == number
+        rank[some] = np.interp(np.abs(odds[some]), law, LEVELS)
+    return np.sign(odds) * rank
+
+
+def _pair(values: np.ndarray) -> tuple[float, float]:
+    return float(f"{values[0]:.4g}"), float(f"{values[1]:.4g}")

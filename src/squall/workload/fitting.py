@@ -124,8 +124,9 @@ def _fit_class(
         import msgspec
 
         arrivals = fit_cascade(
-            arrival, answered, request, response, model.lengths, span, tick=tick, rng=rng, seed=seed
-        )
+            arrival, answered, request, response, model.lengths, span,
+            tick=tick, sessions=conversations is not None, rng=rng, seed=seed,
+        )  # fmt: skip
         model, reason = msgspec.structs.replace(model, arrivals=arrivals), "cascade: asked for"
     elif kind != "renewal":
         course = fit_episodes(arrival, answered, request, response, span, tick=tick, rng=rng)

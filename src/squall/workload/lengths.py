@@ -137,6 +137,17 @@ class Lengths(msgspec.Struct, frozen=True):
         # An answered request has a response; 0 would read as failed.
         return np.rint(self.request.at(u)).astype(np.int32), np.maximum(np.rint(response), 1).astype(np.int32)
 
+    @property
+    def reversed(self) -> "Lengths":
+        """The same law with the parts of request and response exchanged."""
+        copula = self.copula
+        if isinstance(copula, GridCopula):
+            mass = np.array(copula.mass).T
+            mass = mass / np.maximum(mass.sum(1, keepdims=True), 1e-12)
+            mass[mass.sum(1) == 0] = 1 / mass.shape[1]
+            copula = GridCopula(mass.tolist())
+        return Lengths(self.response, self.request, copula)
+
     def scores(self, request: np.ndarray, response: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Normal scores (2, n) of requests and of responses given the requests; `at` of their ranks is the inverse."""
         from scipy.special import ndtri

@@ -96,7 +96,11 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
         else:
             failed = self.failures.draw(arrival, failing_rng)
             if self.lengths and scores is not None:
-                request, response = self.lengths.at(*_uniform(scores, order, length_rng))
+                u, w = _uniform(scores, order, length_rng)
+                if self.arrivals.lead == "request":
+                    request, response = self.lengths.at(u, w)
+                else:
+                    response, request = self.lengths.reversed.at(u, w)
             elif self.lengths:
                 u = rank_rng.random(arrival.size) if order is None else order
                 request, response = self.lengths.draw(u, length_rng)
