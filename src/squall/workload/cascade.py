@@ -233,7 +233,10 @@ def fit_cascade(
     scores[:, answered] = law.reversed.scores(response[answered], request[answered], rng)
     other = _scales(gaps, scores)
     # That order which shows more of how lengths move with time: one length often follows the other.
-    moved = [sum(sum(scale.effect) for scale in some[2:]) for some in (found, other)]
+    moved = [
+        sum(sum(scale.effect) + (scale.tilt[0] ** 2 + scale.tilt[1] ** 2) / 6 for scale in some[2:])
+        for some in (found, other)
+    ]
     lead, scales = ("request", found) if moved[0] >= moved[1] else ("response", other)
     return msgspec.structs.replace(empty, lead=lead, scales=scales)
 
