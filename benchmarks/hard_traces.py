@@ -45,7 +45,7 @@ def clumped(folder: Path) -> Trace:
 
 
 def clients(folder: Path) -> Trace:
-    """Azure's conversations by response length, dealt to twelve clients: four steady, eight in bursts that are alike."""
+    """Azure's conversations by response length, dealt to twelve clients: four steady, eight in bursts of like ones."""
     trace, rng = _conv(folder), stream(6, "clients")
     table, arrival = trace.table.sort("response_tokens"), np.empty(len(trace))
     for client, rows in enumerate(np.array_split(np.arange(len(trace)), 12)):
@@ -207,7 +207,9 @@ def cascade(folder: Path) -> Trace:
     for _ in range(15):
         share = 1 / (1 + np.exp(rng.normal(0, 0.55, load.size)))
         load = np.stack([load * share, load * (1 - share)], axis=1).ravel()
-    arrival = np.sort(np.interp(rng.random(rows), np.append(0, np.cumsum(load / load.sum())), np.linspace(0, HOUR, load.size + 1)))
+    arrival = np.sort(
+        np.interp(rng.random(rows), np.append(0, np.cumsum(load / load.sum())), np.linspace(0, HOUR, load.size + 1))
+    )
     return trace.replace(trace.table.head(rows).with_columns(arrival=pl.Series(arrival)), tick=None)
 
 

@@ -4,6 +4,7 @@ from squall.workload.drawing import bootstrap, generate, rescale, smooth
 from squall.workload.fitting import fit
 from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
 from squall.workload.profiles import PROFILES, profile
+from squall.workload.slots import burst_ramp
 
 __all__ = [
     "PROFILES",
@@ -11,6 +12,7 @@ __all__ = [
     "ClassModel",
     "Workload",
     "bootstrap",
+    "burst_ramp",
     "fit",
     "generate",
     "profile",

@@ -1,18 +1,19 @@
-"""Arrivals and lengths from a few numbers per time scale: a cascade that has never seen the hour it draws.
+"""Arrivals and lengths from some numbers per time scale: a cascade that has never seen the hour it draws.
 
-Cut n gaps in halves, quarters, eighths, … by their number. The share of the time that the first half of a part takes is
-Beta(c, c) distributed, with a odds c for every size m of a half. If gaps were independent and Gamma(alpha),
-c would be m alpha exactly (Lukacs, Ann. Math. Stat. 26, 1955): the cascade is the paper's renewal process with a burstiness
-of its own at every scale, and where c grows more slowly than m, dispersion grows with the scale. c is fitted by
-likelihood, apart for parts that are dense and sparse for their size, because a burst is smoother inside than a lull.
+Cut n gaps in halves, quarters, eighths, … by their number. The share of the time that the first half of a part takes
+has a law for every size m of a half (for independent Gamma(alpha) gaps it would be Beta(m alpha, m alpha), so this is
+the paper's renewal process with a burstiness of its own at every scale). The law is kept as quantiles of the |log odds|
+of the share, apart for parts that are dense and sparse for their size, because a burst is smoother inside than a lull.
+The cuts are taken as independent: a conservative multiplicative cascade (Mandelbrot, J. Fluid Mech. 62, 1974), in the
+number of requests instead of time, so that the finest cut says how single gaps divide.
 
-Lengths have effects in the same tree: a part of m neighbouring requests shares a normal score with the variance that the
-trace's Haar differences show at m, so that one client's burst has its own lengths; and the denser half of a part has
-longer or shorter requests, by a slope per scale. A slow rate by hour of day is taken out first where the span is two
-days or more (the cascade then runs in operational time). Nothing of the trace is kept but these numbers.
+Lengths have effects in the same tree: a part of m neighbours shares a normal score with the variance that the trace's
+Haar differences show at m, so that one client's burst has its own lengths; and the denser half of a part has longer or
+shorter requests, by a slope per scale. A slow rate by hour of day is taken out first where the span is two days or more
+(the cascade then runs in operational time). Nothing of the trace is kept but these numbers.
 
-Beyond the fitted size of the trace, c and the effects go on as over the last scales. A higher rate means more clients:
-`scaled(f)` superposes independent draws, the last one thinned, so that dispersion stays as it is and rates add up.
+Beyond a third of the trace, the laws go on as at the last scale. A higher rate means more clients: `scaled(f)`
+superposes independent draws, the last one thinned, so that dispersion stays about as it is and rates add up.
 """
 
 from dataclasses import dataclass, replace
@@ -176,8 +177,7 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
         at = np.log2(size)
         if at <= known[-1] + 0.5 or len(self.scales) < 3:
             return self.scales[int(np.argmin(np.abs(known - at)))]
-        last = self.scales[-1]
-        return last
+        return self.scales[-1]
 
     def _warped(self, time: np.ndarray) -> np.ndarray:
         """Operational time: the integral of the profile from 0."""
@@ -219,7 +219,15 @@ def fit_cascade(
 
     times = np.minimum(despread(arrivals, tick, seed), np.nextafter(span, 0)) if tick else arrivals
     period, profile = slow_rate(times, span)
-    empty = Cascade(span, times.size / span, tick, period, profile, "request", [Scale(1.0, [], [[0.0] * LEVELS.size], (0.0, 0.0), (0.0, 0.0))])
+    empty = Cascade(
+        span,
+        times.size / span,
+        tick,
+        period,
+        profile,
+        "request",
+        [Scale(1.0, [], [[0.0] * LEVELS.size], (0.0, 0.0), (0.0, 0.0))],
+    )
     warped = empty._warped(np.append(times, span))
     gaps = np.diff(warped)
     gaps = np.maximum(gaps, 1e-7 * gaps.mean())
@@ -266,7 +274,8 @@ def _scales(gaps: np.ndarray, scores: np.ndarray) -> list[Scale]:
     mean = gaps.mean()
     time = np.concatenate([[0.0], np.cumsum(gaps)])
     known = np.concatenate([np.zeros((2, 1)), np.cumsum(scores, axis=1)], axis=1)
-    scales, before, size = [], np.zeros(2), 1
+    scales: list[Scale] = []
+    before, size = np.zeros(2), 1
     while 3 * size <= gaps.size or not scales:
         # Parts that overlap: few large ones say more that way.
         begin = np.arange(0, gaps.size - 2 * size + 1, max(1, size // _OVERLAP))
@@ -278,7 +287,7 @@ def _scales(gaps: np.ndarray, scores: np.ndarray) -> list[Scale]:
         kinds = int(np.clip(parts // _FEW_PARTS, 1, _DENSITIES))
         border = np.quantile(thin, np.arange(1, kinds) / kinds)
         kind = np.searchsorted(border, thin)
-        laws = [_law(share[kind == k]) for k in range(kinds)]
+        laws = [_law(share[kind == k] if (kind == k).any() else share) for k in range(kinds)]
         g = _score(laws, kind, share)
         apart = (2 * known[:, cut] - known[:, begin] - known[:, end]) / size
         tilt = (apart * g).mean(axis=1) / max(float((g**2).mean()), 1e-9)

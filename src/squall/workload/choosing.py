@@ -19,10 +19,9 @@ import numpy as np
 import polars as pl
 
 from squall.seeds import stream
-from squall.workload.episodes import Course, Episodes
+from squall.workload.episodes import Episodes
 
 if TYPE_CHECKING:
-    from squall.workload.concurrency import Path
     from squall.workload.model import ClassModel
 
 LOADS = ((0.03, 0.2, 0.5, 0.8, 1.1), (0.5, 0.8, 1.1))
@@ -61,6 +60,11 @@ class Check:
         return self.worst <= 1 and bool((self.spread <= SPREAD).all()) and bool(covered.all())
 
     @property
+    def distance(self) -> float:
+        """Root mean square of bias and spread together, in units of what is allowed."""
+        return float(np.sqrt(((self.off / OFF) ** 2 + (self.spread / SPREAD) ** 2).mean()))
+
+    @property
     def words(self) -> str:
         """The largest difference of mean or P90, and of P99, as factors."""
         largest = np.exp(np.abs(self.off[:, :2]).max()), np.exp(np.abs(self.off[:, 2]).max())
@@ -80,24 +84,22 @@ class Bench:
         some = rows[self.rows]
         tokens = [some[name].to_numpy() for name in ("request_tokens", "response_tokens")]
         answered = ~some["failed"].to_numpy()
-        self.idle = not answered.any()
         self.per = (max(float(tokens[0][answered].sum()), 1.0), max(float(tokens[1][answered].sum()), 1.0))
         self.per = (self.per[0] / (self.end - self.begin), self.per[1] / (self.end - self.begin))
-        self.real = self._queued(arrival[self.rows] - self.begin, *tokens, answered)
+        self.real = self._queued(arrival[self.rows] - self.begin, tokens[0], tokens[1], answered)
 
     def check(self, model: "ClassModel", seed: int) -> Check:
         """Draws of `model` beside the trace. Sessions are left out: they order the requests, and cost time."""
         alone = msgspec.structs.replace(model, conversations=None)
         found = []
         for number in range(DRAWS):
-            path: Path | Course
-            if isinstance(model.arrivals, Episodes):
-                path = model.arrivals.some(self.rows, self.begin, self.end)
-            else:
-                path = model.arrivals.path(self.begin, self.end, seed + number)
+            kind, of = model.arrivals, (self.begin, self.end)
+            path = kind.some(self.rows, *of) if isinstance(kind, Episodes) else kind.path(*of, seed + number)
             drawn = alone.draw(path, seed + number, 0)
-            columns = (drawn[name].to_numpy() for name in ("arrival", "request_tokens", "response_tokens"))
-            found.append(self._queued(*columns, ~drawn["failed"].to_numpy()) - self.real)
+            arrival, request, response, failed = (
+                drawn[name].to_numpy() for name in ("arrival", "request_tokens", "response_tokens", "failed")
+            )
+            found.append(self._queued(arrival, request, response, ~failed) - self.real)
         return Check(np.median(found, axis=0), np.std(found, axis=0))
 
     def _queued(

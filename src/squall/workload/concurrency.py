@@ -37,7 +37,9 @@ class Path:
     rate: np.ndarray
     alpha: np.ndarray
     episode: np.ndarray | None = None
-    """Which episode of the fitted trace each piece belongs to, in models that have such (episodes.py)."""
+    """Which slot of the model each piece belongs to, in models that have such (slots.py)."""
+    gaps: str = "gamma"
+    """The law whose shape `alpha` is: gamma or weibull."""
 
     @property
     def expected(self) -> float:
@@ -46,12 +48,26 @@ class Path:
 
     def scaled(self, factor: float) -> "Path":
         """The same path at `factor` times the rate."""
-        return Path(self.edges, self.rate * factor, self.alpha, self.episode)
+        return Path(self.edges, self.rate * factor, self.alpha, self.episode, self.gaps)
 
 
 def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
     """Arrival times (sorted seconds) of the stationary renewal process along `path`."""
+    from scipy.special import gamma as factorial
     from scipy.special import gammainc, gammaincinv
+
+    # Gaps L of mean 1: Gamma(a)/a, or E^(1/a)/c with c = Gamma(1 + 1/a). Length-biased ones: L a ~ Gamma(a + 1), or
+    # (c L)^a ~ Gamma(1 + 1/a), so that both are powers of Gamma numbers.
+    weibull = path.gaps == "weibull"
+
+    def biased(a: float) -> tuple[float, float, float]:
+        """Shape of the Gamma number, and factor and exponent that make a length-biased gap of it."""
+        return (1 + 1 / a, 1 / factorial(1 + 1 / a), 1 / a) if weibull else (a + 1, 1 / a, 1.0)
+
+    def drawn(a: float, size: int) -> np.ndarray:
+        if weibull:
+            return rng.standard_exponential(size) ** (1 / a) / factorial(1 + 1 / a)
+        return rng.standard_gamma(a, size) / a
 
     # A path of one shape is one process: fewer, longer pieces are faster, and nothing happens at their borders.
     load = path.rate * np.diff(path.edges)
@@ -62,18 +78,21 @@ def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
         return np.empty(0)
     ends = np.append(operational[begins[1:]], operational[-1])
     shape = float(path.alpha[begins[0]])
-    length = rng.standard_gamma(shape + 1) / shape
+    order, factor, power = biased(shape)
+    length = factor * rng.standard_gamma(order) ** power
     due = operational[begins[0]] + rng.random() * length
     pieces = []
     for begin, end, alpha in zip(operational[begins], ends, path.alpha[begins].tolist(), strict=True):
         if alpha != shape:
-            rank = min(gammainc(shape + 1, shape * length), _ALMOST_SURE)
-            stretched = gammaincinv(alpha + 1, rank) / alpha
-            due = begin + (due - begin) * stretched / length
+            order, factor, power = biased(shape)
+            rank = min(gammainc(order, (length / factor) ** (1 / power)), _ALMOST_SURE)
+            order, factor, power = biased(alpha)
+            stretched = factor * gammaincinv(order, rank) ** power
+            due = begin + (due - begin) * stretched / max(length, 1e-300)
             length, shape = stretched, alpha
         while due < end:
-            count = int((end - due) + 3 * np.sqrt((end - due) / alpha)) + 8
-            times = due + np.concatenate([[0.0], np.cumsum(rng.standard_gamma(alpha, count) / alpha)])
+            count = int((end - due) + 3 * np.sqrt((end - due) / min(alpha, 1.0))) + 8
+            times = due + np.concatenate([[0.0], np.cumsum(drawn(alpha, count))])
             within = min(int(np.searchsorted(times, end)), count)
             pieces.append(times[:within])
             due = float(times[within])
@@ -289,7 +308,7 @@ def cut(path: Path, begin: float, end: float) -> Path:
     last = int(np.searchsorted(path.edges, end, side="left"))
     edges = np.clip(path.edges[first : last + 1], begin, end) - begin
     episode = None if path.episode is None else path.episode[first:last]
-    return Path(edges, path.rate[first:last], path.alpha[first:last], episode)
+    return Path(edges, path.rate[first:last], path.alpha[first:last], episode, path.gaps)
 
 
 def join(paths: list[Path]) -> Path:
@@ -301,6 +320,7 @@ def join(paths: list[Path]) -> Path:
         np.concatenate([path.rate for path in paths]),
         np.concatenate([path.alpha for path in paths]),
         np.concatenate(episodes) if episodes else None,
+        paths[0].gaps,
     )
 
 
@@ -326,8 +346,9 @@ def fit_renewal(
     slot = np.minimum((arrivals // window).astype(np.int64), windows - 1)
     rate = np.bincount(slot, minlength=windows) / np.diff(edges)
     alpha, distance = np.full(windows, np.nan), np.full(windows, np.nan)
-    if arrivals.size > 1:
-        fitted = gamma_windows(arrivals, window, method=method, seed=seed)
+    if arrivals.size > 2:  # fewer make no two gaps
+        # At an exact multiple of the window two ways of rounding down need not agree.
+        fitted = gamma_windows(arrivals * (1 - 1e-12), window, method=method, seed=seed)
         place = np.minimum(np.rint(fitted.start / window).astype(np.int64), windows - 1)
         alpha[place], distance[place] = fitted.alpha, fitted.ks
     known = alpha[np.isfinite(alpha)]

@@ -51,7 +51,7 @@ _OCTAVES = 8  # ratio of the sizes of the stretches that share a factor
 
 @dataclass(frozen=True)
 class Course:
-    """Requests of the fitted trace, in the order of the draw: indices, times (s from the draw's start), and a factor."""
+    """Requests of the fitted trace in the order of the draw: indices, times (s from the draw's start), and a factor."""
 
     row: np.ndarray
     time: np.ndarray
@@ -291,7 +291,7 @@ def fit_episodes(
     rng: np.random.Generator,
     freedom: float = 0.1,
 ) -> Episodes:
-    """The course of a class: sorted `arrivals` (s from 0, below `span`), which are `answered`, and lengths in tokens."""
+    """The course of a class: sorted `arrivals` (s from 0, below `span`), which were `answered`, lengths in tokens."""
     size = arrivals.size
     cell = -(-size // MOST_CELLS)
     gaps = np.diff(arrivals)

@@ -16,9 +16,11 @@ from squall.workload.conversations import Conversations
 from squall.workload.episodes import Course, Episodes
 from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
+from squall.workload.resampling import Blocks, Bootstrap
+from squall.workload.slots import Slots
 
 VERSION = 1
-Arrivals = Renewal | Daily | Floods | Episodes | Cascade
+Arrivals = Renewal | Daily | Floods | Slots | Episodes | Cascade | Bootstrap
 
 
 class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,38 +75,39 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path | Course | Stretch, seed: int, index: int) -> pl.DataFrame:
+    def draw(self, path: Path | Course | Stretch | Blocks, seed: int, *index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
-        clock = stream(seed, "arrivals", index)
-        row = scores = None
-        if isinstance(path, Course):
-            arrival, row = self.arrivals.arrive(path, clock)
-        elif isinstance(path, Stretch):
-            arrival, *scores = self.arrivals.arrive(path, clock)
+        law, kind = self.lengths, self.arrivals
+        clock, length_rng = stream(seed, "arrivals", *index), stream(seed, "responses", *index)
+        failing_rng = stream(seed, "failures", *index)
+        failed = None
+        drawn: Any = None
+        if isinstance(kind, Renewal | Daily | Floods | Slots):
+            arrival = renewal(path, clock)  # type: ignore[arg-type]
         else:
-            arrival = renewal(path, clock)
+            arrival, *drawn = kind.arrive(path, clock)  # type: ignore[arg-type]
         session = turn = order = None
-        rank_rng = stream(seed, "lengths", index)
         if self.conversations:
-            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", index))
-            order = self.conversations.growth.draw(session, turn, rank_rng)
-        failing_rng = stream(seed, "failures", index)
-        length_rng = stream(seed, "responses", index)
+            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", *index))
+            order = self.conversations.growth.draw(session, turn, stream(seed, "lengths", *index))
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
-        if self.lengths and row is not None and self.arrivals.lengths:
-            request, response, failed = self.arrivals.lengths.draw(row, self.lengths, self.arrivals.freedom, length_rng, order)
-        else:
+        if isinstance(kind, Bootstrap):
+            request, response = (np.array(tokens, np.int32)[drawn[0]] for tokens in (kind.request, kind.response))
+            failed = response == 0
+        elif isinstance(kind, Episodes) and kind.lengths and law:
+            request, response, failed = kind.lengths.draw(drawn[0], law, kind.freedom, length_rng, order)
+        elif isinstance(kind, Cascade) and law:
+            u, w = _uniform(drawn, order, length_rng)
+            leads = kind.lead == "request"
+            request, response = law.at(u, w) if leads else law.reversed.at(u, w)[::-1]
+        elif isinstance(kind, Slots) and kind.theta and law:
+            request, response = kind.lengths(arrival, path, law, length_rng)  # type: ignore[arg-type]
+        elif law:
+            u = stream(seed, "lengths", *index).random(arrival.size) if order is None else order
+            request, response = law.draw(u, length_rng)
+        if failed is None:
             failed = self.failures.draw(arrival, failing_rng)
-            if self.lengths and scores is not None:
-                u, w = _uniform(scores, order, length_rng)
-                if self.arrivals.lead == "request":
-                    request, response = self.lengths.at(u, w)
-                else:
-                    response, request = self.lengths.reversed.at(u, w)
-            elif self.lengths:
-                u = rank_rng.random(arrival.size) if order is None else order
-                request, response = self.lengths.draw(u, length_rng)
-        if self.failures.request:
+        if self.failures.request and not isinstance(kind, Bootstrap):
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
         response[failed] = 0
         return pl.DataFrame(
@@ -124,7 +127,10 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload", tag_field="type"):
-    """What is needed to draw traces like one that was seen: parameters, and for `episodes` counts; no row of it."""
+    """What is needed to draw traces like one that was seen.
+
+    Parameters; for `episodes` the times and length classes of its requests; for `bootstrap` its rows.
+    """
 
     version: int = VERSION
     source: str
