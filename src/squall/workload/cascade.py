@@ -261,9 +261,12 @@ def slow_rate(times: np.ndarray, span: float) -> tuple[float | None, list[float]
     # How often each hour of the period lies in the span: the last cycle may be cut.
     seen = np.floor(cycles) + np.clip((span - np.floor(cycles) * period - edges[:-1]) / HOUR, 0, 1)
     rate = (counts + 0.5) / np.maximum(seen, 1e-3)
-    # An hour that few cycles saw is known no better than its counts vary: it is drawn towards the mean.
-    busy = np.bincount((times // HOUR).astype(int))
-    dispersion = max(1.0, float(busy.var() / max(busy.mean(), 1e-9)))
+    # An hour is known no better than its counts differ from cycle to cycle: it is drawn towards the mean.
+    whole = int(cycles)
+    by_cycle = np.bincount((times // HOUR).astype(int), minlength=whole * parts)[: whole * parts].reshape(whole, parts)
+    # A single whole cycle says nothing about that; half of what one saw is kept.
+    differs = by_cycle.var(axis=0, ddof=1).mean() / max(by_cycle.mean(), 1e-9) if whole > 1 else counts.mean()
+    dispersion = max(1.0, float(differs))
     weight = counts / (counts + dispersion)
     rate = weight * rate + (1 - weight) * rate.mean()
     return period, [float(f"{r:.5g}") for r in rate / rate.mean()]
