@@ -32,7 +32,7 @@ class RenewalProcess:
     def along(self, path: "Path", law: np.ndarray | None = None) -> np.ndarray:
         """Arrival times (sorted, on the path's clock) along `path`, which follows the path of the last call.
 
-        `law` says for each piece of the path whether it is GAMMA (which all are by default) or WEIBULL.
+        `law` says for each piece of the path whether it is GAMMA or WEIBULL; by default all have the path's law.
         """
         from squall.workload.compiled import renew
 
@@ -41,6 +41,8 @@ class RenewalProcess:
         loaded = load > 0
         # A path of one law is one process: nothing happens at the borders between its pieces.
         change = np.diff(np.where(loaded, path.alpha, np.nan), prepend=np.nan) != 0
+        if law is None and path.gaps == "weibull":
+            law = np.full(load.size, WEIBULL)
         if law is not None:
             change |= np.diff(law, prepend=-1) != 0
         begins = np.flatnonzero(change & loaded)
@@ -87,6 +89,8 @@ def parts(path: "Path", most: float) -> Iterator["Path"]:
     begin, first = float(path.edges[0]), 0
     for time, window in zip(times.tolist(), at.tolist(), strict=True):
         edges = np.concatenate([[begin], path.edges[first + 1 : window + 1], [time]])
-        yield Path(edges, path.rate[first : window + 1], path.alpha[first : window + 1])
+        yield Path(edges, path.rate[first : window + 1], path.alpha[first : window + 1], gaps=path.gaps)
         begin, first = time, window
-    yield Path(np.concatenate([[begin], path.edges[first + 1 :]]), path.rate[first:], path.alpha[first:])
+    yield Path(
+        np.concatenate([[begin], path.edges[first + 1 :]]), path.rate[first:], path.alpha[first:], gaps=path.gaps
+    )
