@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Verb -> the room that holds its function. A verb named like its room is that room, which is callable (see verb.py).
 _VERBS = {
     "calibrate": "simulate.calibrate",
+    "capacity": "capacity",
     "characterize": "characterize",
     "compare": "compare",
     "convert": "trace",
