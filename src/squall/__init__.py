@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "calibrate": "simulate.calibrate",
     "capture": "capture",
+    "capacity": "capacity",
     "characterize": "characterize",
     "compare": "compare",
     "convert": "trace",

@@ -18,7 +18,7 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.run.files import read_run
-from squall.run.metrics import latencies, per_request
+from squall.run.metrics import latencies, per_request, requests_that_met
 from squall.run.resampling import (
     CELLS,
     FEWEST_BLOCKS,
@@ -251,22 +251,12 @@ class _View:
         self.cells = int(self.cell[-1]) + 1
         self.size = len(requests)
         self.ok = self.column["ok"].astype(bool)
-        self.met = self._met(limits) if limits else None
+        self.met = requests_that_met(self.column, limits) if limits else None
         scheduled, ended = self.column["scheduled"], np.fmax(self.column["ended"], self.column["end"])
         self.begin = float(np.nanmin(scheduled))
         self.ended = ended
         self._known: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.span = float(np.nanmax(ended)) - self.begin if np.isfinite(ended).any() else 0.0
-
-    def _met(self, limits: SLO) -> np.ndarray:
-        it = self.column
-        met = self.ok & np.isfinite(it["ttft"])
-        for limit, name in ((limits.ttft, "ttft"), (limits.e2e, "e2e")):
-            if limit is not None:
-                met &= it[name] <= limit
-        if limits.tpot is not None:
-            met &= (it["tpot"] <= limits.tpot) | (it["tokens"] == 1)
-        return met
 
     def exact(self, name: str) -> tuple[float | None, int]:
         """The metric as `squall metrics` gives it, and how many values it rests on."""

@@ -21,6 +21,7 @@ VERBS = {
     "fidelity": ("How alike two traces are, statistically and downstream.", "Workloads"),
     "replay": ("Send a trace to a live endpoint, open loop.", "Experiments"),
     "simulate": ("Run a trace through a modelled cluster.", "Experiments"),
+    "capacity": ("The highest load that still meets an SLO, on a server or a modelled cluster.", "Experiments"),
     "calibrate": ("Fit the simulator's step time to a recorded run.", "Experiments"),
     "capture": ("Record live traffic through a proxy: times, tokens, outcomes, no content.", "Experiments"),
     "local": ("Start a real llama.cpp server with a small model on this machine.", "Experiments"),

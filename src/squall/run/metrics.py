@@ -328,16 +328,18 @@ def latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
 
 
 def _met(latency: dict[str, np.ndarray], slo: SLO | None, ttft: str, e2e: str) -> int | None:
-    """How many requests succeeded with a token and within all limits. One token has no gaps and so meets any TPOT."""
-    if slo is None:
-        return None
+    return None if slo is None else int(requests_that_met(latency, slo, ttft, e2e).sum())
+
+
+def requests_that_met(latency: dict[str, np.ndarray], slo: SLO, ttft: str = "ttft", e2e: str = "e2e") -> np.ndarray:
+    """Which requests succeeded with a token and within all limits. One token has no gaps and so meets any TPOT."""
     met = latency["ok"] & np.isfinite(latency["ttft"])
     for limit, values in ((slo.ttft, latency[ttft]), (slo.e2e, latency[e2e])):
         if limit is not None:
             met &= values <= limit
     if slo.tpot is not None:
         met &= (latency["tpot"] <= slo.tpot) | (latency["tokens"] == 1)
-    return int(met.sum())
+    return met
 
 
 class _Gaps(msgspec.Struct, frozen=True):
