@@ -10,7 +10,6 @@ import polars as pl
 from squall.trace.catalogue import known_by_file_name, known_by_hash
 from squall.trace.files import examine, memory_needed
 from squall.trace.formats import Finding, Parsed, Severity, finding_at
-from squall.trace.formats.rows import session_kind
 from squall.units import in_words
 
 LONG_REQUEST = 1_000_000
@@ -85,13 +84,13 @@ class _Checks:
         self._whole_seconds = True
         self._prefixes = False
         self._sessions = _Sessions()
-        self._names: pl.Series | None = None
+        self._kinds: set[str] = set()
 
     def see(self, parsed: Parsed, *, last: bool = False) -> None:
         """Look at the next block; `last` says that no other follows."""
         for finding in parsed.findings:
             self._add(finding)
-        self._names = parsed.session_names if self._names is None else self._names
+        self._kinds |= {parsed.session_kind} if parsed.session_kind else set()
         table = parsed.columns
         if parsed.total_tokens is not None:
             table = table.with_columns(parsed.total_tokens.alias("total"))
@@ -124,7 +123,7 @@ class _Checks:
                 finding = msgspec.structs.replace(finding, message=message)
             found.append(finding)
         if self.rows:
-            found += self._sessions.findings(self._names, self.rows, self.last or 0.0)
+            found += self._sessions.findings(self._kinds, self.rows, self.last or 0.0)
             if not self._prefixes:
                 message = "no block hashes of the prompts: prefix reuse can at most be bounded"
                 found.append(_whole("info", "no-prefixes", message))
@@ -250,12 +249,12 @@ class _Sessions:
         self._last[session[order][ends]] = times[order][ends]
         return mask.scatter(rows.gather(pl.Series(fell).arg_true()), True)
 
-    def findings(self, names: pl.Series | None, rows: int, end: float) -> list[Finding]:
+    def findings(self, kinds_seen: set[str], rows: int, end: float) -> list[Finding]:
         """What kind of names the sessions have, and how many the file's edges may cut."""
         known = ~np.isnan(self._first)
-        if names is None or not known.any():
+        if not kinds_seen or not known.any():
             return []
-        kind = session_kind(names) or "text"
+        kind = next(iter(kinds_seen)) if len(kinds_seen) == 1 else "text"
         kinds = {"uuid": "UUIDs", "number": "numbers", "text": "text"}
         share = f"{self._on_rows / rows:.1%} of the rows"
         message = f"{int(known.sum()):,} sessions named by {kinds[kind]}, on {share}"
