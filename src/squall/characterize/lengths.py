@@ -362,6 +362,17 @@ def _zipf(values: np.ndarray, counts: np.ndarray) -> Zipf:
     return Zipf(theta=theta, max=longest, ks=ks, aic=4 + 2 * float(total) * (theta * log_mean + log_sum(theta)))
 
 
+def zipf_exponent(lengths: np.ndarray, longest: int) -> float:
+    """The likeliest theta of P(L = k) proportional to k^-theta, 1 <= k <= `longest`, for lengths above 0."""
+    goal, step, ends = float(np.log(lengths).mean()), 1e-5, np.array([longest])
+
+    def excess(theta: float) -> float:
+        above, below = (float(np.log(harmonic(at, ends)[0])) for at in (theta + step, theta - step))
+        return goal + (above - below) / (2 * step)
+
+    return _root(excess, -10, 50)
+
+
 def _root(increasing: Callable[[float], float], low: float, high: float) -> float:
     """Where `increasing` crosses 0, by bisection; the nearer end if it does so outside [low, high]."""
     for _ in range(60):

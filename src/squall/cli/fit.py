@@ -18,6 +18,14 @@ def fit(
     kind: str = "auto",
     window: str = "20m",
     method: str = "moments",
+    gaps: str = "gamma",
+    zipf: Annotated[bool, Parameter(negative="")] = False,
+    day: str | None = None,
+    average: str | None = None,
+    playback: str | None = None,
+    warm_up: int | None = None,
+    warm_up_rate: float | None = None,
+    block: str | None = None,
     select: Select = TraceOptions(),
     output: Output = Output(),
 ) -> int:
@@ -30,16 +38,50 @@ def fit(
     out
         The model's JSON file.
     kind
-        What the arrivals are made of: renewal (rate and Gamma shape per window), episodes (the trace's own course,
-        with lengths that move with it), or auto, which takes for each class what predicts held-out arrivals better.
+        What the arrivals are made of: episodes (the trace's own course, loosened), cascade (some numbers per time
+        scale, to go beyond the trace), renewal (rate and shape of the gaps per window, as in the BurstGPT paper),
+        bootstrap (the trace's rows in blocks), or auto: episodes, unless windows predict held-out arrivals better and
+        a simulated queue does not tell their draws from the trace.
     window
         Length of the windows in which rate and shape are fitted; a short trace takes a smaller one and says so.
     method
-        Estimator of the Gamma shapes: moments or mle.
+        Estimator of the shapes in windows: moments or mle.
+    gaps
+        Law of the gaps in windows: gamma, weibull, or auto, the likelier one. This and the following, down to
+        warm-up-rate, need --kind renewal.
+    zipf
+        Request lengths follow Zipf(theta(t)), theta fitted in each window, as in the paper.
+    day
+        One representative working day of the windows in these hours from midnight, such as 8h:25h.
+    average
+        How days become one: pooled (their gaps together) or parameters (mean shape and rate parameter, as published).
+    playback
+        Play each window for so long, such as 60s for the authors' 20 minutes.
+    warm_up
+        So many requests first, with Gamma gaps of shape 0.5 (the authors take 1000).
+    warm_up_rate
+        Their rate in requests/s; 1 if not given.
+    block
+        Length of the bootstrap's blocks, such as 30s, or auto: the one whose draws a queue tells apart least.
     """
     from squall.workload import fit as run
 
-    workload = run(trace, out=out, kind=kind, window=window, method=method, **as_options(select))  # type: ignore[arg-type]
+    workload = run(
+        trace,
+        out=out,
+        kind=kind,
+        window=window,
+        method=method,  # type: ignore[arg-type]
+        gaps=gaps,  # type: ignore[arg-type]
+        zipf=zipf,
+        day=day,
+        average=average,  # type: ignore[arg-type]
+        playback=playback,
+        warm_up=warm_up,
+        warm_up_rate=warm_up_rate,
+        block=block,
+        **as_options(select),
+    )
     if output.json:
         print_json(summary(workload, out))
     else:

@@ -5,6 +5,7 @@ from squall.workload.drawing import generate, generate_file, rescale
 from squall.workload.fitting import fit
 from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
 from squall.workload.profiles import PROFILES, profile
+from squall.workload.slots import burst_ramp
 
 __all__ = [
     "PROFILES",
@@ -12,6 +13,7 @@ __all__ = [
     "ClassModel",
     "Workload",
     "bootstrap",
+    "burst_ramp",
     "fit",
     "generate",
     "generate_file",

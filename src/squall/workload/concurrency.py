@@ -36,7 +36,9 @@ class Path:
     rate: np.ndarray
     alpha: np.ndarray
     episode: np.ndarray | None = None
-    """Which episode of the fitted trace each piece belongs to, in models that have such (episodes.py)."""
+    """Which slot of the model each piece belongs to, in models that have such (slots.py)."""
+    gaps: str = "gamma"
+    """The law whose shape `alpha` is: gamma or weibull."""
 
     @property
     def expected(self) -> float:
@@ -45,7 +47,7 @@ class Path:
 
     def scaled(self, factor: float) -> "Path":
         """The same path at `factor` times the rate."""
-        return Path(self.edges, self.rate * factor, self.alpha, self.episode)
+        return Path(self.edges, self.rate * factor, self.alpha, self.episode, self.gaps)
 
 
 def renewal(path: Path, rng: np.random.Generator) -> np.ndarray:
@@ -258,7 +260,7 @@ def cut(path: Path, begin: float, end: float) -> Path:
     last = int(np.searchsorted(path.edges, end, side="left"))
     edges = np.clip(path.edges[first : last + 1], begin, end) - begin
     episode = None if path.episode is None else path.episode[first:last]
-    return Path(edges, path.rate[first:last], path.alpha[first:last], episode)
+    return Path(edges, path.rate[first:last], path.alpha[first:last], episode, path.gaps)
 
 
 def join(paths: list[Path]) -> Path:
@@ -270,6 +272,7 @@ def join(paths: list[Path]) -> Path:
         np.concatenate([path.rate for path in paths]),
         np.concatenate([path.alpha for path in paths]),
         np.concatenate(episodes) if episodes else None,
+        paths[0].gaps,
     )
 
 
@@ -295,8 +298,9 @@ def fit_renewal(
     slot = np.minimum((arrivals // window).astype(np.int64), windows - 1)
     rate = np.bincount(slot, minlength=windows) / np.diff(edges)
     alpha, distance = np.full(windows, np.nan), np.full(windows, np.nan)
-    if arrivals.size > 1:
-        fitted = gamma_windows(arrivals, window, method=method, seed=seed)
+    if arrivals.size > 2:  # fewer make no two gaps
+        # At an exact multiple of the window two ways of rounding down need not agree.
+        fitted = gamma_windows(arrivals * (1 - 1e-12), window, method=method, seed=seed)
         place = np.minimum(np.rint(fitted.start / window).astype(np.int64), windows - 1)
         alpha[place], distance[place] = fitted.alpha, fitted.ks
     known = alpha[np.isfinite(alpha)]

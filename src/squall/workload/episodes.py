@@ -1,153 +1,189 @@
-"""A trace's own course: when each 32 requests came and how long they were, with chance only inside such a stretch.
+"""A trace's own course, loosened: what came when and how long it was, with as much left to chance as it bears.
 
 A tail latency of an hour hangs on one or two episodes of it, so a draw that is to lead to the same conclusions must
-have them: the same requests of the same kind in the same stretch of time. An *episode* is a stretch that held EPISODE
-requests. A draw puts as many there, at new times, and draws their lengths from those that the episode held, each first
-put into one of 64 x 64 length classes and drawn anew inside its class. `freedom` loosens this: that share of the
-requests is left to chance, in number (Poisson) and in kind (any of the episode's).
+have them, down to the milliseconds between the requests of one burst. So a draw takes the recorded course and loosens
+it in three ways (a smoothed, weighted bootstrap in place):
 
-Inside, arrivals follow a multiplicative cascade. The span is halved again and again; the left half of a part gets the
-share theta of the part's load, a priori Beta(c/2, c/2) with a concentration c per level of halving, which says how
-uneven load is at that time scale. c maximises the likelihood of the trace's counts, which are beta-binomial in it. A
-draw takes each theta from its posterior Beta(n_left + c/2, n_right + c/2): a rate path that could have produced the
-trace (the multiscale model of Kolaczyk, JASA 94, 1999, and of Timmermann and Nowak, IEEE Trans. Inf. Theory 45, 1999).
-Its law has the trace's dispersion at every scale, and counts carry no Poisson noise twice, as they would if the
-trace's own rate per window were drawn from again.
+* **How many.** Each request comes floor(w + U) times, U uniform and w a weight with mean 1: the product of lognormal
+  factors that stretches of 1, 8, 64, 512, … requests share. The variance of the factors is `freedom` times what the
+  trace's own counts have at that scale, IDC(b / rate) / b for stretches of b requests: a trace that is bursty over
+  minutes is loosened over minutes, and dispersion grows by `freedom` of itself at most, at every scale.
+* **When.** Requests at one time stay together, and each such group moves by up to JITTER of the shorter of its two
+  gaps, so that bursts, silences and the law of the gaps stay.
+* **How long.** The lengths of GROUP neighbouring requests are dealt anew among them, each drawn afresh inside its
+  class of (request, response) length (at least 64 x 64, finer where the tokens are). Failures are dealt with them.
 
-What such a model holds is the trace at a coarser grain: counts and length classes, not rows, but little less. Beyond
-its span it goes on with randomly chosen eighths of it, or by the clock if it spans a day, with a new course for each.
+The more freedom, the wider the draws spread, and the more they differ from the trace on average; fitting.py takes the
+largest freedom with which the trace still looks like one of the draws to a queue. Beyond its span the model goes on
+with randomly chosen eighths of it, or by the clock if it spans a day. What it holds is the trace at a coarser grain.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import numpy as np
 
 from squall.seeds import stream
-from squall.workload.concurrency import DAY, Path, cut, join, whole_period
+from squall.workload.concurrency import DAY, whole_period
 
 if TYPE_CHECKING:
     from squall.workload.lengths import Lengths
 
-EPISODE = 32
-"""Requests of an episode."""
-FREEDOM = 0.015
-"""Share of the requests that is left to chance: little, so that a server near saturation sees the same course."""
-MOST_REQUESTS = 1_000_000
-"""A class with more requests than this is not kept at so fine a grain."""
+GROUP = 8
+"""Requests whose lengths are dealt anew among them."""
+JITTER = 0.45
+"""A group of requests moves by at most so much of the shorter gap beside it."""
+MOST_CELLS = 600_000
+"""A class with more requests than this is held in cells of several: one time for each cell."""
+WIDTH = 0.1
+"""Lengths of one class differ by at most about this factor, if they are not short."""
+_SHORT = 32  # tokens
 _CLASSES = 64  # length classes of the requests, and as many of the responses
+_CLASS_ROWS = 3  # requests that a length class needs
 _BLOCKS = 8
-_DEEPEST = 20  # halvings: 2^20 leaves
-_CONCENTRATIONS = 2.0 ** np.arange(-6, 15, 0.5)
+_KINDS = 8  # of a cut's parts, by their density
+_NODES = 32  # parts that a kind needs
+_SAME_TICK = 1e-4
+_COURSE = 64  # parts at which a cut has half the freedom
+_OCTAVES = 8  # ratio of the sizes of the stretches that share a factor
 
 
-class LengthsByEpisode(msgspec.Struct, frozen=True):
-    """Which classes of (request, response) length the answered requests of each episode were in."""
+@dataclass(frozen=True)
+class Course:
+    """Requests of the fitted trace in the order of the draw: indices, times (s from the draw's start), and a factor."""
+
+    row: np.ndarray
+    time: np.ndarray
+    span: float
+    factor: float = 1.0
+
+    @property
+    def expected(self) -> float:
+        """Expected number of arrivals."""
+        return float(self.row.size * self.factor)
+
+    def scaled(self, factor: float) -> Self:
+        """The same course at `factor` times the rate."""
+        return replace(self, factor=self.factor * factor)
+
+
+class LengthClasses(msgspec.Struct, frozen=True):
+    """Which class of (request, response) length each request was in, in groups of GROUP whose order is not kept."""
 
     request: list[float]
-    """Ranks (0 … 1, of all requests of the class) that divide the classes of request lengths."""
+    """Ranks (0 … 1, of all answered requests of the class) that divide the classes of request lengths."""
     response: list[float]
-    size: list[int]
-    """Answered requests of each episode."""
     code: list[int]
-    """Their length classes, request class x number of response classes + response class, sorted inside an episode."""
+    """Request class x number of response classes + response class, sorted inside a group; -1: the request failed."""
 
     def __post_init__(self) -> None:
         classes = (len(self.request) - 1) * (len(self.response) - 1)
         for border in (self.request, self.response):
             if len(border) < 2 or border[0] != 0 or border[-1] != 1 or np.any(np.diff(border) <= 0):
                 raise ValueError("the borders of the length classes must rise from 0 to 1")
-        if sum(self.size) != len(self.code) or not self.code or min(self.size) < 0:
-            raise ValueError("size must say how many entries of code belong to each episode")
-        if min(self.code) < 0 or max(self.code) >= classes:
+        if not self.code or min(self.code) < -1 or max(self.code) >= classes:
             raise ValueError("code names a length class that is not there")
 
     def draw(
-        self, episode: np.ndarray, number: np.ndarray, law: "Lengths", freedom: float, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Request and response tokens for stretches with `number[i]` requests in `episode[i]`, in their order."""
-        size = np.array(self.size)
-        filled = np.flatnonzero(size)
-        # An episode in which every request failed has the lengths of the next one that has any.
-        episode = filled[np.minimum(np.searchsorted(filled, episode), filled.size - 1)]
-        begin = (np.cumsum(size) - size)[episode]
-        total = int(number.sum())
-        run = np.repeat(np.arange(number.size), number)
-        place = np.empty(total, np.int64)
-        place[np.argsort(run + rng.random(total))] = np.arange(total)
-        place -= (np.cumsum(number) - number)[run]
-        # Each of the episode's lengths once, in random order; evenly spaced ones of them if fewer are needed, or again.
-        share = (place + rng.random(number.size)[run]) / number[run]
-        free = rng.random(total) < freedom
-        share[free] = rng.random(int(free.sum()))
-        held = size[episode][run]
-        code = np.array(self.code)[begin[run] + np.minimum((share * held).astype(np.int64), held - 1)]
+        self, row: np.ndarray, law: "Lengths", freedom: float, rng: np.random.Generator, order: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Request and response tokens, and which fail, of the fitted requests `row`, dealt anew inside each group.
+
+        `order` (0 to 1) says which of a group's requests should be long; without it chance does.
+        """
+        # A request now and then is one of its neighbours instead.
+        free = np.flatnonzero(rng.random(row.size) < freedom**0.5)
+        row = row.copy()
+        near = row[free] + np.rint(rng.laplace(0, GROUP, free.size)).astype(np.int64)
+        row[free] = np.abs(near) % len(self.code)
+        code = np.array(self.code)[row]
+        failed = code < 0
+        if order is not None:
+            code = _in_order(code, row, order)
+        known = np.where(failed, 0, code)
         classes = len(self.response) - 1
         ranks = []
-        for border, inside in ((self.request, code // classes), (self.response, code % classes)):
+        for border, inside in ((self.request, known // classes), (self.response, known % classes)):
             edges = np.array(border)
-            ranks.append(edges[inside] + rng.random(total) * np.diff(edges)[inside])
+            ranks.append(edges[inside] + rng.random(row.size) * np.diff(edges)[inside])
         request, response = np.rint(law.request.at(ranks[0])), np.rint(law.response.at(ranks[1]))
-        return request.astype(np.int32), np.maximum(response, 1).astype(np.int32)
+        return request.astype(np.int32), np.maximum(response, 1).astype(np.int32), failed
 
 
 class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
-    """The course of one class: its episodes, and the cascade inside them."""
+    """The course of one class: its requests' times and length classes, and how far a draw may leave it."""
 
     span: float
     """Fitted seconds."""
     period: float
     """Beyond a span of a day or more, t takes the course of t mod `period`."""
     freedom: float
-    """Share of the requests whose number and lengths are left to chance."""
+    """Variance of the counts that is left to chance, as a part of the trace's own, at every scale."""
     tick: float | None
     """Arrivals are recorded at multiples of so many seconds, as those of the trace were; null: they are not."""
-    border: list[float]
-    """Episode e is the time from border[e] to border[e + 1] (s)."""
-    count: list[int]
-    """Requests of each episode."""
-    leaf: list[int]
-    """Requests in each of the equal parts into which the halving divides the span."""
-    concentration: list[float]
-    """c of the halves, quarters, eighths, …"""
-    lengths: LengthsByEpisode | None
-    """null: lengths do not depend on the time."""
+    requests: int
+    cell: int
+    """Requests of a cell; the last one may hold fewer."""
+    time: list[float]
+    """When each cell begins (s): its first request."""
+    last: list[float]
+    """When each cell's last request came; empty if a cell is one request."""
+    lengths: LengthClasses | None
+    """null: no request of the class was answered."""
 
     def __post_init__(self) -> None:
-        if not self.count or len(self.border) != len(self.count) + 1 or np.any(np.diff(self.border) <= 0):
-            raise ValueError("border must rise, and have one entry more than count")
-        if self.border[0] != 0 or not np.isclose(self.border[-1], self.span) or not 0 < self.period <= self.span:
-            raise ValueError("border must run from 0 to span, and period must lie in it")
-        if len(self.leaf) != 2 ** len(self.concentration) or min(self.leaf) < 0 or min(self.count) < 0:
-            raise ValueError("leaf must have 2 to the power of the number of concentrations entries, none negative")
-        if min(self.concentration, default=1.0) <= 0 or not 0 <= self.freedom <= 1:
-            raise ValueError("concentration must be above 0, and freedom between 0 and 1")
+        cells = -(-self.requests // self.cell) if self.cell > 0 and self.requests > 0 else 0
+        if not cells or len(self.time) != cells or len(self.last) != (cells if self.cell > 1 else 0):
+            raise ValueError("time and last must have an entry for each cell of requests")
+        time = np.array(self.time)
+        if np.any(np.diff(time) < 0) or time[0] < 0 or not time[-1] < self.span or not 0 < self.period <= self.span:
+            raise ValueError("time must rise inside the span, and period must lie in it")
+        if self.last and (np.any(np.array(self.last) < time) or np.any(np.array(self.last)[:-1] > time[1:])):
+            raise ValueError("last must lie between its cell's time and the next one's")
+        if not 0 <= self.freedom <= 1:
+            raise ValueError("freedom must lie between 0 and 1, and noise must not be negative")
         if self.tick is not None and self.tick <= 0:
             raise ValueError("tick must be above 0")
-        if self.lengths is not None and len(self.lengths.size) != len(self.count):
-            raise ValueError("lengths must have a size for each episode")
+        if self.lengths is not None and len(self.lengths.code) != self.requests:
+            raise ValueError("lengths must have a code for each request")
 
     @property
     def window(self) -> float:
-        return self.span / len(self.leaf)
+        return self.span / len(self.time)
 
     @property
     def mean_rate(self) -> float:
         """Requests/s over the fitted span."""
-        return sum(self.count) / self.span
+        return self.requests / self.span
 
-    def path(self, begin: float, end: float, seed: int) -> Path:
-        """A rate path from `begin` to `end` (s from the fitted trace's start) with the episodes' expected counts."""
-        parts, reached, turn = [], 0.0, -1
-        course = Path(np.zeros(1), np.zeros(0), np.zeros(0))
-        for number, (first, last) in enumerate(self._schedule(end, seed)):
-            length = last - first
-            if reached + length > begin:
-                if turn != (turn := 0 if number == 0 else 1 + (number - 1) // _BLOCKS):
-                    course = self._course(stream(seed, "course", turn))
-                parts.append(cut(course, first + max(0.0, begin - reached), first + min(length, end - reached)))
-            reached += length
-        return join(parts)
+    def path(self, begin: float, end: float, seed: int) -> Course:
+        """The course from `begin` to `end` (s from the fitted trace's start)."""
+        times = self._times()
+        rows, arrivals, reached = [np.empty(0, np.int64)], [np.empty(0)], 0.0
+        for first, last in self._schedule(end, seed):
+            opens, closes = first + max(0.0, begin - reached), first + min(last - first, end - reached)
+            if closes > opens:
+                some = np.arange(*np.searchsorted(times, (opens, closes)))
+                rows.append(some)
+                arrivals.append(times[some] - first + reached - begin)
+            reached += last - first
+        return Course(np.concatenate(rows), np.concatenate(arrivals), end - begin)
+
+    def some(self, rows: slice, begin: float, end: float) -> Course:
+        """The course of the fitted requests `rows`, which came from `begin` to `end`."""
+        return Course(np.arange(rows.start, rows.stop), self._times()[rows] - begin, end - begin)
+
+    def _times(self) -> np.ndarray:
+        """A time for each request of the fitted trace: its own, or evenly between the ends of its cell."""
+        first = np.array(self.time)
+        if self.cell == 1:
+            return first
+        begin = np.arange(first.size) * self.cell
+        size = np.minimum(self.requests - begin, self.cell)
+        part = (np.arange(self.requests) - np.repeat(begin, size)) / np.maximum(np.repeat(size, size) - 1, 1)
+        times = np.repeat(first, size) + part * np.repeat(np.array(self.last) - first, size)
+        return np.floor(times / self.tick + 1e-6) * self.tick if self.tick else times
 
     def _schedule(self, end: float, seed: int) -> list[tuple[float, float]]:
         """Stretches of the fitted time, one after another until `end`: the whole span, and what follows it."""
@@ -163,41 +199,85 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
         chosen = stream(seed, "blocks").integers(_BLOCKS, size=int(missing // block) + 1)
         return schedule + [(k * block, (k + 1) * block) for k in chosen.tolist()]
 
-    def _course(self, rng: np.random.Generator) -> Path:
-        """One path over the fitted span, drawn from the cascade's posterior and fixed to the episodes' counts."""
-        levels = halvings(np.array(self.leaf))
-        load = np.ones(1)
-        for counts, c in zip(levels[1:], self.concentration, strict=True):
-            left = rng.beta(counts[::2] + c / 2, counts[1::2] + c / 2)
-            load = np.stack([load * left, load * (1 - left)], axis=1).ravel()
-        border = np.array(self.border)
-        edges = np.union1d(np.linspace(0, self.span, load.size + 1), border)
-        edges = edges[np.append(True, np.diff(edges) > 1e-9 * self.window)]
-        leaf = np.minimum((edges[:-1] / self.window + 1e-6).astype(np.int64), load.size - 1)
-        episode = np.minimum(np.searchsorted(border, edges[:-1], side="right") - 1, len(self.count) - 1)
-        rate = load[leaf] + 1e-12 / load.size  # so that no episode is without any
-        rate *= (np.array(self.count) / np.bincount(episode, rate * np.diff(edges), minlength=len(self.count)))[episode]
-        return Path(edges, rate, np.ones(rate.size), episode)
+    def arrive(self, course: Course, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Arrival times (sorted seconds) along `course`, and the request of the fitted trace that each stands for."""
+        if course.row.size == 0:
+            return np.empty(0), course.row
+        first = np.flatnonzero(np.diff(course.time, prepend=-np.inf) > 0)
+        size = np.diff(first, append=course.time.size)
+        at = loosened(course.time[first], course.span, self.tick, self.freedom, rng)
+        times = np.repeat(at, size)
+        if course.factor == 1:
+            return times, course.row
+        # Every request comes `factor` times, give or take one: one random start decides for all.
+        number = np.diff(np.floor(np.arange(times.size + 1) * course.factor + rng.random())).astype(np.int64)
+        drawn = np.repeat(np.arange(times.size), number)
+        again = np.append(False, drawn[1:] == drawn[:-1])[: drawn.size]
+        # A copy comes near the first, inside the gaps that are there; where requests come at one time, with them.
+        gap = np.diff(at)
+        room = np.minimum(np.append(gap[:1], gap), np.append(gap, gap[-1:])) if gap.size else np.zeros(1)
+        arrival, room = times[drawn], np.repeat(np.where(size > 1, 0.0, room), size)[drawn[again]]
+        shift = (rng.random(room.size) - 0.5) * room
+        arrival[again] += np.rint(shift / self.tick) * self.tick if self.tick else shift
+        return np.sort(np.maximum(arrival, 0.0)), course.row[drawn]
 
-    def arrive(self, path: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Arrival times (sorted seconds) along `path`; the episodes it passes, and the number of arrivals in each."""
-        load = path.rate * np.diff(path.edges)
-        episode = np.zeros(load.size, np.int64) if path.episode is None else path.episode
-        begins = np.flatnonzero(np.diff(episode, prepend=-1))
-        expected = np.add.reduceat(load, begins)
-        number = np.floor((1 - self.freedom) * expected + rng.random(begins.size)).astype(np.int64)
-        number += rng.poisson(self.freedom * expected)
-        run = np.repeat(np.arange(begins.size), number)
-        # Sums of exponential steps over one more of them are sorted uniform numbers.
-        steps = np.cumsum(rng.standard_exponential(run.size + begins.size))
-        ends = np.cumsum(number + 1) - 1
-        start = np.concatenate([[0.0], steps[ends[:-1]]])
-        inside = (steps[np.arange(run.size) + run] - start[run]) / (steps[ends] - start)[run]
-        operational = np.concatenate([[0.0], np.cumsum(load)])
-        times = np.interp(operational[begins][run] + inside * expected[run], operational, path.edges)
-        if self.tick:
-            times = np.floor(times / self.tick) * self.tick
-        return np.maximum.accumulate(times), episode[begins], number
+
+def loosened(
+    times: np.ndarray, span: float, tick: float | None, freedom: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Other times like the distinct, sorted `times` (s, from 0 below `span`); on a clock of ticks, multiples of it."""
+    # No gap is below the least that there is (on a coarse clock, a tick): what is above it can change.
+    gaps = np.diff(times)
+    least = np.arange(times.size) * float(gaps.min(initial=np.inf) if tick and gaps.size else 0.0)
+    free = times - least
+    moved = _perturbed(np.diff(free, prepend=0.0, append=max(span - float(least[-1]), float(free[-1]))), freedom, rng)
+    moved = np.cumsum(moved)[:-1]
+    if tick and np.abs(times / tick - np.rint(times / tick)).max() < _SAME_TICK:
+        return np.floor(moved / tick + _SAME_TICK) * tick + least
+    return np.minimum(moved + least, span)
+
+
+def _perturbed(gaps: np.ndarray, freedom: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaps with the same sum whose halves, quarters, eighths, … share their time by a step away from how they do."""
+    from scipy.special import ndtr, ndtri
+
+    total = np.concatenate([[0.0], np.cumsum(gaps)])
+    depth = int(np.log2(gaps.size)) if gaps.size > 1 else 0
+    length = np.array([total[-1]])
+    new = length.copy()
+    for level in range(depth):
+        border = np.arange(2 ** (level + 1) + 1) * gaps.size // 2 ** (level + 1)
+        parts = np.diff(total[border])
+        share = np.divide(parts[::2], length, out=np.full(length.size, 0.5), where=length > 0)
+        nodes = share.size
+        kinds = int(np.clip(nodes // _NODES, 1, _KINDS))
+        # Nodes alike in density have a law of their own: a dense burst is even, a lull is not.
+        kind = np.empty(nodes, np.int64)
+        kind[np.argsort(length / np.diff(border[::2]), kind="stable")] = np.arange(nodes) * kinds // nodes
+        order = np.lexsort((rng.random(nodes), share, kind))
+        first = np.searchsorted(kind[order], np.arange(kinds))
+        held = np.diff(first, append=nodes)
+        rank = np.empty(nodes)
+        rank[order] = np.arange(nodes) - first[kind[order]]
+        score = ndtri((rank + 0.5) / held[kind])
+        # The few parts of the first cuts are the course of the trace, and hardly a law to draw from.
+        free = freedom * nodes / (nodes + _COURSE)
+        score = np.sqrt(1 - free) * score + np.sqrt(free) * rng.standard_normal(nodes)
+        place = ndtr(score) * held[kind] - 0.5
+        low = np.clip(np.floor(place), 0, held[kind] - 1).astype(np.int64)
+        high = np.minimum(low + 1, held[kind] - 1)
+        laws = share[order]
+        inside = np.clip(place - low, 0, 1)
+        share = laws[first[kind] + low] * (1 - inside) + laws[first[kind] + high] * inside
+        length = parts
+        new = np.stack([new * share, new * (1 - share)], axis=1).ravel()
+    # The last cut leaves one gap or two; two share as they did.
+    border = np.arange(2**depth + 1) * gaps.size // 2**depth
+    scale = np.divide(new, length, out=np.zeros(length.size), where=length > 0)
+    empty = (length == 0) & (new > 0)
+    result = gaps * np.repeat(scale, np.diff(border))
+    result[border[:-1][empty]] = new[empty]
+    return result
 
 
 def fit_episodes(
@@ -209,122 +289,66 @@ def fit_episodes(
     *,
     tick: float | None,
     rng: np.random.Generator,
-    seed: int,
+    freedom: float = 0.1,
 ) -> Episodes:
-    """The course of a class: sorted `arrivals` (s from 0, below `span`), which are `answered`, and lengths in tokens.
-
-    Arrivals recorded in ticks are first spread inside them.
-    """
-    from squall.characterize.concurrency import despread
-
-    times = np.minimum(despread(arrivals, tick, seed), np.nextafter(span, 0)) if tick else arrivals
-    leaf = leaves(times, span, _depth(times.size, span, tick))
-    number = max(1, round(times.size / EPISODE))
-    owner = np.arange(times.size) * number // times.size
-    first = np.searchsorted(owner, np.arange(1, number))
-    border = np.concatenate([[0.0], (times[first - 1] + times[first]) / 2, [span]])
-    # Requests at one time cannot be parted: episodes without length join the one before.
-    border = border[np.append(np.diff(border) > 1e-9 * span, True)]
-    border[0] = 0.0
-    owner = np.searchsorted(border[1:-1], times, side="right")
+    """The course of a class: sorted `arrivals` (s from 0, below `span`), which were `answered`, lengths in tokens."""
+    size = arrivals.size
+    cell = -(-size // MOST_CELLS)
+    gaps = np.diff(arrivals)
+    fine = float(np.quantile(gaps[gaps > 0], 0.02)) if (gaps > 0).any() else 1.0
+    digits = int(np.clip(3 - np.floor(np.log10(fine)), 3, 9))
+    times = np.minimum(arrivals.round(digits), np.nextafter(span, 0))
+    ends = np.minimum(np.arange(cell - 1, size + cell - 1, cell), size - 1)
     return Episodes(
         span=span,
         period=whole_period(span),
-        freedom=FREEDOM,
+        freedom=freedom,
         tick=tick,
-        border=border.tolist(),
-        count=np.bincount(owner, minlength=border.size - 1).tolist(),
-        leaf=leaf.tolist(),
-        concentration=[concentration(counts[::2], counts[1::2]) for counts in halvings(leaf)[1:]],
-        lengths=_classes(owner[answered], border.size - 1, request[answered], response[answered], rng)
-        if answered.any()
-        else None,
+        requests=size,
+        cell=cell,
+        time=times[::cell].tolist(),
+        last=times[ends].tolist() if cell > 1 else [],
+        lengths=_classes(answered, request, response, rng) if answered.any() else None,
     )
 
 
-def held_out(arrivals: np.ndarray, span: float, window: float, *, tick: float | None, seed: int) -> tuple[float, float]:
-    """How well a random half of the arrivals predicts the other: as a cascade, and at one rate per window.
-
-    Log-likelihood per request of a Poisson process with the rate that the first half gives, up to a constant.
-    """
-    from squall.characterize.concurrency import despread
-
-    times = np.minimum(despread(arrivals, tick, seed), np.nextafter(span, 0)) if tick else arrivals
-    known = stream(seed, "held out").random(times.size) < 0.5
-    depth = _depth(times.size, span, tick)
-    leaf, unseen = leaves(times[known], span, depth), leaves(times[~known], span, depth)
-    load = np.ones(1)
-    for counts in halvings(leaf)[1:]:
-        left, right = counts[::2], counts[1::2]
-        c = concentration(left, right)
-        theta = (left + c / 2) / (left + right + c)
-        load = np.stack([load * theta, load * (1 - theta)], axis=1).ravel()
-    cascade = float(unseen @ np.log(np.maximum(load * leaf.size, 1e-300)))
-    edges = np.append(np.arange(0, span, window), span)
-    seen, later = (np.histogram(part, edges)[0] for part in (times[known], times[~known]))
-    # Half a request in every window: one that was empty by chance is not impossible.
-    share = (seen + 0.5) / (seen + 0.5).sum() * span / np.diff(edges)
-    return cascade / max(unseen.sum(), 1), float(later @ np.log(share)) / max(later.sum(), 1)
-
-
-def leaves(times: np.ndarray, span: float, depth: int) -> np.ndarray:
-    """How many of `times` (s from 0, below `span`) lie in each of the 2^depth equal parts of the span."""
-    return np.bincount((times / span * 2**depth).astype(np.int64), minlength=2**depth)
-
-
-def _depth(requests: int, span: float, tick: float | None) -> int:
-    """Halvings: to a quarter of the mean gap, but no finer than the clock."""
-    depth = min(_DEEPEST, int(np.ceil(np.log2(max(requests, 2)))) + 2)
-    return min(depth, max(0, int(np.log2(span / tick)))) if tick else depth
-
-
-def halvings(leaf: np.ndarray) -> list[np.ndarray]:
-    """Counts of the whole, its halves, quarters, … down to `leaf`."""
-    levels = [leaf]
-    while levels[-1].size > 1:
-        levels.append(levels[-1].reshape(-1, 2).sum(1))
-    return levels[::-1]
-
-
-def concentration(left: np.ndarray, right: np.ndarray) -> float:
-    """The c for which shares from Beta(c/2, c/2) make the counts of left and right halves likeliest; large is even."""
-    from scipy.special import betaln
-
-    split = left + right > 1  # a single request says nothing
-    if not split.any():
-        return float(_CONCENTRATIONS[-1])
-    pairs, often = np.unique(np.stack([left[split], right[split]]), axis=1, return_counts=True)
-    half = _CONCENTRATIONS[:, None] / 2
-    likelihood = (betaln(pairs[0] + half, pairs[1] + half) - betaln(half, half)) @ often
-    return float(_CONCENTRATIONS[int(np.argmax(likelihood))])
+def _in_order(code: np.ndarray, row: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Codes of neighbours exchanged so that those of long requests go where `order` is high."""
+    answered = np.flatnonzero(code >= 0)
+    window = np.arange(answered.size) // (4 * GROUP)
+    there, from_ = np.lexsort((order[answered], window)), np.lexsort((code[answered], window))
+    result = code.copy()
+    result[answered[there]] = code[answered[from_]]
+    return result
 
 
 def _classes(
-    owner: np.ndarray, episodes: int, request: np.ndarray, response: np.ndarray, rng: np.random.Generator
-) -> LengthsByEpisode:
+    answered: np.ndarray, request: np.ndarray, response: np.ndarray, rng: np.random.Generator
+) -> LengthClasses:
     from squall.workload.lengths import ranks
 
-    borders, codes = [], np.zeros(owner.size, np.int64)
-    for tokens in (request, response):
+    borders, codes = [], np.zeros(int(answered.sum()), np.int64)
+    for tokens in (request[answered], response[answered]):
         border = _borders(tokens)
         codes = codes * (border.size - 1) + np.searchsorted(border[1:-1], ranks(tokens, rng), side="right")
         borders.append(border.round(9).tolist())
-    return LengthsByEpisode(
-        request=borders[0],
-        response=borders[1],
-        size=np.bincount(owner, minlength=episodes).tolist(),
-        code=codes[np.lexsort((codes, owner))].tolist(),
-    )
+    code = np.full(answered.size, -1)
+    code[answered] = codes
+    return LengthClasses(request=borders[0], response=borders[1], code=code.tolist())
 
 
 def _borders(tokens: np.ndarray) -> np.ndarray:
     """Ranks that divide a sample into classes which hold equally much, counting half by requests and half by tokens.
 
-    Few long requests make much of the load, so they are told apart more finely than many short ones.
+    Few long requests make much of the load, so they are told apart more finely than many short ones, and no class of
+    long ones is much wider than WIDTH of their length.
     """
-    classes = min(_CLASSES, max(1, tokens.size // 8))
+    classes = min(_CLASSES, max(1, tokens.size // _CLASS_ROWS))
     rank = np.arange(1, tokens.size + 1) / tokens.size
     volume = np.cumsum(np.sort(tokens), dtype=float)
     held = (rank + volume / volume[-1]) / 2 if volume[-1] > 0 else rank
     inner = np.interp(np.arange(1, classes) / classes, held, rank)
-    return np.unique(np.concatenate([[0.0], inner, [1.0]]))
+    value = np.sort(tokens)
+    step = np.floor(np.log(np.maximum(value, _SHORT)) / WIDTH)
+    wide = np.flatnonzero(np.diff(step) > 0)
+    return np.unique(np.concatenate([[0.0], inner, rank[wide], [1.0]]))

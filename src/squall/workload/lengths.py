@@ -39,7 +39,7 @@ class Quantiles(msgspec.Struct, frozen=True):
         """The table of a sample: 1,001 even levels, and ten a decade in both tails, to the least and largest value."""
         tail = 10.0 ** -np.arange(3.0, max(3.1, np.log10(max(sample.size, 2))), 0.1)
         levels = np.unique(np.concatenate([np.linspace(0, 1, 1001), tail, 1 - tail]))
-        values = np.quantile(sample, levels)
+        values = np.quantile(sample, levels, method="hazen")  # the i-th of n lies at (i - 1/2)/n, as ranks() puts it
         # Inside a run of equal values the inner points say nothing.
         kept = np.ones(levels.size, dtype=bool)
         kept[1:-1] = (values[1:-1] != values[:-2]) | (values[1:-1] != values[2:])
@@ -69,11 +69,21 @@ class GaussianCopula(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kin
 
     def given(self, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The second rank (0 to 1) drawn given the first, `u`."""
+        return self.at(u, rng.random(u.size))
+
+    def at(self, u: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The second rank at the quantile `w` of its law given the first, `u`; all 0 to 1."""
         from scipy.special import ndtr, ndtri
 
-        inner = np.clip(u, 1e-12, 1 - 1e-12)
-        noise = rng.standard_normal(u.size)
-        return ndtr(self.correlation * ndtri(inner) + np.sqrt(1 - self.correlation**2) * noise)
+        inner, noise = (ndtri(np.clip(x, 1e-12, 1 - 1e-12)) for x in (u, w))
+        return ndtr(self.correlation * inner + np.sqrt(1 - self.correlation**2) * noise)
+
+    def quantile(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """At which quantile of its law given `u` the second rank is `v`: the inverse of `at`."""
+        from scipy.special import ndtr, ndtri
+
+        first, second = (ndtri(np.clip(x, 1e-12, 1 - 1e-12)) for x in (u, v))
+        return ndtr((second - self.correlation * first) / max(np.sqrt(1 - self.correlation**2), 1e-6))
 
 
 class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
@@ -88,14 +98,28 @@ class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
 
     def given(self, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The second rank (0 to 1) drawn given the first, `u`: a cell of its row, then uniform inside the cell."""
-        grid = np.array(self.mass)
-        size = len(grid)
-        row = np.minimum((u * size).astype(np.int64), size - 1)
+        return self.at(u, rng.random(u.size))
+
+    def at(self, u: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The second rank at the quantile `w` of its law given the first, `u`; all 0 to 1."""
+        row, ends, columns = self._rows(u)
         # All rows lie behind one another on a line, row i between i and i + 1, so that one search serves every request.
-        ends = np.cumsum(grid, axis=1)
-        line = (ends / ends[:, -1:] + np.arange(size)[:, None]).ravel()
-        cell = place(row + rng.random(u.size), line) % grid.shape[1]
-        return (cell + rng.random(u.size)) / grid.shape[1]
+        line = (ends[:, 1:] + np.arange(len(ends))[:, None]).ravel()
+        cell = place(row + np.minimum(w, 1 - 1e-12), line) % columns
+        low, high = ends[row, cell], ends[row, cell + 1]
+        return (cell + np.clip((w - low) / np.maximum(high - low, 1e-12), 0, 1)) / columns
+
+    def quantile(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """At which quantile of its law given `u` the second rank is `v`: the inverse of `at`."""
+        row, ends, columns = self._rows(u)
+        cell = np.minimum((v * columns).astype(np.int64), columns - 1)
+        return ends[row, cell] + (v * columns - cell) * (ends[row, cell + 1] - ends[row, cell])
+
+    def _rows(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """The row of each `u`, every row's cumulative mass from 0 to 1, and the number of columns."""
+        grid = np.array(self.mass)
+        ends = np.concatenate([np.zeros((len(grid), 1)), np.cumsum(grid, axis=1)], axis=1)
+        return np.minimum((u * len(grid)).astype(np.int64), len(grid) - 1), ends / ends[:, -1:], grid.shape[1]
 
 
 class Lengths(msgspec.Struct, frozen=True):
@@ -107,9 +131,31 @@ class Lengths(msgspec.Struct, frozen=True):
 
     def draw(self, u: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Request and response tokens (int32) for request ranks `u` (0 to 1); uniform `u` gives the joint law."""
-        response = self.response.at(self.copula.given(u, rng))
+        return self.at(u, rng.random(u.size))
+
+    def at(self, u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Request and response tokens (int32) at the request rank `u` and the response's rank `w` given the request."""
+        response = self.response.at(self.copula.at(u, w))
         # An answered request has a response; 0 would read as failed.
         return np.rint(self.request.at(u)).astype(np.int32), np.maximum(np.rint(response), 1).astype(np.int32)
+
+    @property
+    def reversed(self) -> "Lengths":
+        """The same law with the parts of request and response exchanged."""
+        copula = self.copula
+        if isinstance(copula, GridCopula):
+            mass = np.array(copula.mass).T
+            mass = mass / np.maximum(mass.sum(1, keepdims=True), 1e-12)
+            mass[mass.sum(1) == 0] = 1 / mass.shape[1]
+            copula = GridCopula(mass.tolist())
+        return Lengths(self.response, self.request, copula)
+
+    def scores(self, request: np.ndarray, response: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Normal scores (2, n) of requests and of responses given the requests; `at` of their ranks is the inverse."""
+        from scipy.special import ndtri
+
+        u, v = ranks(request, rng), ranks(response, rng)
+        return ndtri(np.clip([u, self.copula.quantile(u, v)], 1e-6, 1 - 1e-6))
 
 
 def fit_lengths(request: np.ndarray, response: np.ndarray, rng: np.random.Generator) -> Lengths:

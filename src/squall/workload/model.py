@@ -10,14 +10,17 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import stream
+from squall.workload.cascade import Cascade, Stretch
 from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
 from squall.workload.conversations import Conversations
-from squall.workload.episodes import Episodes
+from squall.workload.episodes import Course, Episodes
 from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
+from squall.workload.resampling import Blocks, Bootstrap
+from squall.workload.slots import Slots
 
 VERSION = 1
-Arrivals = Renewal | Daily | Floods | Episodes
+Arrivals = Renewal | Daily | Floods | Slots | Episodes | Cascade | Bootstrap
 
 
 class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,31 +75,39 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path, seed: int, *index: int) -> pl.DataFrame:
+    def draw(self, path: Path | Course | Stretch | Blocks, seed: int, *index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
-        clock = stream(seed, "arrivals", *index)
-        episode = number = np.empty(0, np.int64)
-        if isinstance(self.arrivals, Episodes):
-            arrival, episode, number = self.arrivals.arrive(path, clock)
+        law, kind = self.lengths, self.arrivals
+        clock, length_rng = stream(seed, "arrivals", *index), stream(seed, "responses", *index)
+        failing_rng = stream(seed, "failures", *index)
+        failed = None
+        drawn: Any = None
+        if isinstance(kind, Renewal | Daily | Floods | Slots):
+            arrival = renewal(path, clock)  # type: ignore[arg-type]
         else:
-            arrival = renewal(path, clock)
-        session = turn = None
-        rank_rng = stream(seed, "lengths", *index)
+            arrival, *drawn = kind.arrive(path, clock)  # type: ignore[arg-type]
+        session = turn = order = None
         if self.conversations:
             session, turn = self.conversations.assign(arrival, stream(seed, "conversations", *index))
-            u = self.conversations.growth.draw(session, turn, rank_rng)
-        else:
-            u = rank_rng.random(arrival.size)
-        failing_rng = stream(seed, "failures", *index)
-        failed = self.failures.draw(arrival, failing_rng)
+            order = self.conversations.growth.draw(session, turn, stream(seed, "lengths", *index))
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
-        if self.lengths and isinstance(self.arrivals, Episodes) and self.arrivals.lengths and not self.conversations:
-            request, response = self.arrivals.lengths.draw(
-                episode, number, self.lengths, self.arrivals.freedom, stream(seed, "responses", *index)
-            )
-        elif self.lengths:
-            request, response = self.lengths.draw(u, stream(seed, "responses", *index))
-        if self.failures.request:
+        if isinstance(kind, Bootstrap):
+            request, response = (np.array(tokens, np.int32)[drawn[0]] for tokens in (kind.request, kind.response))
+            failed = response == 0
+        elif isinstance(kind, Episodes) and kind.lengths and law:
+            request, response, failed = kind.lengths.draw(drawn[0], law, kind.freedom, length_rng, order)
+        elif isinstance(kind, Cascade) and law:
+            u, w = _uniform(drawn, order, length_rng)
+            leads = kind.lead == "request"
+            request, response = law.at(u, w) if leads else law.reversed.at(u, w)[::-1]
+        elif isinstance(kind, Slots) and kind.theta and law:
+            request, response = kind.lengths(arrival, path, law, length_rng)  # type: ignore[arg-type]
+        elif law:
+            u = stream(seed, "lengths", *index).random(arrival.size) if order is None else order
+            request, response = law.draw(u, length_rng)
+        if failed is None:
+            failed = self.failures.draw(arrival, failing_rng)
+        if self.failures.request and not isinstance(kind, Bootstrap):
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
         response[failed] = 0
         return pl.DataFrame(
@@ -116,7 +127,10 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload", tag_field="type"):
-    """What is needed to draw traces like one that was seen: parameters, and for `episodes` counts; no row of it."""
+    """What is needed to draw traces like one that was seen.
+
+    Parameters; for `episodes` the times and length classes of its requests; for `bootstrap` its rows.
+    """
 
     version: int = VERSION
     source: str
@@ -189,6 +203,23 @@ def read_workload(path: str | pathlib.Path) -> Workload:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error}); a workload model is what `squall fit` writes.") from None
+
+
+def _uniform(
+    scores: list[np.ndarray], order: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks inside (0, 1) in the order of the normal scores, so that the lengths' marginal law is exact.
+
+    In conversations (`order`) the request's rank follows both: what the burst is like, and where in its session it is.
+    """
+    from scipy.special import ndtri
+
+    from squall.workload.lengths import ranks
+
+    request, response = scores
+    if order is not None:
+        request = request + ndtri(np.clip(order, 1e-6, 1 - 1e-6)) * (request.std() or 1.0)
+    return ranks(request, rng), ranks(response, rng)
 
 
 def _nulls(size: int, dtype: Any) -> pl.Series:
