@@ -184,6 +184,7 @@ def test_validate_names_the_quirks_of_burstgpt(tmp_path):
         "elapsed-zero": [2],
         "elapsed-missing": [3],
         "shrinking-session": [4],
+        "cut-session": [],
         "no-prefixes": [],
     }
     numbered = _write(tmp_path / "t.csv", HEADER8, rows[0].replace(uuid, "7"))

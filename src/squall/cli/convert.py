@@ -28,12 +28,14 @@ def convert(
     to
         Format to write (burstgpt, azure, mooncake, ragpulse, squall), if the suffix should not say it.
     """
-    from squall.progress import note
-    from squall.trace import convert as run
-    from squall.trace.files import describe
+    import msgspec
 
-    written = run(trace, out, to=to, **as_options(select))
+    from squall.progress import note
+    from squall.trace import convert_file
+
+    written = convert_file(trace, out, to=to, **as_options(select))
     if output.json and out != "-":
-        print_json({"out": out, **describe(written)})
-    note(f"{out}: {len(written):,} requests over {written.span:,.0f} s.")
+        numbers = {"requests": written.requests, "span": written.span, "rate": written.rate}
+        print_json({"out": out, **numbers, **msgspec.to_builtins(written.meta)})
+    note(f"{out}: {written.requests:,} requests over {written.span:,.0f} s.")
     return 0

@@ -1,5 +1,6 @@
 """What was asked: the Trace table, its file formats, filters and scaling."""
 
+from squall.trace.blocks import convert_file
 from squall.trace.fetch import fetch
 from squall.trace.files import convert, open_trace, read_trace, write_trace
 from squall.trace.formats import Finding
@@ -18,6 +19,7 @@ __all__ = [
     "TraceSource",
     "Validation",
     "convert",
+    "convert_file",
     "fetch",
     "open_trace",
     "read_servegen",

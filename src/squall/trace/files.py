@@ -27,6 +27,8 @@ _SCHEMES = {"burstgpt": "squall.workload.profiles:draw"}
 PORTION = 1 << 20
 """Rows that are read, drawn or written at a time: a row group of a Parquet file."""
 
+TICK_ROWS = 5_000_000
+
 _SUFFIXES = {".parquet": "squall", ".jsonl": "mooncake", ".csv": "burstgpt"}
 
 
@@ -96,13 +98,15 @@ def where(finding: Finding) -> str:
 def _open(source: str | Path, format: str | None, columns: str | None = None) -> tuple[bytes, Format]:
     if columns is not None and format is not None:
         raise InputError("--columns and --format both say how to read the file; give one of them.")
-    mapped = columns_format(columns) if columns is not None else None
+    if columns is not None:
+        columns_format(columns)
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
     if str(source) == "-":
         data = sys.stdin.buffer.read()
     else:
         path = Path(source)
+        _refuse_more_than_memory(path)
         if path.is_dir():
             if next(path.glob("chunk-*-trace.csv"), None):
                 raise InputError(
@@ -127,11 +131,53 @@ def _open(source: str | Path, format: str | None, columns: str | None = None) ->
             ) from error
     if not data or data.isspace():
         raise InputError(f"{source}: the file is empty.")
-    if mapped is not None:
+    return data, form_of(source, data, format, columns)
+
+
+def memory_needed(path: Path) -> int:
+    """About how many bytes it takes to read a file whole; 0 if there is no such file."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        magic = file.read(4)
+    size = path.stat().st_size
+    if magic == b"PAR1":
+        return 8 * size
+    return (20 if magic[:2] == b"\x1f\x8b" else 5) * size
+
+
+def _refuse_more_than_memory(path: Path) -> None:
+    free = memory_free()
+    needed = memory_needed(path)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{path}: reading it whole takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free; "
+            "`squall convert` takes a part of it (--between, --head, --service, --sample), and `squall validate` all."
+        )
+
+
+def memory_free() -> int | None:
+    """Bytes of memory that are available; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = next((line for line in text.splitlines() if line.startswith("MemAvailable")), None)
+    return int(found.split()[1]) * 1024 if found else None
+
+
+def form_of(source: str | Path, data: bytes, format: str | None = None, columns: str | None = None) -> Format:
+    """The format of a file by its first bytes, unless `format` or `columns` say it."""
+    if columns is not None and format is not None:
+        raise InputError("--columns and --format both say how to read the file; give one of them.")
+    if format is not None and format not in FORMATS:
+        raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
+    if columns is not None:
+        mapped = columns_format(columns)
         if data[:4] == b"PAR1" or data.lstrip()[:1] in (b"{", b"["):
             raise InputError(f"{source}: --columns maps the columns of a CSV file, and this is none; leave it out.")
-        return data, mapped
-    return data, _demand_columns(source, data, FORMATS[format]) if format else _detect(source, data)
+        return mapped
+    return _demand_columns(source, data, FORMATS[format]) if format else _detect(source, data)
 
 
 def _detect(source: str | Path, data: bytes) -> Format:
@@ -198,6 +244,7 @@ def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Tra
     known = dict(parsed.meta)
     notes = list(known.pop("notes", []))
     kept: TraceMeta | None = known.pop("kept", None)
+    known.pop("utc", None)
     columns = parsed.columns
     if columns.is_empty():
         raise InputError(f"{source}: there is no request in it, only a header.")
@@ -228,9 +275,10 @@ def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Tra
 def tick_of(arrival: pl.Series) -> float | None:
     """The resolution of recorded times where many requests share one: the 5 % quantile of the positive gaps; else None.
 
-    With fewer than a fifth of the gaps at zero, ties are chance and the clock is fine enough.
+    With fewer than a fifth of the gaps at zero, ties are chance and the clock is fine enough. The first TICK_ROWS rows
+    decide.
     """
-    gaps = arrival.diff().drop_nulls()
+    gaps = arrival.head(TICK_ROWS).diff().drop_nulls()
     positive = gaps.filter(gaps > 0)
     if len(positive) < 2 or len(positive) > 0.8 * len(gaps):
         return None
@@ -283,12 +331,10 @@ def write_frames(
 
 
 def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:
-    """Read `source`, apply the trace `options`, write to `out` (format by suffix or `to`); returns what was written."""
+    """Read `source`, apply the trace `options`, write to `out` (format by suffix or `to`); returns what was written.
+
+    All of it is held in memory; `squall.trace.convert_file` converts files of any size.
+    """
     trace = open_trace(source, **options)
     write_trace(trace, out, to)
     return trace
-
-
-def describe(trace: Trace) -> dict[str, Any]:
-    """The rows of a trace in numbers, with its metadata, as JSON data."""
-    return {"requests": len(trace), "span": trace.span, "rate": trace.rate, **msgspec.to_builtins(trace.meta)}

@@ -18,10 +18,8 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import SCHEMA, Trace, TraceMeta, write_trace
 from squall.trace.files import PORTION, write_frames
 from squall.units import Duration, in_words, seconds
-from squall.workload.cascade import Cascade
 from squall.workload.concurrency import DAY, Daily, Floods, Renewal
 from squall.workload.conversations import Seating
-from squall.workload.episodes import Episodes
 from squall.workload.failures import Striking
 from squall.workload.model import ClassModel, Workload, read_workload
 from squall.workload.process import RenewalProcess, parts
@@ -344,7 +342,7 @@ def _meta(draw: Draw, count: int) -> TraceMeta:
     weekday = None
     if since is not None and model.weekday is not None:
         weekday = (model.weekday + int(since // DAY)) % 7
-    ticks = [one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes | Cascade)]
+    ticks = [getattr(one.arrivals, "tick", None) or 0.0 for one in model.classes]
     return TraceMeta(
         source=draw.name,
         format="generated",

@@ -32,7 +32,7 @@ class RenewalProcess:
     def along(self, path: "Path", law: np.ndarray | None = None) -> np.ndarray:
         """Arrival times (sorted, on the path's clock) along `path`, which follows the path of the last call.
 
-        `law` says for each piece of the path whether it is GAMMA or WEIBULL; by default all have the path's law.
+        `law` says for each piece of the path whether it is GAMMA or WEIBULL; by default all are `path.gaps`.
         """
         from squall.workload.compiled import renew
 
@@ -41,14 +41,13 @@ class RenewalProcess:
         loaded = load > 0
         # A path of one law is one process: nothing happens at the borders between its pieces.
         change = np.diff(np.where(loaded, path.alpha, np.nan), prepend=np.nan) != 0
-        if law is None and path.gaps == "weibull":
-            law = np.full(load.size, WEIBULL)
         if law is not None:
             change |= np.diff(law, prepend=-1) != 0
         begins = np.flatnonzero(change & loaded)
         if begins.size == 0:
             return np.empty(0)
-        laws = np.zeros(begins.size, np.int64) if law is None else law[begins].astype(np.int64)
+        usual = WEIBULL if path.gaps == "weibull" else GAMMA
+        laws = np.full(begins.size, usual, np.int64) if law is None else law[begins].astype(np.int64)
         ends = np.append(operational[begins[1:]], operational[-1])
         times = renew(operational[begins], ends, path.alpha[begins], laws, self._state, self._rng)
         return _on_the_clock(times, operational, path)
@@ -91,6 +90,5 @@ def parts(path: "Path", most: float) -> Iterator["Path"]:
         edges = np.concatenate([[begin], path.edges[first + 1 : window + 1], [time]])
         yield Path(edges, path.rate[first : window + 1], path.alpha[first : window + 1], gaps=path.gaps)
         begin, first = time, window
-    yield Path(
-        np.concatenate([[begin], path.edges[first + 1 :]]), path.rate[first:], path.alpha[first:], gaps=path.gaps
-    )
+    last = np.concatenate([[begin], path.edges[first + 1 :]])
+    yield Path(last, path.rate[first:], path.alpha[first:], gaps=path.gaps)

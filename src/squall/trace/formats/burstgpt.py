@@ -11,7 +11,7 @@ from squall.trace.formats.rows import (
     quote,
     read_csv,
     read_typed,
-    session_kind,
+    session_names,
     session_numbers,
     token_column,
 )
@@ -50,7 +50,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
     frame = read_typed(data, _TYPES, REQUIRED_COLUMNS)
     if frame is None:
         frame, findings = read_csv(data, set(_TYPES) - set(REQUIRED_COLUMNS))
-    have, kind = set(frame.columns), None
+    have, sessions = set(frame.columns), None
     columns = {
         "arrival": float_column(frame, "Timestamp", findings),
         "request_tokens": token_column(frame, "Request tokens", findings),
@@ -63,7 +63,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
     for name in ("Session ID", "Session prefix"):
         if name in have:
             names = blank_to_null(frame[name])
-            columns["session"], kind = session_numbers(names), session_kind(names)
+            columns["session"], sessions = session_numbers(names), session_names(names)
     if "Elapsed time" in have:
         columns["elapsed"] = float_column(frame, "Elapsed time", findings)
     total = token_column(frame, "Total tokens", findings) if "Total tokens" in have else None
@@ -78,7 +78,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
     }
     if (columns["arrival"].floor() == columns["arrival"]).all():
         meta["tick"] = 1.0
-    return Parsed(pl.DataFrame(columns), findings, meta, total, kind)
+    return Parsed(pl.DataFrame(columns), findings, meta, total, sessions)
 
 
 def _services(text: pl.Series, findings: list[Finding]) -> pl.Series:

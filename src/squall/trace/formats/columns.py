@@ -15,7 +15,7 @@ from squall.trace.formats.rows import (
     float_column,
     quote,
     read_csv,
-    session_kind,
+    session_names,
     session_numbers,
     token_column,
 )
@@ -82,11 +82,11 @@ def _parse_columns(data: bytes, chosen: dict[str, str], mapping: str) -> Parsed:
             columns[column] = blank_to_null(frame[name])
         else:
             columns[column] = session_numbers(blank_to_null(frame[name]))
-    kind = session_kind(blank_to_null(frame[names["session"]])) if "session" in names else None
+    sessions = session_names(blank_to_null(frame[names["session"]])) if "session" in names else None
     if "failed" in columns:
         # Failed where it says so, and, as everywhere, where there is no response.
         columns["failed"] = columns["failed"].fill_null(False) | (columns["response_tokens"] == 0).fill_null(False)
-    return Parsed(pl.DataFrame(columns), findings, meta, session_kind=kind)
+    return Parsed(pl.DataFrame(columns), findings, meta, session_names=sessions)
 
 
 def _separator(data: bytes) -> str:

@@ -20,10 +20,22 @@ def parse_squall(data: bytes) -> Parsed:
     """squall's own Parquet: the Trace table, its metadata in the file's key-value metadata."""
     try:
         frame = pl.read_parquet(io.BytesIO(data))
-        kept = pl.read_parquet_metadata(io.BytesIO(data)).get(_META_KEY)
-        meta = msgspec.json.decode(kept, type=TraceMeta) if kept else None
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"it cannot be read as a squall Parquet file: {str(error).splitlines()[0]}") from error
+    return checked(frame, kept_meta(io.BytesIO(data)))
+
+
+def kept_meta(file: IO[bytes]) -> TraceMeta | None:
+    """The metadata that a squall Parquet file holds; None if it holds none."""
+    try:
+        kept = pl.read_parquet_metadata(file).get(_META_KEY)
+        return msgspec.json.decode(kept, type=TraceMeta) if kept else None
     except (pl.exceptions.PolarsError, msgspec.DecodeError, OSError) as error:
         raise InputError(f"it cannot be read as a squall Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def checked(frame: pl.DataFrame, meta: TraceMeta | None) -> Parsed:
+    """The columns of a squall Parquet file, checked."""
     missing = [name for name in REQUIRED if name not in frame.columns]
     if missing:
         raise InputError(f"the column {missing[0]!r} is missing; a squall Parquet trace has {', '.join(REQUIRED)}")

@@ -43,7 +43,12 @@ class Parsed:
     findings: list[Finding]
     meta: dict[str, Any] = field(default_factory=dict)
     total_tokens: pl.Series | None = None
-    session_kind: SessionKind | None = None
+    session_names: pl.Series | None = None
+    """The sessions' names, in the order of their numbers; None if the format has none."""
+
+    @property
+    def session_kind(self) -> "SessionKind | None":
+        return None if self.session_names is None else session_kind(self.session_names)
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,11 @@ def session_numbers(names: pl.Series) -> pl.Series:
     known = pl.DataFrame({"row": rows, "name": names.gather(rows)})
     numbered = known.with_columns(session=pl.col("row").min().over("name").rank("dense").cast(pl.Int64) - 1)
     return pl.zeros(len(names), pl.Int64, eager=True).set(names.is_null(), None).scatter(rows, numbered["session"])
+
+
+def session_names(names: pl.Series) -> pl.Series:
+    """Each session's name once, in the order of the numbers that `session_numbers` gives them."""
+    return names.drop_nulls().unique(maintain_order=True)
 
 
 def session_kind(names: pl.Series) -> SessionKind | None:

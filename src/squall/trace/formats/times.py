@@ -10,7 +10,8 @@ _OFFSET = r"\s*(?:Z|UTC|[+-]\d\d:?\d\d)$"
 
 
 def wall_clock(text: pl.Series, name: str, findings: list[Finding]) -> tuple[pl.Series, dict[str, Any]]:
-    """Seconds since the earliest of these times, and where that lies on the wall clock (epoch, midnight, weekday).
+    """Seconds since the earliest of these times, and where that lies on the wall clock (epoch, midnight, weekday)
+    and in nanoseconds of UTC.
 
     Times with different offsets are put on one clock; the wall clock is that of the earliest. What is no time becomes
     null and a finding for the column `name`.
@@ -29,6 +30,7 @@ def wall_clock(text: pl.Series, name: str, findings: list[Finding]) -> tuple[pl.
     start = int(utc[first])
     wall = start + int(offset[first])
     clocks = {
+        "utc": start,
         "epoch": wall,
         "midnight": (wall % (86400 * 10**9)) / 1e9,
         "weekday": (3 + wall // (86400 * 10**9)) % 7,  # 1970-01-01 was a Thursday
