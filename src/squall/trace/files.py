@@ -209,13 +209,14 @@ def _trace(source: str | Path, data: bytes, form: Format, parsed: Parsed) -> Tra
     if kept is not None:
         return Trace.of(columns, kept)
     columns = columns.with_columns(pl.col("arrival") - pl.col("arrival").min())
+    if "tick" not in known:
+        known["tick"] = tick_of(columns["arrival"])
     meta = TraceMeta(
         source=str(source),
         format=form.name,
         sha256=hashlib.sha256(data).hexdigest(),
         rows=len(columns),
         notes=notes,
-        **({} if "tick" in known else {"tick": tick_of(columns["arrival"])}),
         **known,
     )
     return Trace.of(columns, meta)
