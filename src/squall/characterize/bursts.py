@@ -10,7 +10,7 @@ import polars as pl
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_WINDOWS, bin_counts
-from squall.characterize.summary import Summary, summary
+from squall.characterize.summary import Octaves, Summary, octaves, summary
 
 SCALES = (10.0, 60.0, 600.0, 3600.0)
 """Bins, s."""
@@ -51,6 +51,10 @@ class Bursts(Struct, frozen=True, kw_only=True):
     """Per burst."""
     pause: Summary
     """OFF between two bursts, s."""
+    on_runs: Octaves
+    """Bursts by their length in bins."""
+    off_runs: Octaves
+    """Pauses by their length in bins."""
     series: BurstSeries
 
 
@@ -86,6 +90,7 @@ def bursts(arrivals: np.ndarray, start: float, end: float) -> list[Bursts]:
         table, counts, threshold = burst_table(arrivals, scale, start, end)
         start_of, length, requests = (table[name].to_numpy() for name in ("start", "length", "requests"))
         shown = np.sort(np.argsort(-requests, kind="stable")[:MOST_BURSTS])
+        pause = start_of[1:] - (start_of + length)[:-1]
         found.append(
             Bursts(
                 scale=scale,
@@ -97,7 +102,9 @@ def bursts(arrivals: np.ndarray, start: float, end: float) -> list[Bursts]:
                 peak_to_mean=float(counts.max() / counts.mean()),
                 length=summary(length),
                 requests=summary(requests),
-                pause=summary(start_of[1:] - (start_of + length)[:-1]),
+                pause=summary(pause),
+                on_runs=octaves(np.rint(length / scale)),
+                off_runs=octaves(np.rint(pause / scale)),
                 series=BurstSeries(
                     start=start_of[shown].tolist(), length=length[shown].tolist(), requests=requests[shown].tolist()
                 ),

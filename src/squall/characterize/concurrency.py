@@ -71,6 +71,17 @@ class GammaSeries(Struct, frozen=True, kw_only=True):
     cv: list[float]
 
 
+REJECTED = 1.358
+"""The 5 % point of sqrt(n) times the KS distance, for parameters known beforehand."""
+
+
+class Goodness(Struct, frozen=True, kw_only=True):
+    """Fitted windows by sqrt(n) times the KS distance of their n gaps, in [edges[i], edges[i + 1]) and beyond."""
+
+    edges: list[float]
+    windows: list[int]
+
+
 class GammaFits(Struct, frozen=True, kw_only=True):
     """The windows' Gamma fits in a few numbers: quantiles over the windows that have a fit."""
 
@@ -96,6 +107,7 @@ class GammaFits(Struct, frozen=True, kw_only=True):
     """Rate parameter, 1/s."""
     cv: Summary
     ks: Summary
+    goodness: Goodness
     series: GammaSeries
 
 
@@ -409,7 +421,10 @@ def gamma_fits(windows: GammaWindows, tick: float | None = None) -> GammaFits:
         rows = (part.reshape(-1, width) for part, width in zip(found, (size + 1, size), strict=True) if part.size)
         return [median for row in rows for median in np.median(row, axis=1).tolist()]
 
+    scaled = windows.ks[fitted] * np.sqrt(windows.gaps[fitted])
+    edges = [0.2 * k for k in range(21)]
     return GammaFits(
+        goodness=Goodness(edges=edges, windows=np.bincount(np.digitize(scaled, edges) - 1, minlength=21).tolist()),
         window=windows.window,
         method=windows.method,
         tick=windows.tick or tick,
@@ -418,7 +433,7 @@ def gamma_fits(windows: GammaWindows, tick: float | None = None) -> GammaFits:
         fitted=fitted.size,
         skipped=windows.skipped,
         bursty=int(np.count_nonzero(windows.alpha[fitted] < 1)),
-        rejected=int(np.count_nonzero(windows.ks[fitted] > 1.358 / np.sqrt(windows.gaps[fitted]))),
+        rejected=int(np.count_nonzero(scaled > REJECTED)),
         alpha=summary(windows.alpha),
         beta=summary(windows.beta),
         cv=summary(windows.cv),

@@ -10,12 +10,25 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from squall.characterize.summary import Summary, summary
+from squall.characterize.summary import Octaves, Summary, octaves, summary
 
 SILENCE = 600.0
 """A gap longer than this, s, cuts a session into bursts."""
+MOST_TURNS = 20
+FEWEST = 20
+"""Fewer requests than this say nothing about a turn."""
 HISTORY = 0.9
 """Share of the previous response that a follow-up must have room for to count as resending the history."""
+
+
+class Turn(Struct, frozen=True, kw_only=True):
+    """The requests that are the `turn`-th of their session and succeeded with a known length."""
+
+    turn: int
+    requests: int
+    request_mean: float
+    request_p50: float
+    response_mean: float
 
 
 class Conversations(Struct, frozen=True, kw_only=True):
@@ -26,10 +39,16 @@ class Conversations(Struct, frozen=True, kw_only=True):
     """Requests that belong to a session."""
     turns: Summary = Summary()
     """Requests per session. Sessions that the edges of the trace cut count with what is left of them."""
+    turns_shares: list[float] = []
+    """Share of sessions with 1, 2, … 20 requests."""
+    by_turn: list[Turn] = []
+    """How the prompt grows: lengths at the first 20 turns, as long as 20 requests have one."""
     single_share: float | None = None
     """Share of sessions with one request."""
     gaps: Summary = Summary()
     """Seconds between requests of a session."""
+    gaps_octaves: Octaves = Octaves()
+    """The same by factors of 2."""
     think: Summary = Summary()
     """Seconds from the end of a response to the next request; negative where it came before the end."""
     growth: Summary = Summary()
@@ -70,6 +89,7 @@ def session_statistics(table: pl.DataFrame) -> Conversations:
     later = np.zeros(session.size, bool)
     later[follow] = True
 
+    turn_of = np.arange(session.size) - np.repeat(first, turns)
     burst = np.flatnonzero(np.concatenate(([True], (np.diff(session) != 0) | (np.diff(arrival) > SILENCE))))
     opened, closed = arrival[first], arrival[first + turns - 1]
     span = float(arrival.max() - arrival.min())
@@ -77,8 +97,11 @@ def session_statistics(table: pl.DataFrame) -> Conversations:
         sessions=first.size,
         requests=session.size,
         turns=summary(turns),
+        turns_shares=(np.bincount(turns, minlength=21)[1:21] / first.size).tolist(),
+        by_turn=_by_turn(turn_of[usable], request[usable], response[usable]),
         single_share=float(np.mean(turns == 1)),
         gaps=summary(gap),
+        gaps_octaves=octaves(gap),
         think=summary(gap - elapsed[follow - 1]),
         growth=summary(growth),
         shrinking_share=float(np.mean(growth < 0)) if pair.size else None,
@@ -89,6 +112,26 @@ def session_statistics(table: pl.DataFrame) -> Conversations:
         open_mean=float((closed - opened).sum() / span) if span > 0 else None,
         open_max=_most_at_once(opened, closed),
     )
+
+
+def _by_turn(turn: np.ndarray, request: np.ndarray, response: np.ndarray) -> list[Turn]:
+    """Lengths by turn, counted from 0 in `turn`."""
+    found = []
+    for number in range(MOST_TURNS):
+        here = turn == number
+        if np.count_nonzero(here) < FEWEST:
+            break
+        asked = summary(request[here])
+        found.append(
+            Turn(
+                turn=number + 1,
+                requests=asked.n,
+                request_mean=asked.mean or 0.0,
+                request_p50=asked.p50 or 0.0,
+                response_mean=float(response[here].mean()),
+            )
+        )
+    return found
 
 
 def _most_at_once(opened: np.ndarray, closed: np.ndarray) -> int:

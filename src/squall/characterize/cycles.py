@@ -8,6 +8,7 @@ is exponentially distributed, whatever the slow trend of the spectrum (Percival 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,9 @@ REPEATS = 0.3
 FALSE_ALARM = 1e-3
 """Probability that the highest of all peaks of noise is called a period."""
 MOST_PERIODS = 5
+MOST_POINTS = 300
+MOST_LAGS = 336
+"""Hours."""
 WORKING_DAYS = 5
 """Monday to Friday."""
 MOST_SLOTS = 1440
@@ -74,6 +78,17 @@ class Period(Struct, frozen=True, kw_only=True):
     """Power over the mean power around it; 1 is noise."""
 
 
+class Spectrum(Struct, frozen=True, kw_only=True):
+    """The periodogram of the counts, longest period first, at most 300 points: the highest of its neighbours each."""
+
+    period: list[float] = []
+    """s"""
+    strength: list[float] = []
+    """Power over the mean power around it; 1 is noise."""
+    alarm: float | None = None
+    """What noise exceeds anywhere once in a thousand series."""
+
+
 class Periodicity(Struct, frozen=True, kw_only=True):
     """How much of the hourly counts repeats; null where the trace is shorter than two periods."""
 
@@ -97,6 +112,12 @@ class Periodicity(Struct, frozen=True, kw_only=True):
     """Fullest hour over the mean hour."""
     bin: float | None = None
     """Bins of the spectrum, s: an hour, or less for a short trace."""
+    spectrum: Spectrum = Spectrum()
+    autocorrelation: list[float] = []
+    """Of the counts in bins of an hour (`bin` for traces of less than two days), at lags of 0, 1, 2, … bins, to two
+    weeks or half the trace."""
+    autocorrelation_bin: float | None = None
+    """s"""
     periods: list[Period] = []
     """Periods that stand out of the spectrum, the strongest first, at most 5."""
 
@@ -259,11 +280,14 @@ def periodicity(arrivals: np.ndarray, start: float, end: float) -> Periodicity:
     if not 32 <= bins <= MAXIMUM_WINDOWS:
         return Periodicity()
     counts = bin_counts(arrivals, width, start, end)[:bins].astype(float)
-    periods = spectrum(counts, width)
+    periods, power = spectrum(counts, width)
     if width < HOUR or bins < 48:
         hours = int((end - start) // HOUR)
         if hours < 48:
-            return Periodicity(bin=width, periods=periods)
+            lags = correlogram(counts, counts.size // 2)
+            return Periodicity(
+                bin=width, periods=periods, spectrum=power, autocorrelation=lags, autocorrelation_bin=width
+            )
         counts = bin_counts(arrivals, HOUR, start, end)[:hours].astype(float)
     day, mean = autocorrelation(counts, 24), counts.mean()
     return Periodicity(
@@ -277,18 +301,24 @@ def periodicity(arrivals: np.ndarray, start: float, end: float) -> Periodicity:
         empty_share=float(np.mean(counts == 0)),
         peak_to_mean=float(counts.max() / mean) if mean > 0 else None,
         bin=width,
+        spectrum=power,
+        autocorrelation=correlogram(counts, min(MOST_LAGS, counts.size // 2)),
+        autocorrelation_bin=HOUR,
         periods=periods,
     )
 
 
-def spectrum(counts: np.ndarray, width: float) -> list[Period]:
-    """Dominant periods of `counts` in bins of `width` s, at most half as long as the series; the strongest first."""
+def spectrum(counts: np.ndarray, width: float) -> tuple[list[Period], Spectrum]:
+    """Dominant periods of `counts` in bins of `width` s, at most half as long as the series, and the whole spectrum.
+
+    The strongest period is the first.
+    """
     off = counts - counts.mean()
     power = np.abs(np.fft.rfft(off)) ** 2
     power[0] = 0.0
     total = float(power.sum())
     if total <= 1e-12 * dot(counts, counts) * counts.size:
-        return []
+        return [], Spectrum()
     frequency = np.arange(power.size)
     # Bands of half an octave, but of 8 frequencies at least; the median of exponential noise is log 2 of its mean.
     band = np.maximum(np.floor(2 * np.log2(np.maximum(frequency, 1) / 8)), 0).astype(int)
@@ -301,10 +331,19 @@ def spectrum(counts: np.ndarray, width: float) -> list[Period]:
     alarm = -np.log(-np.expm1(np.log1p(-FALSE_ALARM) / power.size))
     found = [k for k in (np.flatnonzero(highest) + 1).tolist() if k >= 2 and strength[k] > alarm]
     found.sort(key=lambda k: -around[k])
-    return [
+    periods = [
         Period(period=counts.size * width / k, share=min(float(around[k] / total), 1.0), strength=float(strength[k]))
         for k in found[:MOST_PERIODS]
     ]
+    # Neighbours on a logarithmic axis are one point, at the highest of them, so that no peak is lost.
+    group = np.floor(np.log(frequency[2:]) / np.log(power.size) * MOST_POINTS).astype(int)
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    highest_of = [2 + a + int(np.argmax(strength[2 + a : 2 + b])) for a, b in pairwise([*first.tolist(), group.size])]
+    return periods, Spectrum(
+        period=[counts.size * width / k for k in highest_of],
+        strength=strength[highest_of].tolist(),
+        alarm=float(alarm),
+    )
 
 
 def working_day(
@@ -375,6 +414,14 @@ def autocorrelation(series: np.ndarray, lag: int) -> float | None:
     off = series - series.mean()
     total = dot(off, off)
     return dot(off[lag:], off[:-lag]) / total if total > 0 else None
+
+
+def correlogram(series: np.ndarray, lags: int) -> list[float]:
+    """Sample autocorrelation at lags 0 to `lags`; empty for a constant series."""
+    off = series - series.mean()
+    power = np.abs(np.fft.rfft(off, 2 * series.size)) ** 2
+    found = np.fft.irfft(power)[: lags + 1]
+    return (found / found[0]).tolist() if dot(off, off) > 1e-12 * dot(series, series) else []
 
 
 def _explained(series: np.ndarray, period: int) -> float | None:

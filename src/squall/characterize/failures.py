@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_POINTS, MAXIMUM_WINDOWS, MINIMUM_BINS, GammaWindows, bin_counts
-from squall.characterize.summary import Summary, Tally, bin_width, correlation, ranks, summary
+from squall.characterize.summary import Octaves, Summary, Tally, bin_width, correlation, octaves, ranks, summary
 
 BIN = 300.0
 """Bins in which failures are looked at for clustering, s."""
@@ -70,6 +70,8 @@ class Failures(Struct, frozen=True, kw_only=True):
     runs: Summary = Summary()
     """Lengths of the runs of requests that failed one after the other; independent failures have a mean of
     1 / (1 - share)."""
+    runs_octaves: Octaves = Octaves()
+    """The runs by their length."""
     series: FailureSeries
 
 
@@ -96,12 +98,14 @@ def failure_statistics(
         requests=bin_counts(arrivals, width, start, end).tolist(),
         failed=bin_counts(arrivals[failed], width, start, end).tolist(),
     )
+    runs = _runs(failed)
     found = Failures(
         failed=int(failed.sum()),
         share=float(failed.mean()),
         bin=BIN,
         by_request_length=_by_length(failed, request_tokens),
-        runs=_runs(failed),
+        runs=summary(runs),
+        runs_octaves=octaves(runs),
         series=series,
     )
     if windows is not None and found.failed:
@@ -170,7 +174,7 @@ def _by_alpha(
     return buckets, correlation(ranks(alpha), ranks(lost / count))
 
 
-def _runs(failed: np.ndarray) -> Summary:
+def _runs(failed: np.ndarray) -> np.ndarray:
     """Lengths of the runs of failures."""
     edges = np.flatnonzero(np.diff(failed, prepend=False, append=False))
-    return summary(edges[1::2] - edges[::2])
+    return edges[1::2] - edges[::2]

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from squall.characterize.summary import Summary, summary
+from squall.characterize.summary import Octaves, Summary, octaves, summary
 
 
 class CacheSize(Struct, frozen=True, kw_only=True):
@@ -37,6 +37,8 @@ class Prefixes(Struct, frozen=True, kw_only=True):
     """Share of requests with at least one hit."""
     shared: Summary = Summary()
     """Blocks of that run per request."""
+    shared_octaves: Octaves = Octaves()
+    """Requests by the blocks of that run."""
     popularity: Summary = Summary()
     """Requests per distinct block."""
     reuse_time: Summary = Summary()
@@ -72,6 +74,7 @@ def prefix_sharing(table: pl.DataFrame, block_size: int | None) -> Prefixes:
         hit_share=float(shared.sum() / block.size),
         sharing_share=float(np.mean(shared > 0)),
         shared=summary(shared),
+        shared_octaves=octaves(shared),
         popularity=summary(np.bincount(block)),
         reuse_time=summary(arrival[request[again]] - arrival[request[previous[again]]]),
         reuse_distance=summary(distance),

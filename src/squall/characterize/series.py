@@ -3,6 +3,11 @@
 windows.parquet      the Gamma fit of every window: start, requests, gaps, rate, alpha, beta, cv, ks
 hours.parquet        every hour of the clock: start, requests, request_tokens, response_tokens, covered
 bursts.parquet       every burst at every scale: scale, start, length, requests, peak
+dispersion.parquet   the index of dispersion of the counts: scale, index, spread_index
+autocorrelation.parquet, spectrum.parquet   of the counts: lag (s), correlation; period (s), strength
+fits.parquet         the families fitted to the lengths, the likeliest first: side, rank, family, ks, aic, bic
+bands.parquet        responses by request length: low, high, n, mean, p5, p50, p95
+turns.parquet        lengths by turn of the conversation: turn, requests, request_mean, request_p50, response_mean
 working_day.parquet  the average working day: start, windows, rate, alpha, beta, pooled_alpha, pooled_beta
 
 Each has the columns service and model, both null for all requests together. Times are seconds on the trace's clock.
@@ -11,7 +16,7 @@ Each has the columns service and model, both null for all requests together. Tim
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -64,6 +69,7 @@ def series_of(stream: "Stream", over_time: OverTime) -> Series:
     ]
     if runs:
         found["bursts"] = pl.concat(runs)
+    found |= {name: pl.DataFrame(rows) for name, rows in _rows(stream).items() if rows}
     day = stream.working_day
     if day.start:
         columns = {"start": day.start, "windows": day.windows, "rate": day.rate}
@@ -73,6 +79,30 @@ def series_of(stream: "Stream", over_time: OverTime) -> Series:
             columns, schema_overrides={name: pl.Float64 for name in columns if name != "windows"}
         )
     return found
+
+
+def _rows(stream: "Stream") -> dict[str, list[dict[str, Any]]]:
+    """The tables that are in the JSON already."""
+    cycle, lengths = stream.periodicity, {"request": stream.request_tokens, "response": stream.response_tokens}
+    step = cycle.autocorrelation_bin or 0.0
+    return {
+        "dispersion": [
+            {"scale": one.scale, "index": float(one.index), "spread_index": one.spread_index or float("nan")}
+            for one in stream.dispersion
+        ],
+        "autocorrelation": [{"lag": k * step, "correlation": one} for k, one in enumerate(cycle.autocorrelation)],
+        "spectrum": [
+            {"period": period, "strength": strength}
+            for period, strength in zip(cycle.spectrum.period, cycle.spectrum.strength, strict=True)
+        ],
+        "fits": [
+            {"side": side, "rank": k, "family": fit.family, "ks": fit.ks, "aic": fit.aic, "bic": fit.bic}
+            for side, one in lengths.items()
+            for k, fit in enumerate(one.fits, start=1)
+        ],
+        "bands": [msgspec.to_builtins(band) for band in stream.response_bands],
+        "turns": [msgspec.to_builtins(turn) for turn in stream.conversations.by_turn],
+    }
 
 
 def write_series(
@@ -90,5 +120,5 @@ def write_series(
             )
             tables.setdefault(name, []).append(named)
     for name, parts in tables.items():
-        pl.concat(parts).write_parquet(folder / f"{name}.parquet")
+        pl.concat(parts).fill_nan(None).write_parquet(folder / f"{name}.parquet")
     (folder / "characterization.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))

@@ -33,6 +33,23 @@ class Summary(Struct, frozen=True, kw_only=True):
     max: float | None = None
 
 
+class Octaves(Struct, frozen=True, kw_only=True):
+    """Counts in [edges[i], edges[i + 1]): below 1, and from there on by factors of 2."""
+
+    edges: list[float] = []
+    counts: list[int] = []
+
+
+def octaves(sample: np.ndarray) -> Octaves:
+    """Of the finite values >= 0 of `sample`; empty bins at both ends are left out."""
+    sample = sample[np.isfinite(sample) & (sample >= 0)]
+    if sample.size == 0:
+        return Octaves()
+    counts = np.bincount(np.frexp(np.floor(sample))[1])  # 0 is in bin 0, [1, 2) in bin 1, [2, 4) in bin 2
+    low = int(np.flatnonzero(counts)[0])
+    return Octaves(edges=[0.0, *(2.0 ** np.arange(counts.size)).tolist()][low:], counts=counts[low:].tolist())
+
+
 def summary(sample: np.ndarray) -> Summary:
     """The Summary of the finite values of `sample`, in any order."""
     return Summary(**describe(sample[np.isfinite(sample)]))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from squall.characterize import Stream
     from squall.characterize.lengths import Histogram
+    from squall.characterize.summary import Octaves
 
 Latency = Mapping[str, np.ndarray]
 """Columns by request, as `squall.run.metrics.latencies` gives them."""
@@ -282,6 +283,195 @@ def cache_hits(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     return _curves(rows, streams, x=x, y=y, points=True)
 
 
+def response_band(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Median response by request length as a line, the mean dashed (of one or two), the middle 90 % as a band."""
+    import altair as alt
+
+    rows = [
+        {"name": name, "x": (band.low * band.high) ** 0.5, "y": band.p50, "low": band.p5, "high": band.p95}
+        | {"mean": band.mean, "n": band.n}
+        for name, stream in streams.items()
+        for band in stream.response_bands
+    ]
+    extra = {"mean": ("mean", ",.4~r"), "low": ("5 %", ",d"), "high": ("95 %", ",d"), "n": ("requests", ",d")}
+    x = _axis("request tokens", log=True, format=",d")
+    chart = _curves(rows, streams, x=x, y=_axis("response tokens", format="~s"), points=True, extra=extra)
+    names, found = list(streams), len({row["name"] for row in rows})
+    data, color = alt.InlineData(values=rows), alt.Color("name:N", scale=alt.Scale(domain=names), legend=None)
+    place = alt.X("x:Q", **_channel("x", x, rows))
+    band = alt.Chart(data).mark_area(clip=True, opacity=0.16 if found <= 2 else 0.07)
+    low = alt.Y("low:Q", title="response tokens", stack=None)
+    chart.layer.insert(0, band.encode(x=place, y=low, y2="high:Q", color=color))
+    if found <= 2:  # more lines over each other are mud
+        mean = alt.Chart(data).mark_line(clip=True, strokeDash=[4, 3], strokeWidth=1.2)
+        chart.layer.insert(1, mean.encode(x=place, y=alt.Y("mean:Q", title="response tokens", stack=None), color=color))
+    return chart
+
+
+def families(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """How far each fitted family is from the lengths: KS distance by family, requests and responses side by side."""
+    import altair as alt
+
+    names = list(streams)
+    rows = [
+        {"name": name, "family": fit.family, "side": side, "y": fit.ks, "rank": k, "bic": fit.bic / lengths.n}
+        for name, stream in streams.items()
+        for side, lengths in (("request", stream.request_tokens), ("response", stream.response_tokens))
+        for k, fit in enumerate(lengths.fits, start=1)
+    ]
+    chart = alt.Chart(alt.InlineData(values=rows)).mark_point(filled=True, size=70, opacity=0.9)
+    encoded = chart.encode(
+        x=alt.X("y:Q", title="KS distance", scale=alt.Scale(domainMin=0)),
+        y=alt.Y("family:N", title=None, axis=alt.Axis(grid=True, labelLimit=200)),
+        yOffset=alt.YOffset("side:N", sort=["request", "response"]),
+        color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=None),
+        shape=alt.Shape(
+            "side:N", scale=alt.Scale(domain=["request", "response"], range=["circle", "triangle-up"])
+        ).legend(title=None, symbolType="circle", offset=8),
+        tooltip=[
+            *([alt.Tooltip("name:N", title="title")] if len(names) > 1 else []),
+            alt.Tooltip("family:N"),
+            alt.Tooltip("side:N"),
+            alt.Tooltip("y:Q", title="KS distance", format=".3f"),
+            alt.Tooltip("rank:Q", title="place by BIC"),
+            alt.Tooltip("bic:Q", title="BIC per request", format=",.4~r"),
+        ],
+    )
+    return alt.layer(encoded).properties(width="container", height=HEIGHT)
+
+
+def autocorrelation(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Autocorrelation of the counts by lag."""
+    rows = [
+        {"name": name, "x": k * (stream.periodicity.autocorrelation_bin or 0.0), "y": value}
+        for name, stream in streams.items()
+        for k, value in enumerate(stream.periodicity.autocorrelation)
+    ]
+    return _curves(rows, streams, x=_time(rows, "lag"), y=_axis("autocorrelation"), reference=(0.0, ""))
+
+
+def spectrum(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Power of the counts over the mean power of the frequencies around, by period; 1 is noise."""
+    rows = [
+        {"name": name, "x": period, "y": max(strength, 0.1)}
+        for name, stream in streams.items()
+        for period, strength in zip(
+            stream.periodicity.spectrum.period, stream.periodicity.spectrum.strength, strict=True
+        )
+    ]
+    alarm = max((s.periodicity.spectrum.alarm or 0.0 for s in streams.values()), default=0.0)
+    x, y = _axis("period", log=True, duration=True), _axis("power / mean around", log=True)
+    return _curves(rows, streams, x=x, y=y, reference=(alarm, "beyond noise") if alarm else None)
+
+
+def goodness(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Windows by the distance of their gaps from the fitted Gamma, in units in which 1.36 is the limit of the test."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        found, total = stream.gamma_windows.goodness, stream.gamma_windows.fitted
+        rows += [
+            {"name": name, "x": edge, "y": count / total, "windows": count}
+            for edge, count in zip(found.edges, found.windows, strict=True)
+            if total
+        ]
+    x = _axis(
+        "√n × KS distance (1.36: the 5 % limit; the last bin holds all beyond)",
+        values=(0, 0.4, 0.8, 1.36, 2, 3, 4),
+        format=".3~r",
+    )
+    y = _axis("share of windows", format=".0%")
+    return _curves(rows, streams, x=x, y=y, step=True, filled=True, extra={"windows": ("windows", ",d")})
+
+
+def turns(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Share of the conversations with more than x turns."""
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        left = 1.0
+        for k, share in enumerate(stream.conversations.turns_shares, start=1):
+            rows.append({"name": name, "x": k, "y": left, "share": share})
+            left = max(left - share, 0.0)
+    x, y = _axis("turns", format="d"), _axis("share with so many or more", format=".0%", domain=(0, 1))
+    return _curves(rows, streams, x=x, y=y, points=True, extra={"share": ("with just so many", ".1%")})
+
+
+def growth(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Mean request length at each turn of the conversation."""
+    rows = [
+        {"name": name, "x": turn.turn, "y": turn.request_mean, "median": turn.request_p50}
+        | {"response": turn.response_mean, "n": turn.requests}
+        for name, stream in streams.items()
+        for turn in stream.conversations.by_turn
+    ]
+    extra = {"median": ("median", ",.4~r"), "response": ("mean response", ",.4~r"), "n": ("requests", ",d")}
+    x, y = _axis("turn", format="d"), _axis("mean request tokens", format="~s")
+    return _curves(rows, streams, x=x, y=y, points=True, extra=extra)
+
+
+def octaves(
+    found: "Mapping[str, Octaves]", names: Sequence[str], title: str, *, of: str, duration: bool = False
+) -> "alt.LayerChart":
+    """Shares by factors of 2 on a logarithmic axis; what lies below 1 stands at 1/2. `of` names what is counted."""
+    rows: list[dict[str, Any]] = []
+    for name, histogram in found.items():
+        total = sum(histogram.counts)
+        steps = zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
+        for low, high, count in steps:
+            rows.append({"name": name, "x": low or 0.5, "y": count / total, "to": high, "count": count})
+        rows.append({"name": name, "x": histogram.edges[-1], "y": count / total, "to": high, "count": count})
+    extra = {"to": ("up to", ",.4~r"), "count": (of, ",d")}
+    x, y = _axis(title, log=True, duration=duration, format=",~r"), _axis(f"share of {of}", format=".0%")
+    return _curves(rows, names, x=x, y=y, step=True, filled=True, extra=extra)
+
+
+def burst_runs(streams: "Mapping[str, Stream]", scale: float) -> "alt.LayerChart":
+    """How long the bursts at `scale` last (solid) and the pauses between them (dashed): shares by factors of 2."""
+    import altair as alt
+
+    names = list(streams)
+    rows: list[dict[str, Any]] = []
+    for name, stream in streams.items():
+        for one in (one for one in stream.bursts if one.scale == scale):
+            for state, found in (("burst", one.on_runs), ("pause", one.off_runs)):
+                total = sum(found.counts)
+                rows += [
+                    {"name": name, "state": state, "x": low * scale, "y": count / total, "count": count}
+                    for low, count in zip(found.edges, found.counts, strict=False)
+                    if low > 0
+                ]
+    x, y = _axis("length, from", log=True, duration=True), _axis("share of runs", format=".0%")
+    color = alt.Color("name:N", scale=alt.Scale(domain=names), legend=None)
+    dash = alt.StrokeDash("state:N", scale=alt.Scale(domain=["burst", "pause"], range=[[1, 0], [4, 3]]))
+    tooltip = [
+        *([alt.Tooltip("name:N", title="title")] if len(names) > 1 else []),
+        alt.Tooltip("state:N"),
+        alt.Tooltip("x:Q", title="from (s)", format=",.4~r"),
+        alt.Tooltip("y:Q", title="share of runs", format=".1%"),
+        alt.Tooltip("count:Q", title="runs", format=",d"),
+    ]
+    chart = alt.Chart(alt.InlineData(values=rows)).mark_line(point=alt.OverlayMarkDef(size=30))
+    encoded = chart.encode(
+        x=alt.X("x:Q", **_channel("x", x, rows)),
+        y=alt.Y("y:Q", stack=None, **_channel("y", y, rows)),
+        color=color,
+        strokeDash=dash.legend(title=None, offset=8),
+        detail="state:N",
+        tooltip=tooltip,
+    )
+    return alt.layer(encoded).properties(width="container", height=HEIGHT)
+
+
+def failed_share_by_length(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
+    """Share of the requests that failed, by request length."""
+    rows = [
+        {"name": name, "x": (bucket.low * bucket.high) ** 0.5, "y": bucket.failed_share, "n": bucket.requests}
+        for name, stream in streams.items()
+        for bucket in stream.failures.by_request_length
+    ]
+    x, y = _axis("request tokens", log=True, format=",d"), _axis("failed", format=".1%")
+    return _curves(rows, streams, x=x, y=y, points=True, extra={"n": ("requests", ",d")})
+
+
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -453,13 +643,13 @@ def _binned(events: Mapping[str, tuple[np.ndarray, np.ndarray | None]], end: flo
     return rows
 
 
-def _time(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The axis of a time since the start, with the values of `rows` turned into the unit that suits their range."""
+def _time(rows: list[dict[str, Any]], title: str = "time") -> dict[str, Any]:
+    """The axis of a time since the start, or a lag, with the values of `rows` in the unit that suits their range."""
     longest = max((row["x"] for row in rows), default=0.0)
     size, unit = next(((size, unit) for size, unit in _UNITS if longest >= 3 * size), (1.0, "s"))
     for row in rows:
         row["x"] = row["x"] / size
-    return _axis(f"time ({unit})", format=",~f")
+    return _axis(f"{title} ({unit})", format=",~f")
 
 
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))

@@ -451,6 +451,11 @@ def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndar
             f"({next(iter(streams))}); in at least {fits.rejected:,} the gaps are not Gamma."
         )
         figures.append(Figure("alpha", "Burstiness over time", charts.alpha_over_time(streams), caption))
+        told = ", ".join(
+            f"{name} {s.gamma_windows.rejected:,} of {s.gamma_windows.fitted:,}" for name, s in streams.items()
+        )
+        caption = f"Are the gaps of a window Gamma? Windows beyond 1.36 are not (at least): {told}."
+        figures.append(Figure("goodness", "How good the Gamma fits are", charts.goodness(streams), caption))
     for name, title in (("request_tokens", "Request length"), ("response_tokens", "Response length")):
         histograms = {key: h for key, s in streams.items() if (h := getattr(s, name).histogram) and h.edges[-1] > 1}
         if histograms:
@@ -458,6 +463,8 @@ def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndar
             caption = f"Areas are shares of the requests: {counts}."
             chart = charts.lengths(histograms, "tokens", names=list(streams))
             figures.append(Figure(name.replace("_", "-"), title, chart, caption))
+    figures += _length_figures(streams)
+    figures += _conversation_figures(streams)
     figures += _cycle_figures(streams)
     figures += _burst_figures(streams)
     figures += _failure_figures(streams)
@@ -466,11 +473,68 @@ def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndar
         hits = ", ".join(f"{name} {percent(one.prefixes.hit_share)}" for name, one in shared.items())
         caption = f"{_CACHE} A cache that forgets nothing: {hits} of the blocks."
         figures.append(Figure("prefixes", "Shared prefixes", charts.cache_hits(streams), caption))
+        runs = {name: one.prefixes.shared_octaves for name, one in shared.items()}
+        caption = "Blocks at the front of each prompt that an earlier request had; none stands at ½."
+        chart = charts.octaves(runs, list(streams), "shared blocks", of="requests")
+        figures.append(Figure("shared", "Length of the shared prefix", chart, caption))
     return figures
 
 
+def _length_figures(streams: Mapping[str, Stream]) -> list[Figure]:
+    """How well families of distributions fit the lengths, and what a request says about its response."""
+    figures = []
+    if any(stream.request_tokens.fits or stream.response_tokens.fits for stream in streams.values()):
+        caption = "Distance of each fitted family from the lengths; the tooltip has its place by BIC. Likeliest: "
+        caption += "; ".join(_nearest(name, stream) for name, stream in list(streams.items())[:MOST_TOLD]) + "."
+        figures.append(Figure("families", "Families of lengths", charts.families(streams), caption))
+    if any(len(stream.response_bands) > 1 for stream in streams.values()):
+        slopes = [f"{n} {s.correlation.slope:+.2f}" for n, s in streams.items() if s.correlation.slope is not None]
+        caption = "Median response by request length (mean dashed, if there are few), with the middle 90 %."
+        if slopes:
+            caption += f" Response tokens per request token from 400 to 2,000: {', '.join(slopes)}."
+        chart = charts.response_band(streams)
+        figures.append(Figure("response-band", "Response against request", chart, caption))
+    return figures
+
+
+def _nearest(name: str, stream: Stream) -> str:
+    """The likeliest family of each side, and the peaks of the responses."""
+    sides = [("requests", stream.request_tokens.best_fit), ("responses", stream.response_tokens.best_fit)]
+    told = f"{name}: {', '.join(f'{side} {fit.family} (KS {number(fit.ks)})' for side, fit in sides if fit)}"
+    peaks = [f"{mode.tokens:,.0f} ({percent(mode.share)})" for mode in stream.response_tokens.modes]
+    return f"{told}, response peaks at {' and '.join(peaks)} tokens" if len(peaks) > 1 else told
+
+
+def _conversation_figures(streams: Mapping[str, Stream]) -> list[Figure]:
+    talks = {name: stream for name, stream in streams.items() if stream.conversations.sessions}
+    if not talks:
+        return []
+    told = ", ".join(
+        f"{n} {s.conversations.sessions:,} of {number(s.conversations.turns.mean)} turns" for n, s in talks.items()
+    )
+    caption = f"Share of the conversations with so many turns or more: {told}. The trace's edges cut some."
+    figures = [Figure("turns", "Turns of a conversation", charts.turns(streams), caption)]
+    gaps = {name: found for name, s in talks.items() if (found := s.conversations.gaps_octaves).counts}
+    if gaps:
+        medians = ", ".join(f"{name} {duration(talks[name].conversations.gaps.p50)}" for name in gaps)
+        caption = f"Time between two requests of a conversation, by factors of 2. Medians: {medians}."
+        chart = charts.octaves(gaps, list(streams), "silence", of="silences", duration=True)
+        figures.append(Figure("silences", "Silences in a conversation", chart, caption))
+    if any(len(s.conversations.by_turn) > 1 for s in talks.values()):
+        grown = [
+            f"{n} {s.conversations.growth.mean:+,.0f}"
+            for n, s in talks.items()
+            if s.conversations.growth.mean is not None
+        ]
+        caption = f"Mean prompt at each turn. Mean growth from one turn to the next in tokens: {', '.join(grown)}."
+        figures.append(Figure("growth", "Growth of the prompt", charts.growth(streams), caption))
+    return figures
+
+
+MOST_TOLD = 3
+"""A caption speaks of so many series."""
 _CACHE = "Share of prompt blocks that a cache of x tokens would hold, forgetting the least recently used first."
-MOST_MAPS = 3
+MOST_MAPS = 5
 """Weekly maps are drawn of the whole and of the largest classes, so many in all."""
 
 
@@ -490,6 +554,20 @@ def _cycle_figures(streams: Mapping[str, Stream]) -> list[Figure]:
         if verdicts:
             caption += f" Autocorrelation of the hourly counts at 24 h: {', '.join(verdicts)}."
         figures.append(Figure("hours", "Hour of the day", charts.hours(streams), caption))
+    if any(stream.periodicity.autocorrelation for stream in streams.values()):
+        step = next(s.periodicity.autocorrelation_bin for s in streams.values() if s.periodicity.autocorrelation_bin)
+        caption = f"Of the counts per {in_words(step)} with those of x later; peaks at 1, 2, … days are a daily rhythm."
+        chart = charts.autocorrelation(streams)
+        figures.append(Figure("autocorrelation", "Autocorrelation", chart, caption))
+    if any(stream.periodicity.spectrum.period for stream in streams.values()):
+        found = [
+            f"{name} {', '.join(in_words(one.period) for one in s.periodicity.periods[:3])}"
+            for name, s in streams.items()
+            if s.periodicity.periods
+        ]
+        caption = "Power of each period over that of its neighbours; noise passes the line once in a thousand series. "
+        caption += f"Periods that stand out: {'; '.join(found) or 'none'}."
+        figures.append(Figure("spectrum", "Dominant periods", charts.spectrum(streams), caption))
     for what, title, axis in (
         ("requests", "Requests per hour", "requests/h"),
         ("request_tokens", "Request tokens per hour", "tokens/h"),
@@ -533,7 +611,14 @@ def _burst_figures(streams: Mapping[str, Stream]) -> list[Figure]:
         f"Runs of {in_words(scale)} bins with more than twice the mean count (and more than Poisson arrivals have in "
         f"one of a thousand). {told}."
     )
-    return [Figure("bursts", "Bursts", charts.burst_sizes(streams, scale), caption)]
+    figures = [Figure("bursts", "Bursts", charts.burst_sizes(streams, scale), caption)]
+    if any(one.off_runs.counts for at, _, one in found if at == scale):
+        caption = (
+            f"Lengths of the bursts in bins of {in_words(scale)}, and of the pauses between them, by factors of 2."
+        )
+        chart = charts.burst_runs(streams, scale)
+        figures.append(Figure("burst-runs", "How long bursts and pauses last", chart, caption))
+    return figures
 
 
 def _failure_figures(streams: Mapping[str, Stream]) -> list[Figure]:
@@ -549,6 +634,20 @@ def _failure_figures(streams: Mapping[str, Stream]) -> list[Figure]:
         caption = f"By the burstiness of the window. Rank correlation with alpha: {', '.join(ranks) or 'none'}."
         chart = charts.failed_share_by_alpha(streams)
         figures.append(Figure("failed-alpha", "Failures against burstiness", chart, caption))
+    if any(len(stream.failures.by_request_length) > 1 for stream in streams.values()):
+        caption = "By request length, where failed requests have one recorded."
+        chart = charts.failed_share_by_length(streams)
+        figures.append(Figure("failed-length", "Failures against length", chart, caption))
+    runs = {name: s.failures.runs_octaves for name, s in streams.items() if len(s.failures.runs_octaves.counts) > 1}
+    if runs:
+        expected = ", ".join(
+            f"{name} {number(streams[name].failures.runs.mean)} "
+            f"({number(1 / (1 - streams[name].failures.share))} if independent)"
+            for name in runs
+        )
+        caption = f"Requests that failed one after the other. Mean length of a run: {expected}."
+        chart = charts.octaves(runs, list(streams), "failures in a row", of="runs")
+        figures.append(Figure("failed-runs", "Runs of failures", chart, caption))
     return figures
 
 
