@@ -36,7 +36,7 @@ from squall.replay.schedule import (
     rows_of,
     schedule_of,
 )
-from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender
+from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
 from squall.replay.target import OURS, Found, Preflight, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
 from squall.run.files import check_run_path, write_run
@@ -381,6 +381,7 @@ def _here(
     since: int,
 ) -> str:
     async def send() -> None:
+        prepare(plan)
         start = time.monotonic_ns() + LEAD - since
         started(start)
         await Sender(plan, schedule, start, watch=watch).run()
@@ -447,6 +448,7 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
         return shared[1] if os.getppid() == parent else 2
 
     async def send() -> None:
+        prepare(plan)
         shared[own] = 1
         while not shared[0] and os.getppid() == parent:
             await asyncio.sleep(0.005)
