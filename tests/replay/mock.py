@@ -51,6 +51,14 @@ class Behaviour:
     """`keep`; `after`: close after the answer although keep-alive was announced; `before`: close without an answer."""
     raw: bytes | None = None
     """Write these bytes instead of an HTTP response, then close."""
+    hold: bool = False
+    """Do not close after `raw`."""
+    keep: bool = False
+    """After `raw`, wait for the next request."""
+    cut: int | None = None
+    """Write `raw` in two pieces, the first of so many bytes."""
+    endless: bytes | None = None
+    """Write these bytes as chunks of a stream, for ever."""
 
 
 @dataclass
@@ -128,7 +136,7 @@ class Mock:
 
         def serve() -> None:
             self._loop = uvloop.new_event_loop()
-            self._server = self._loop.run_until_complete(self.start())
+            self._server = self._loop.run_until_complete(self.start(self.port))
             ready.set()
             self._loop.run_forever()
             self._loop.close()
@@ -217,8 +225,14 @@ class _Serve(asyncio.Protocol):
         if how.close == "before":
             self.transport.close()
         elif how.raw is not None:
-            self.transport.write(how.raw)
-            self.transport.close()
+            self.transport.write(how.raw[: how.cut])
+            if how.cut is not None:
+                self.loop.call_later(0.005, self.transport.write, how.raw[how.cut :])
+            if not (how.hold or how.keep):
+                self.transport.close()
+        elif how.endless is not None:
+            self.transport.write(_Stream.HEAD)
+            self.flood(_chunk(how.endless))
         elif how.body is not None or how.status != 200:
             self.loop.call_later(how.first, self.document, how)
         elif not how.stream:
@@ -229,6 +243,12 @@ class _Serve(asyncio.Protocol):
             self.loop.call_later(how.first, self.document, how)
         else:
             _Stream(self, how, seen)
+
+    def flood(self, chunk: bytes) -> None:
+        if not self.transport.is_closing():
+            if self.transport.get_write_buffer_size() < 1 << 20:
+                self.transport.write(chunk * 16)
+            self.loop.call_later(0.0005, self.flood, chunk)
 
     def document(self, how: Behaviour) -> None:
         body = how.body or b""

@@ -1,5 +1,7 @@
 """Conversations: turns in order, never two at once, after the answer and the think time, with a history that grows."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,7 +105,7 @@ def test_live_history_holds_the_replies_as_they_came():
     for turns in talks.values():
         shapes = [[message["role"] for message in seen.body["messages"]] for seen in turns]
         assert shapes == [["user"] + ["assistant", "user"] * t for t in range(3)]
-        for earlier, later in zip(turns, turns[1:], strict=False):
+        for earlier, later in pairwise(turns):
             asked = earlier.body["messages"]
             assert later.body["messages"][: len(asked)] == asked
             assert later.body["messages"][len(asked)] == {"role": "assistant", "content": "tok " * 4}

@@ -24,7 +24,7 @@ import numpy as np
 
 from squall.replay.connection import Exchange, Pool
 from squall.replay.pacer import Alarm, Pacer
-from squall.replay.prompt import Dialect, Prompts, Salt, Text
+from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
 from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
@@ -117,6 +117,13 @@ class _Stages:
     connect: array = field(default_factory=lambda: array("f"))
     write: array = field(default_factory=lambda: array("f"))
     stall: array = field(default_factory=lambda: array("f"))
+
+
+def prepare(plan: Plan) -> None:
+    """Do what takes a moment, before the time of the start is set."""
+    random_text(plan.dialect.tokens, plan.seed)
+    gc.collect()
+    gc.freeze()
 
 
 class _Due(NamedTuple):
