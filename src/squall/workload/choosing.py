@@ -90,11 +90,14 @@ class Bench:
 
     def check(self, model: "ClassModel", seed: int) -> Check:
         """Draws of `model` beside the trace. Sessions are left out: they order the requests, and cost time."""
+        of = (self.begin, self.end)
+        if isinstance(model.arrivals, Episodes):
+            part = model.arrivals.part(self.rows, *of)
+            model, of = msgspec.structs.replace(model, arrivals=part), (0.0, part.span)
         alone = msgspec.structs.replace(model, conversations=None)
         found = []
         for number in range(DRAWS):
-            kind, of = model.arrivals, (self.begin, self.end)
-            path = kind.some(self.rows, *of) if isinstance(kind, Episodes) else kind.path(*of, seed + number)
+            path = model.arrivals.path(*of, seed + number)
             drawn = alone.draw(path, seed + number, 0)
             arrival, request, response, failed = (
                 drawn[name].to_numpy() for name in ("arrival", "request_tokens", "response_tokens", "failed")
