@@ -1,100 +1,238 @@
-"""What the sender costs and how true its times are, as the server sees them.
+"""What the sender costs and how true its times are, as the server sees them, beside AIPerf and GuideLLM.
 
-    python benchmarks/replay.py                       # a mock in a process of its own: 20 ms, then 32 chunks every 5 ms
-    python benchmarks/replay.py --rate 300 --seconds 30 --shape 0.3 --workers 2
-    python benchmarks/replay.py --url http://127.0.0.1:8000 --rate 2 --request 100 --response 24   # a real server
+    python benchmarks/replay.py                        # all contestants, some ten minutes, the first time with installs
+    python benchmarks/replay.py --only squall          # one of them
+    python benchmarks/replay.py --rates 100,300 --seconds 20 --shape 0.3 --workers 1
+    python benchmarks/replay.py --streams 10000        # many slow answers at once
+    python benchmarks/replay.py --url http://127.0.0.1:8000 --rates 2 --request 100 --response 24   # a real server
 
-Prints: sent and answered, lateness, the CV of the gaps at the server against the schedule's, CPU per request. The
-arrivals at the server are known for the mock only.
+One streaming server on the loopback, pinned to one core: 20 ms to the first of 32 chunks, then one every 5 ms. Every
+contestant is run as its users run it, by its command line, in an environment of its own under ~/.cache/squall-peers,
+where the peers are installed from PyPI when they are missing. CPU is user and system time of the whole process tree,
+interpreter start included; marginal is what a further request costs: the difference of two rates over that of their
+requests. Delivered rate and gap CV are as the server saw the arrivals.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 
-import squall
-from squall.progress import notes
-from squall.trace import Trace, TraceMeta
+PEERS = {"aiperf": "aiperf", "guidellm": "guidellm"}
+CACHE = Path.home() / ".cache" / "squall-peers"
+# A tokenizer of whole words, made by the peer's own libraries: nothing is downloaded.
+TOKENIZER = """
+import sys
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+words = {f"w{i}": i + 4 for i in range(2000)} | {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
+made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+made.pre_tokenizer = pre_tokenizers.Whitespace()
+PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                        pad_token="<pad>").save_pretrained(sys.argv[1])
+"""
 
-MOCK = Path(__file__).parents[1] / "tests" / "replay" / "mock.py"
 
+@dataclass
+class Result:
+    """One contestant at one rate."""
 
-def cpu() -> float:
-    """CPU seconds of this process and of its ended children but for the mock, which still runs."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    rate: float
+    count: int
+    arrived: int
+    delivered: float
+    gap_cv: float
+    cpu: float
+    memory: float
+    seconds: float
+    said: str = ""
 
 
 def gap_cv(times: np.ndarray) -> float:
     """Standard deviation over mean of the gaps."""
     gaps = np.diff(np.sort(times))
-    return float(gaps.std() / gaps.mean())
+    return float(gaps.std() / gaps.mean()) if len(gaps) > 1 else float("nan")
 
 
-def in_ms(value: float | None) -> str:
-    """Seconds as milliseconds; `-` where the sample is too small for the statistic."""
-    return "-" if value is None else f"{1e3 * value:.2f} ms"
+def peer(name: str) -> Path:
+    """The environment of a peer, installed if need be."""
+    home = CACHE / name
+    if not (home / ".done").exists():
+        print(f"installing {name} into {home} …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run([home / "bin" / "pip", "install", "--quiet", PEERS[name]], check=True, stderr=subprocess.DEVNULL)
+        (home / ".done").touch()
+    tokenizer = CACHE / "tokenizer"
+    if not (tokenizer / "tokenizer.json").exists():
+        subprocess.run([home / "bin" / "python", "-c", TOKENIZER, tokenizer], check=True, capture_output=True)
+    return home
+
+
+def version(name: str) -> str:
+    """As pip says it."""
+    if name == "squall":
+        import squall
+
+        return squall.__version__
+    shown = subprocess.run([CACHE / name / "bin" / "pip", "show", name], capture_output=True, text=True, check=True)
+    return shown.stdout.split("Version: ")[1].split()[0]
+
+
+def command(name: str, given: argparse.Namespace, url: str, rate: float, count: int, room: Path) -> list[str]:
+    """What a user of this contestant would type."""
+    if name == "squall":
+        trace = room / "trace.parquet"
+        arguments = ["replay", trace, "-o", room / "run.parquet", "--url", url, "--workers", given.workers, "--quiet"]
+        return [sys.executable, "-m", "squall", *map(str, arguments), "--json", "--api", given.api, "--no-self-check"]
+    tools, tokenizer = peer(name) / "bin", CACHE / "tokenizer"
+    if name == "aiperf":
+        return [
+            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", str(tokenizer)),
+            *("--endpoint-type", "chat", "--streaming", "--isl", str(given.request), "--osl", str(given.response)),
+            *("--request-rate", str(rate), "--arrival-pattern", "gamma", "--arrival-smoothness", str(given.shape)),
+            *("--request-count", str(count), "--num-dataset-entries", "1000", "--ui", "none", "--no-gpu-telemetry"),
+            *("--no-server-metrics", "--random-seed", "1", "--artifact-dir", str(room / "aiperf")),
+        ]
+    lengths = f"prompt_tokens={given.request},output_tokens={given.response}"
+    return [  # GuideLLM knows no burstiness: Poisson
+        *(str(tools / "guidellm"), "run", "--backend", f"kind=openai_http,target={url},model=loopback"),
+        *("--profile", f"kind=poisson,rate={rate}", "--constraint", f"kind=max_requests,count={count}"),
+        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,tokenizer={tokenizer}"),
+        *("--output", f"kind=json,path={room / 'guidellm.json'}", "--disable-console"),
+    ]
+
+
+def used() -> tuple[float, float]:
+    """CPU seconds and the largest memory (MB) of the children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime, children.ru_maxrss / 1024
+
+
+def schedule(given: argparse.Namespace, rate: float, count: int, file: Path) -> np.ndarray:
+    """Gamma gaps as a trace file; returns the arrivals."""
+    from squall.trace import Trace, TraceMeta, write_trace
+
+    random = np.random.default_rng(given.seed)
+    arrival = np.cumsum(random.gamma(given.shape, 1 / (given.shape * rate), count))
+    lengths = {"request_tokens": np.full(count, given.request), "response_tokens": np.full(count, given.response)}
+    write_trace(Trace.of({"arrival": arrival, **lengths}, TraceMeta(source="benchmark", format="generated")), file)
+    return arrival
+
+
+def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path, *, known: bool) -> Result:
+    """Let a contestant send at `rate`; `known` says that the server tells its arrivals."""
+    count = round(rate * given.seconds)
+    asked = schedule(given, rate, count, room / "trace.parquet") if name == "squall" else np.zeros(0)
+    if known:
+        urlopen(url + "/arrivals").read()  # noqa: S310 - forget what came before
+    cpu, _ = used()
+    began = time.monotonic()
+    log = (room / f"{name}.log").open("wb")
+    limit = given.seconds * 3 + 90
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command(name, given, url, rate, count, room),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            timeout=limit,
+            env=environment,
+            check=False,
+        )
+        said = done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        said = f"not done after {limit:.0f} s"
+    took = time.monotonic() - began
+    after, memory = used()
+    arrived = np.array(json.load(urlopen(url + "/arrivals"))) if known else asked  # noqa: S310 - the server above
+    arrived = np.sort(arrived)[:count]
+    delivered = (len(arrived) - 1) / np.ptp(arrived) if len(arrived) > 1 else 0.0
+    text = ""
+    if name == "squall" and said.startswith("{"):
+        found = json.loads(said)
+        late = found["lateness"]
+        text = (
+            f"{found['verdict']}; {found['succeeded']} ok; lateness p50 {1e3 * late['p50']:.2f} ms, "
+            f"p99 {1e3 * late['p99']:.2f} ms; asked {(count - 1) / np.ptp(asked):.2f}/s, gap CV {gap_cv(asked):.3f}; "
+            f"TTFT from send p50 {1e3 * found['from_send']['ttft']['p50']:.1f} ms, ITL p50 {1e3 * found['itl']['p50']:.2f}"
+            f" ms; {'; '.join(found['verdict_reasons'])}"
+        )
+    elif not len(arrived) or said.startswith("not done"):
+        text = said[-200:] + (room / f"{name}.log").read_text(errors="replace")[-400:]
+    return Result(rate, count, len(arrived), delivered, gap_cv(arrived), after - cpu, memory, took, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a real server instead of the mock")
-    parser.add_argument("--api", default="chat", choices=["chat", "completions"])
-    parser.add_argument("--rate", type=float, default=300)
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--url", help="a real server instead of the loopback's")
+    parser.add_argument("--only", action="append", help="squall, aiperf or guidellm; may be repeated")
+    parser.add_argument("--rates", default="100,300", help="requests/s, two or more for the marginal cost")
+    parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--shape", type=float, default=0.3, help="of the gamma gaps; 1 is Poisson, below is burstier")
+    parser.add_argument("--api", default="chat", choices=["chat", "completions"])
     parser.add_argument("--request", type=int, default=200)
     parser.add_argument("--response", type=int, default=32)
+    parser.add_argument("--first", type=float, default=20, help="ms to the first chunk")
+    parser.add_argument("--gap", type=float, default=5, help="ms between chunks")
+    parser.add_argument("--streams", type=int, help="so many answers at once instead: 20 s each, a chunk a second")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    notes.shown = True
+    names = given.only or ["squall", *PEERS]
+    if given.streams:
+        given.rates, given.seconds, given.response, given.gap = f"{given.streams / 10}", 10.0, 20, 1000.0
+        names = ["squall"]
+    rates = [float(rate) for rate in given.rates.split(",")]
 
-    count = round(given.rate * given.seconds)
-    random = np.random.default_rng(given.seed)
-    arrival = np.cumsum(random.gamma(given.shape, 1 / (given.shape * given.rate), count))
-    lengths = {"request_tokens": np.full(count, given.request), "response_tokens": np.full(count, given.response)}
-    trace = Trace.of({"arrival": arrival, **lengths}, TraceMeta(source="benchmark", format="generated"))
+    from squall.replay.loopback import SERVE
 
-    mock, arrived, url = None, None, given.url
+    server, url = None, given.url
     if url is None:
-        mock = subprocess.Popen([sys.executable, MOCK], stdout=subprocess.PIPE, text=True)
-        url = f"http://127.0.0.1:{int(mock.stdout.readline())}"
+        for name in names:
+            if name in PEERS:
+                peer(name)
+        pin = ["taskset", "-c", "0"] if sys.platform == "linux" and (os.cpu_count() or 1) > 1 else []
+        started = [*pin, sys.executable, "-c", SERVE, "--first", str(given.first), "--gap", str(given.gap)]
+        server = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+    results: dict[str, list[Result]] = {}
     try:
-        before = cpu()
-        run = squall.replay(trace, url=url, api=given.api, workers=given.workers)
-        used = cpu() - before
-        if mock:
-            arrived = np.array(json.load(urlopen(url + "/arrivals")))  # noqa: S310 - the mock above
+        for name in names:
+            for rate in rates:
+                with tempfile.TemporaryDirectory() as room:
+                    result = run(name, given, url, rate, Path(room), known=server is not None)
+                results.setdefault(name, []).append(result)
+                print(
+                    f"{name:9} {version(name) if name in PEERS else '':8} {rate:6g}/s asked, {result.delivered:8.2f}/s "
+                    f"delivered ({result.arrived} of {result.count}), gap CV {result.gap_cv:.3f}, "
+                    f"CPU {1e3 * result.cpu / max(result.arrived, 1):.3f} ms/request ({result.cpu:.1f} s), "
+                    f"{result.memory:.0f} MB, {result.seconds:.0f} s  {result.said}",
+                    flush=True,
+                )
     finally:
-        if mock:
-            mock.terminate()
-            mock.wait()
+        if server is not None:
+            server.terminate()
+            server.wait()
+    if len(rates) > 1:
+        marginal = {name: cost_of_one_more(found) for name, found in results.items()}
+        for name, cost in marginal.items():
+            ratio = f", {cost / marginal['squall']:.1f} x squall's" if name != "squall" and "squall" in marginal else ""
+            print(f"{name:9} marginal CPU {1e3 * cost:.3f} ms/request{ratio}")
 
-    result = squall.metrics(run)
-    late = (run.table["sent"] - run.table["scheduled"]).drop_nulls().to_numpy() * 1e3
-    p50, p99, p999 = np.quantile(late, [0.5, 0.99, 0.999])
-    print(f"verdict        {result.verdict} {'; '.join(result.verdict_reasons)}")
-    print(f"outcomes       {result.succeeded} ok of {result.requests}; failures {result.errors or 'none'}")
-    print(f"prompts        {run.meta.target['prompts']}")
-    print(f"lengths        {run.meta.target['lengths']}")
-    print(f"lateness       p50 {p50:.3f} ms, p99 {p99:.3f} ms, p99.9 {p999:.3f} ms")
-    print(
-        f"gap CV         schedule {gap_cv(arrival):.3f}, sent {gap_cv(run.table['sent'].drop_nulls().to_numpy()):.3f}"
-    )
-    if arrived is not None:
-        rate = (len(arrived) - 1) / np.ptp(arrived)
-        print(f"at the server  {len(arrived)} arrivals, {rate:.2f} of {trace.rate:.2f}/s, gap CV {gap_cv(arrived):.3f}")
-    print(f"CPU            {1e3 * used / count:.3f} ms per request, start-up included")
-    ttft = result.from_send.ttft
-    print(f"TTFT from send mean {in_ms(ttft.mean)}, p50 {in_ms(ttft.p50)}, p99 {in_ms(ttft.p99)}")
-    print(f"E2E from send  mean {in_ms(result.from_send.e2e.mean)}; ITL p50 {in_ms(result.itl.p50)}")
+
+def cost_of_one_more(results: list[Result]) -> float:
+    """CPU seconds of a further request, between the lowest and the highest rate."""
+    low, high = results[0], results[-1]
+    return (high.cpu - low.cpu) / max(high.arrived - low.arrived, 1)
 
 
 if __name__ == "__main__":

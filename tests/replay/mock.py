@@ -51,6 +51,14 @@ class Behaviour:
     """`keep`; `after`: close after the answer although keep-alive was announced; `before`: close without an answer."""
     raw: bytes | None = None
     """Write these bytes instead of an HTTP response, then close."""
+    hold: bool = False
+    """Do not close after `raw`."""
+    keep: bool = False
+    """After `raw`, wait for the next request."""
+    cut: int | None = None
+    """Write `raw` in two pieces, the first of so many bytes."""
+    endless: bytes | None = None
+    """Write these bytes as chunks of a stream, for ever."""
 
 
 @dataclass
@@ -67,10 +75,19 @@ class Seen:
     """When that connection was made."""
 
 
+def asked(body: dict[str, Any]) -> int:
+    """The response tokens that a request asks for, by whatever name."""
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    return next((body[name] for name in names if name in body), 0)
+
+
 def prompt_tokens(body: dict[str, Any]) -> int:
     """What this server counts: one per id or word, 11 for the chat template, 1 for the completions' first token."""
-    if "messages" in body:
-        return 11 + len(body["messages"][0]["content"].split())
+    messages = body.get("messages", body.get("input"))
+    if isinstance(messages, str):
+        messages = [{"content": messages}]
+    if messages is not None:
+        return 11 + sum(len(message["content"].split()) for message in messages)
     prompt = body["prompt"]
     return len(prompt) if isinstance(prompt, list) else 1 + len(prompt.split())
 
@@ -112,14 +129,14 @@ class Mock:
     @property
     def run(self) -> list[Seen]:
         """The requests of the run: the questions before it ask for one token, its rows (in these tests) for more."""
-        return [seen for seen in self.seen if seen.body.get("max_tokens", 0) != 1]
+        return [seen for seen in self.seen if asked(seen.body) != 1]
 
     def __enter__(self) -> "Mock":
         ready = threading.Event()
 
         def serve() -> None:
             self._loop = uvloop.new_event_loop()
-            self._server = self._loop.run_until_complete(self.start())
+            self._server = self._loop.run_until_complete(self.start(self.port))
             ready.set()
             self._loop.run_forever()
             self._loop.close()
@@ -208,18 +225,30 @@ class _Serve(asyncio.Protocol):
         if how.close == "before":
             self.transport.close()
         elif how.raw is not None:
-            self.transport.write(how.raw)
-            self.transport.close()
+            self.transport.write(how.raw[: how.cut])
+            if how.cut is not None:
+                self.loop.call_later(0.005, self.transport.write, how.raw[how.cut :])
+            if not (how.hold or how.keep):
+                self.transport.close()
+        elif how.endless is not None:
+            self.transport.write(_Stream.HEAD)
+            self.flood(_chunk(how.endless))
         elif how.body is not None or how.status != 200:
             self.loop.call_later(how.first, self.document, how)
         elif not how.stream:
-            tokens = seen.body["max_tokens"] if how.tokens is None else how.tokens
+            tokens = asked(seen.body) if how.tokens is None else how.tokens
             choice = {"message": {"content": "x " * tokens}, "text": "x " * tokens, "finish_reason": "length"}
             usage = {"prompt_tokens": prompt_tokens(seen.body), "completion_tokens": tokens}
             how.body = json.dumps({"choices": [choice], "usage": usage}).encode()
             self.loop.call_later(how.first, self.document, how)
         else:
             _Stream(self, how, seen)
+
+    def flood(self, chunk: bytes) -> None:
+        if not self.transport.is_closing():
+            if self.transport.get_write_buffer_size() < 1 << 20:
+                self.transport.write(chunk * 16)
+            self.loop.call_later(0.0005, self.flood, chunk)
 
     def document(self, how: Behaviour) -> None:
         body = how.body or b""
@@ -259,14 +288,20 @@ class _Stream:
 
     def __init__(self, serve: _Serve, how: Behaviour, seen: Seen) -> None:
         self.serve, self.how, self.seen = serve, how, seen
-        self.tokens = seen.body["max_tokens"] if how.tokens is None else how.tokens
+        self.tokens = asked(seen.body) if how.tokens is None else how.tokens
         self.sent = 0
         self.chat = "messages" in seen.body
-        if self.chat:
+        self.responses = seen.path.endswith("/responses")
+        if self.responses:
+            channel = {"content": "output_text", "reasoning": "reasoning_text"}[how.channel]
+            kind = f"response.{channel}.delta"
+            delta = json.dumps({"type": kind, "delta": "tok ", "output_index": 0}).encode()
+        elif self.chat:
             delta = json.dumps({"choices": [{"delta": {how.channel: "tok "}, "finish_reason": None}]}).encode()
         else:
             delta = json.dumps({"choices": [{"text": "tok ", "finish_reason": None}]}).encode()
-        self.event = _chunk(b"data: " + delta + b"\n\n")
+        named = b"event: " + kind.encode() + b"\n" if self.responses else b""
+        self.event = _chunk(named + b"data: " + delta + b"\n\n")
         self.next = serve.loop.time() + how.first
         serve.loop.call_at(self.next, self.begin)
 
@@ -305,7 +340,12 @@ class _Stream:
         usage = {"prompt_tokens": prompt_tokens(self.seen.body), "completion_tokens": self.sent}
         if how.usage and "stream_options" in self.seen.body:
             last += b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-        serve.transport.write(_chunk(last + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        last += b"data: [DONE]\n\n"
+        if self.responses:
+            counts = {"input_tokens": usage["prompt_tokens"], "output_tokens": self.sent}
+            ended = {"type": "response.completed", "response": {"status": "completed", "usage": counts}}
+            last = b"event: response.completed\ndata: " + json.dumps(ended).encode() + b"\n\n"
+        serve.transport.write(_chunk(last) + b"0\r\n\r\n")
         serve.finish(how.close)
 
 

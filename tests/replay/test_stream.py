@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squall.replay.stream import Reply, judge
+from squall.replay.stream import Reply, judge, plain_events, times_of
 
 
 def _event(**fields: object) -> bytes:
@@ -193,3 +193,168 @@ def test_documents(status, body, outcome):
 def test_odd_usage_is_not_believed():
     reply = _parse(_event(usage={"prompt_tokens": -4, "completion_tokens": "many", "prompt_tokens_details": None}), [])
     assert (reply.prompt_tokens, reply.response_tokens, reply.cached_tokens) == (None, None, None)
+
+
+# --- the plain form, cut at once --------------------------------------------------------------------------------------
+
+
+def _chunked(*payloads: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(payload), payload) for payload in payloads) + b"0\r\n\r\n"
+
+
+def _slow(payloads: list[bytes], times: list[int]) -> Reply:
+    reply = Reply(streamed=True)
+    for at, payload in zip(times, payloads, strict=True):
+        reply.feed(at, payload)
+    reply.close()
+    return reply
+
+
+def _all(reply: Reply) -> tuple:
+    return (*_facts(reply), reply.chunks, reply.pieces, reply.answer, reply.done, reply.text)
+
+
+EVENTS = [
+    _delta(role="assistant", content=""),
+    _delta(content="a"),
+    _delta(reasoning_content="hm"),
+    _delta(tool_calls=[{"index": 0}]),
+    _event(choices=[{"text": "b", "finish_reason": None}]),
+    _event(choices=[{"delta": {}, "finish_reason": "stop"}]),
+    _event(choices=[], usage=USAGE),
+    _event(error={"message": "no", "code": 503}),
+    _event(type="response.output_text.delta", delta="c"),
+    _event(type="response.completed", response={"usage": {"input_tokens": 5, "output_tokens": 2}}),
+    b"data: {half\n\n",
+    b"data: [DONE]\n\n",
+    _delta(content="x") + _delta(content="y"),
+]
+
+
+@given(
+    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=12),
+    st.lists(st.integers(1, 4000), unique=True, max_size=20),
+)
+def test_a_body_cut_at_once_says_the_same_as_read_by_read(payloads, cuts):
+    raw = _chunked(*payloads)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(raw)), len(raw)]
+    reads = [raw[start:end] for start, end in itertools.pairwise(edges)]
+    times = [10 * number for number in range(1, len(reads) + 1)]
+    cut = plain_events(raw)
+    assert cut is not None
+    events, ends = cut
+    fast = Reply(streamed=True)
+    fast.take(events, times_of(ends, times, reads))
+    fast.close()
+    # The slow way gets each event at the time of the read that holds its last byte.
+    pieces, position = [], 0
+    for payload in payloads:
+        position += len(b"%x" % len(payload)) + 2
+        for event in payload[:-2].split(b"\n\n"):
+            position += len(event) + 2
+            read = next(number for number, edge in enumerate(edges[1:], 1) if edge >= position)
+            pieces.append((10 * read, event + b"\n\n"))
+        position += 2
+    slow = _slow([piece for _, piece in pieces], [at for at, _ in pieces])
+    assert _all(fast) == _all(slow)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"0\r\n\r\n0\r\n\r\n",
+        _chunked(_delta(content="a"))[:-1],
+        _chunked(_delta(content="a"))[:-5],
+        _chunked(_delta(content="a")) + b"x",
+        _chunked(b": comment\n\n"),
+        _chunked(b"data:{}\n\n"),
+        _chunked(b"data: {}\r\n\r\n"),
+        _chunked(b"data: {}\n", b"\n"),
+        _chunked(b"event: x\ndata: {}\n\n"),
+        b"f" + _chunked(_delta(content="a")),
+        b"1;ext=1\r\nx\r\n0\r\n\r\n",
+        b"-1\r\nx\r\n0\r\n\r\n",
+        b"0\r\nTrailer: x\r\n\r\n",
+    ],
+)
+def test_what_is_not_plain_is_left_to_the_full_parser(raw):
+    assert plain_events(raw) is None
+
+
+@given(st.binary(max_size=200), st.binary(max_size=60))
+def test_garbage_is_never_cut_wrongly(garbage, tail):
+    for raw in (garbage, _chunked(b"data: " + garbage.replace(b"\n", b"") + b"\n\n"), _chunked(garbage) + tail):
+        cut = plain_events(raw)
+        if cut is not None:
+            events, ends = cut
+            assert len(events[:-2].split(b"\n\n")) == len(ends)
+            assert ends == sorted(ends)
+            assert all(raw[end - 2 : end] == b"\n\n" for end in ends)
+
+
+def test_channels_are_told_apart():
+    reply = Reply(streamed=True, keep_text=True)
+    for at, event in enumerate(
+        [_delta(reasoning_content="hm"), _delta(tool_calls=[{"index": 0}]), _delta(content="yes"), _delta(content="!")]
+    ):
+        reply.feed(at, event)
+    assert (reply.chunks, reply.answer, reply.text) == ([0, 1, 2, 3], 2, ["yes", "!"])
+
+
+RESPONSES = b"".join(
+    b"event: " + event["type"].encode() + b"\ndata: " + json.dumps(event).encode() + b"\n\n"
+    for event in [
+        {"type": "response.created", "response": {"status": "in_progress", "usage": None, "error": None, "output": []}},
+        {"type": "response.reasoning_text.delta", "delta": "hm"},
+        {"type": "response.output_text.delta", "delta": "yes"},
+        {"type": "response.output_text.done", "text": "yes"},
+        {
+            "type": "response.completed",
+            "response": {
+                "usage": {"input_tokens": 12, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 3}}
+            },
+        },
+    ]
+)
+
+
+def test_the_responses_api():
+    for cut in range(1, len(RESPONSES)):
+        reply = _parse(RESPONSES, [cut])
+        assert _facts(reply) == (None, None, 12, 2, 3, True, True), cut
+        assert reply.pieces == 2
+        assert judge("complete", 200, reply).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"type": "error", "code": "server_error", "message": "no room"}, "no room"),
+        ({"type": "response.failed", "response": {"error": {"code": "x", "message": "no room"}}}, "no room"),
+    ],
+)
+def test_the_responses_api_failing(event, message):
+    assert judge("complete", 200, _parse(_event(**event), [])) == ("http_error", "in_band", message)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        _delta(content="a") + b"data: [DONE]\n\ndata: [DONE]\n\n",
+        _delta(content="a") + b"data: [DONE]\n\n: bye\n\n",
+        b": ping\r\r" + _delta(content="a").replace(b"\n", b"\r") + b"data: [DONE]\r\r",
+    ],
+)
+def test_odd_but_allowed_ends(stream):
+    assert judge("complete", 200, _parse(stream, [])) == ("ok", None, None)
+
+
+def test_invalid_utf_8_is_a_bad_stream():
+    stream = b'data: {"choices":[{"delta":{"content":"\xff\xfe"}}]}\n\ndata: [DONE]\n\n'
+    assert judge("complete", 200, _parse(stream, []))[:2] == ("truncated", "bad_stream")
+    events, ends = plain_events(_chunked(stream))
+    reply = Reply(streamed=True)
+    reply.take(events, ends)
+    reply.close()
+    assert judge("complete", 200, reply)[:2] == ("truncated", "bad_stream")

@@ -37,7 +37,7 @@ from squall.replay.schedule import (
     schedule_of,
 )
 from squall.replay.scrape import Endpoint, find_metrics
-from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender
+from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
 from squall.replay.target import OURS, Found, Preflight, Target, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
 from squall.replay.watch import Watch
@@ -404,6 +404,7 @@ def _here(
     since: int,
 ) -> str:
     async def send() -> None:
+        prepare(plan)
         start = time.monotonic_ns() + LEAD - since
         started(start)
         await Sender(plan, schedule, start, watch=watch).run()
@@ -470,6 +471,7 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
         return shared[1] if os.getppid() == parent else 2
 
     async def send() -> None:
+        prepare(plan)
         shared[own] = 1
         while not shared[0] and os.getppid() == parent:
             await asyncio.sleep(0.005)

@@ -102,7 +102,7 @@ class Exchange:
         """When the reads came whose bytes are in `datas`."""
         self.datas: list[bytes] = []
         """Pieces of the body that are not yet parsed; as long as `connection.raw`, with the chunked framing in them."""
-        self.events: list[bytes] | None = None
+        self.events: bytes | None = None
         """The events of a complete plain body, and when they came."""
         self.token_times: list[int] = []
         self.folded: int | None = None
@@ -344,6 +344,9 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._complete:  # the answer is whole; what follows it is not ours
+                self._keep = False
+                return True
             self._give_up("bad_http", f"not HTTP: {error}")
             return False
         return True

@@ -11,7 +11,7 @@ The chat template around a prompt costs tokens too: tokens = overhead + slope ×
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -80,6 +80,13 @@ class Text:
         return b"".join(pieces), tokens
 
 
+@lru_cache(2)
+def random_text(tokens: Tokens, seed: int) -> bytes:
+    """The symbols that prompts are sliced from; made once in a process."""
+    alphabet = np.array(symbols(tokens), dtype=f"S{WIDTH}")
+    return alphabet[stream(seed, "prompts").integers(0, 256, _POOL)].tobytes()
+
+
 class Prompts:
     """The prompts of a run: `text(row, length)` is `length` symbols, unlike all others from the first symbol on."""
 
@@ -92,8 +99,7 @@ class Prompts:
         instead of random words; `block_size` the tokens of a block hash.
         """
         self._symbols = symbols(tokens)
-        alphabet = np.array(self._symbols, dtype=f"S{WIDTH}")
-        self._pool = alphabet[stream(seed, "prompts").integers(0, 256, _POOL)].tobytes()
+        self._pool = random_text(tokens, seed)
         self._salt, self._seed = b"" if salt == "none" else fresh, seed
         self._shares = salt != "request"
         self._own, self._block_size = own, block_size

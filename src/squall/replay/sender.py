@@ -24,7 +24,7 @@ import numpy as np
 
 from squall.replay.connection import Exchange, Pool
 from squall.replay.pacer import Alarm, Pacer
-from squall.replay.prompt import Dialect, Prompts, Salt, Text
+from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
 from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
@@ -117,6 +117,13 @@ class _Stages:
     connect: array = field(default_factory=lambda: array("f"))
     write: array = field(default_factory=lambda: array("f"))
     stall: array = field(default_factory=lambda: array("f"))
+
+
+def prepare(plan: Plan) -> None:
+    """Do what takes a moment, before the time of the start is set."""
+    random_text(plan.dialect.tokens, plan.seed)
+    gc.collect()
+    gc.freeze()
 
 
 class _Due(NamedTuple):
@@ -408,7 +415,12 @@ class Sender:
             return
         think = self._think[following]
         gap = self._at[following] - self._at[row]
-        self._send_later(ended + round(think * 1e9) if think >= 0 else max(ended, scheduled + gap), following)
+        due = ended + round(think * 1e9) if think >= 0 else max(ended, scheduled + gap)
+        stop_after = self._plan.stop_after
+        if stop_after is not None and due > self._start + stop_after * 1e9:  # slow answers moved it beyond the end
+            self._orphan(following, "plan")
+        else:
+            self._send_later(due, following)
 
     def _orphan(self, row: int, reason: str = "parent_failed") -> None:
         """Record that `row` and the turns after it will never be sent."""
@@ -537,7 +549,6 @@ class Sender:
         stop_after = self._plan.stop_after
         if stop_after is not None and now > self._start + stop_after * 1e9:
             self._drop_waiting()
-            self._drop_turns()
         if self._deadline() is not None or now < self._last_send + self._drain:
             return
         self._drop_waiting()
@@ -551,15 +562,6 @@ class Sender:
             self._orphan(row, "plan")
         self._waiting.clear()
         self._settle_soon()
-
-    def _drop_turns(self) -> None:
-        """Later turns that slow answers moved beyond the run's time."""
-        turns = [due for due in self._later if due.attempt == 1]
-        if turns:
-            self._later = sorted(due for due in self._later if due.attempt > 1)
-            for due in turns:
-                self._orphan(due.row, "plan")
-            self._settle_soon()
 
     def _abort(self, exchange: Exchange, ending: str, message: str) -> None:
         if exchange.ended is None:

@@ -80,33 +80,43 @@ class _Document(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Document).decode
 _decode_all = msgspec.json.Decoder(list[_Document]).decode
 _TERMINAL = ("response.completed", "response.incomplete")
+_DONE = b"\n\ndata: [DONE]\n\n"
 _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
 
 
-def plain_events(raw: bytes) -> tuple[list[bytes], list[int]] | None:
-    """The payloads of the events in `raw`, the whole body in chunked encoding, and the offset at which each ends.
+def plain_events(raw: bytes) -> tuple[bytes, list[int]] | None:
+    """The events in `raw`, the whole body in chunked encoding, without its framing, and the offset at which each ends.
 
-    None if the body is not (yet) complete or not of the plain form. Nothing is guessed: every size is compared.
+    None if the body is not (yet) complete or not of the plain form: whole events in every chunk, each of one line that
+    begins with `data: `. Nothing is guessed: every size is compared, every line end counted.
     """
     parts = raw.split(b"\r\n")
     if parts[-3:] != [b"0", b"", b""] or raw.count(b"\r") != len(parts) - 1:
         return None
-    sizes, payloads = parts[:-3:2], parts[1:-3:2]
-    if [b"%x" % len(payload) for payload in payloads] != sizes:
+    payloads = parts[1:-3:2]
+    if list(map(_hex, map(len, payloads))) != parts[:-3:2]:
         return None
-    events, ends, position = [], [], 0
-    for size, payload in zip(sizes, payloads, strict=True):
-        position += len(size) + 2
-        if payload[-2:] != b"\n\n":
-            return None
-        for event in payload[:-2].split(b"\n\n"):
-            if event[:6] != b"data: " or b"\n" in event:
-                return None
-            position += len(event) + 2
-            events.append(event[6:])
-            ends.append(position)
-        position += 2
-    return events, ends
+    events = b"".join(payloads)
+    if events[:6] != b"data: " or not all(payload[-2:] == b"\n\n" for payload in payloads):
+        return None
+    lines = events.count(b"\n")
+    if 2 * (events.count(b"\n\ndata: ") + 1) != lines:
+        return None
+    # Part i ends after the lengths of the parts up to it and two bytes for each line end between them.
+    ends = [end + 2 * part for part, end in enumerate(accumulate(map(len, parts[:-3])))][1::2]
+    return events, ends if lines == 2 * len(payloads) else _ends_within(payloads, ends)
+
+
+_hex = b"%x".__mod__
+
+
+def _ends_within(payloads: list[bytes], ends: list[int]) -> list[int]:
+    """Where each event ends, if there are several in a chunk."""
+    found = []
+    for payload, end in zip(payloads, ends, strict=True):
+        lengths = [len(event) + 2 for event in payload[:-2].split(b"\n\n")]
+        found += [end - len(payload) + length for length in accumulate(lengths)]
+    return found
 
 
 def times_of(ends: list[int], times: Sequence[int], reads: Sequence[bytes]) -> list[int]:
@@ -172,23 +182,23 @@ class Reply:
         self._body: list[bytes] = []
         self._at = 0
 
-    def take(self, events: list[bytes], times: list[int]) -> None:
-        """Take a whole stream that `plain_events` has cut: the payload of each event, and the time of its last byte."""
-        count = len(events)
-        while count and events[count - 1] == b"[DONE]":
-            count -= 1
+    def take(self, events: bytes, times: list[int]) -> None:
+        """Take a whole stream that `plain_events` has cut, and the time of each event's last byte."""
+        count = len(times)
+        finished = events.endswith(_DONE)
+        said = events[6 : -len(_DONE) if finished else -2]
         try:
-            documents = _decode_all(b"[" + b",".join(events[:count]) + b"]")
+            documents = _decode_all(b"[" + said.replace(b"\n\ndata: ", b",") + b"]")
         except (msgspec.DecodeError, UnicodeDecodeError):
             documents = []
-        if len(documents) != count:
-            for event, at in zip(events, times, strict=True):
-                self.feed(at, b"data: " + event + b"\n\n")
+        if len(documents) != count - finished:
+            for event, at in zip(events[:-2].split(b"\n\n"), times, strict=True):
+                self.feed(at, event + b"\n\n")
             return
         for document, at in zip(documents, times, strict=False):
             self._take(document, at)
-        if count < len(events) and self.done is None:
-            self.done = times[count]
+        if finished and self.done is None:
+            self.done = times[-1]
 
     def feed(self, at: int, data: bytes) -> None:
         """Take the bytes that one socket read at time `at` brought; they may be cut anywhere."""

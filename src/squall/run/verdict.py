@@ -77,7 +77,7 @@ def _invariants(table: pl.DataFrame) -> list[str]:
     wrong = pl.lit(False)
     for earlier, later in pairwise(MOMENTS):
         wrong = wrong | (pl.col(earlier) > pl.col(later)).fill_null(False)
-    wrong = wrong | ((pl.col("response_tokens").fill_null(0) > 0) != pl.col("first_token").is_not_null())
+    wrong = wrong | ((pl.col("response_tokens") > 0) != pl.col("first_token").is_not_null()).fill_null(False)
     broken = table.filter(wrong)
     if broken.is_empty():
         return []
