@@ -118,18 +118,31 @@ class StepCost(NamedTuple):
     host: float
     host_per_sequence: float
     gap: float
+    points: np.ndarray  # (k, 2) tokens and seconds of a measured table in place of the GEMMs; (0, 2) without one
+
+
+@njit
+def _between(points: np.ndarray, tokens: float) -> float:
+    """The line through the neighbouring points, drawn on beyond the first and the last, at `tokens`; at least 0."""
+    at = 1
+    while at < points.shape[0] - 1 and points[at, 0] < tokens:
+        at += 1
+    rise = (points[at, 1] - points[at - 1, 1]) / (points[at, 0] - points[at - 1, 0])
+    return max(0.0, points[at - 1, 1] + rise * (tokens - points[at - 1, 0]))
 
 
 @njit(cache=True)
 def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
     """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
+    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
+    if cost.points.shape[0] > 0:
+        return _between(cost.points, tokens) + cost.per_sequence * sequences + attention
     memory = cost.weights
     if cost.experts > 0.0:
         memory += cost.experts * (1.0 - np.exp(tokens * cost.log_unrouted))
     compute = cost.per_token * tokens + cost.per_sequence * sequences
     low, high = min(memory, compute), max(memory, compute)
     gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
-    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
     return gemm + attention + cost.reduce + cost.reduce_per_token * tokens
 
 
