@@ -47,6 +47,10 @@ class Outcome(msgspec.Struct, frozen=True):
     token_ticks: np.ndarray
     token_start: np.ndarray
     """(attempts,) where the tokens of an attempt's request begin in `token_ticks`."""
+    events: np.ndarray
+    """kernel.EVENT, in time order; empty unless asked for."""
+    steps: np.ndarray
+    """kernel.STEP, in the order of their starts; empty unless asked for."""
 
 
 def run_requests(
@@ -57,10 +61,13 @@ def run_requests(
     *,
     seed: int = DEFAULT_SEED,
     token_times: int = 0,
+    events: bool = False,
+    steps: bool = False,
 ) -> Outcome:
     """Run (n,) requests through the cluster: seconds at which they are sent (ascending), tokens, tokens.
 
-    The time of every token is kept if there are at most `token_times` of them. Raises InputError for impossible times.
+    The time of every token is kept if there are at most `token_times` of them. `events` and `steps` keep a log of what
+    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. Raises InputError for impossible times.
     """
     if not (arrival[0] >= 0 and arrival[-1] <= CLOCK_END):
         raise InputError(
@@ -73,7 +80,7 @@ def run_requests(
     order = np.argsort(sent + limits.ingest_per_token * prompt.astype(np.int64), kind="stable")
     ends = np.cumsum(output[order], dtype=np.int64)
     start = ends - output[order]
-    attempts, replicas, samples, width, end, token_ticks = kernel.run_cluster(
+    attempts, replicas, samples, width, end, token_ticks, event_log, step_log = kernel.run_cluster(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
@@ -83,6 +90,8 @@ def run_requests(
         start,
         int(ends[-1]) if ends[-1] <= token_times else 0,
         TICKS // 64,
+        events,
+        steps,
     )
     stuck = int((attempts["state"] < kernel.OK).sum())
     if stuck:
@@ -92,7 +101,7 @@ def run_requests(
         )
     token_start = start[attempts["request"]]
     attempts["request"] = order[attempts["request"]]
-    return Outcome(attempts, replicas, samples, int(width), int(end), token_ticks, token_start)
+    return Outcome(attempts, replicas, samples, int(width), int(end), token_ticks, token_start, event_log, step_log)
 
 
 def run_trace(
