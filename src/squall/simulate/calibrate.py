@@ -24,11 +24,11 @@ from squall.errors import InputError
 from squall.progress import note, progress
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
-from squall.simulate.cluster import DEFAULT_ENGINE, Cluster, resolve
+from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests
 from squall.simulate.hardware import GPU, Model
 from squall.simulate.kernel import TICKS
-from squall.simulate.step_time import BOUNDS, Bound, StepTime
+from squall.simulate.step_time import BOUNDS, Bound, StepTable, StepTime
 from squall.trace.table import Trace
 
 BUILT_IN = Path(__file__).parent / "calibrations"
@@ -49,7 +49,7 @@ DISTANCES = (0.1, 0.3, 0.6)
 BLOCK = 10
 """So many neighbouring requests, which wait for the same steps, count as one observation."""
 
-LEAST_NOISE, MOST_NOISE = 0.01, 0.2
+LEAST_NOISE, MOST_NOISE = 0.002, 0.2
 """The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
 
 
@@ -93,6 +93,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
+    repeats: dict[str, Errors] = {}
+    """Of a second real run against the first, where a live server was sent the same twice: no model is closer."""
     valid: dict[str, tuple[float, float]]
     """Ranges that the data covered: request_tokens, response_tokens, running."""
     notes: list[str] = []
@@ -124,6 +126,25 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         return said
 
 
+class Fit(NamedTuple):
+    """The result of `fit_coefficients`."""
+
+    cluster: Cluster
+    intervals: dict[str, tuple[float, float]]
+    correlations: dict[str, float]
+    informed: dict[str, float]
+    notes: list[str]
+    misfit: float
+
+
+class Recording(NamedTuple):
+    """Requests that one engine served, in the order of their sending."""
+
+    table: pl.DataFrame
+    n: int
+    """The latencies of the first n are to be met; the others are load."""
+
+
 def calibrate_run(
     *,
     run: RunSource,
@@ -146,16 +167,14 @@ def calibrate_run(
         )
     free = _free(cluster, blocks_known=words.get("kv_blocks") is not None)
     fit = fit_coefficients(cluster, [Recording(table, n)], free, seed)
-    part = np.arange(len(table)) < n
-    everything = _simulated(table, fit.cluster)
-    errors = {"fit": _errors(table, everything, part)}
+    everything = simulated_requests(table, fit.cluster)
+    errors = {"fit": _errors(table[:n], everything[:n])}
     if n < len(table):
-        errors["held_out"] = _errors(table, everything, ~part)
+        errors["held_out"] = _errors(table[n:], everything[n:])
     elif n >= 2 * LEAST:
-        earlier = np.arange(n) < n // 2
         half = fit_coefficients(cluster, [Recording(table, n // 2)], free, seed)
-        errors["held_out"] = _errors(table, _simulated(table, half.cluster), ~earlier)
-    errors["all"] = _errors(table, everything, np.ones(len(table), bool))
+        errors["held_out"] = _errors(table[n // 2 :], simulated_requests(table, half.cluster)[n // 2 :])
+    errors["all"] = _errors(table, everything)
     if "kv_blocks" in free:
         said.append(
             f"The block count was not given and was fitted too: {fit.cluster.kv_blocks:,}; the server's own number"
@@ -253,24 +272,6 @@ def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     return cluster if "kv_blocks" in given else msgspec.structs.replace(cluster, kv_blocks_from="the calibration")
 
 
-class Fit(NamedTuple):
-    """The result of `fit_coefficients`."""
-
-    cluster: Cluster
-    intervals: dict[str, tuple[float, float]]
-    correlations: dict[str, float]
-    informed: dict[str, float]
-    notes: list[str]
-
-
-class Recording(NamedTuple):
-    """Requests that one engine served, in the order of their sending."""
-
-    table: pl.DataFrame
-    n: int
-    """The latencies of the first n are to be met; the others are load."""
-
-
 def fit_coefficients(cluster: Cluster, recordings: list[Recording], free: tuple[str, ...], seed: int) -> Fit:
     """The cluster whose simulation meets the recordings best, over the coefficients (or `kv_blocks`) in `free`.
 
@@ -330,7 +331,7 @@ class _Problem:
                     break
             else:
                 break
-            done = best - misfit < 1e-3 * best
+            done = best - misfit < 5e-3 * best
             z, residuals, best = there, new, misfit
             if done:
                 break
@@ -364,16 +365,20 @@ class _Problem:
     def solve(self, seed: int) -> Fit:
         with progress(f"Fitting {', '.join(self.free)}"):
             self.set_noise(self.residuals(np.zeros(len(self.free))))
-            for _ in range(2):  # the noise is what the best fit leaves over
-                found = [self.descend(start) for start in self.starts(seed)]
-                z, residuals, _ = min(found, key=lambda result: result[2])
-                self.set_noise(residuals)
-            z, residuals, _ = self.polish(*self.descend(z), seed)
-            slopes = self.slopes(z)
+            found = [self.descend(start) for start in self.starts(seed)]
+            z, residuals, _ = min(found, key=lambda result: result[2])
+            for _ in range(2):
+                self.set_noise(residuals)  # what the best fit leaves over
+                z, residuals, misfit = self.descend(z)
+                z, residuals, misfit = self.polish(z, residuals, misfit, self.covariance(z, residuals), seed)
+            covariance = self.covariance(z, residuals)
+        return self.described(z, covariance, misfit)
+
+    def covariance(self, z: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """Of the posterior at `z`, in spreads, as if it were normal."""
+        slopes = self.slopes(z)
         weight = 1 / (np.sqrt(1 + (residuals / self.noise[:, None]) ** 2) * BLOCK * self.noise[:, None] ** 2)
-        hessian = np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z))
-        covariance = np.linalg.inv(hessian)
-        return self.described(z, covariance)
+        return np.linalg.inv(np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z)))
 
     def set_noise(self, residuals: np.ndarray) -> None:
         """Robust standard deviations of the two kinds of residuals."""
@@ -381,20 +386,20 @@ class _Problem:
         self.noise = np.clip(spread, LEAST_NOISE, MOST_NOISE)
 
     def polish(
-        self, z: np.ndarray, residuals: np.ndarray, misfit: float, seed: int
+        self, z: np.ndarray, residuals: np.ndarray, misfit: float, covariance: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """The best of the neighbourhood: random steps, ever shorter while they do not help."""
-        random, size = stream(seed, "polish"), 0.3
+        """The best of the neighbourhood: random steps of the posterior's shape, ever shorter while they do not help."""
+        random, size, shape = stream(seed, "polish"), 0.5, np.linalg.cholesky(covariance)
         for _ in range(POLISH):
-            there = np.clip(z + size * random.normal(size=len(z)), self.low, self.high)
+            there = np.clip(z + size * shape @ random.normal(size=len(z)), self.low, self.high)
             new = self.residuals(there)
             value = self.misfit(new, there)
-            size *= 1.5 if value < misfit else 0.98
+            size *= 1.3 if value < misfit else 0.98
             if value < misfit:
                 z, residuals, misfit = there, new, value
         return z, residuals, misfit
 
-    def described(self, z: np.ndarray, covariance: np.ndarray) -> Fit:
+    def described(self, z: np.ndarray, covariance: np.ndarray, misfit: float) -> Fit:
         deviation = np.sqrt(np.diag(covariance))
         ends = [np.clip(z + side * 1.96 * deviation, self.low, self.high) for side in (-1, 1)]
         low, high = (self.mean + end * self.spread for end in ends)
@@ -419,7 +424,7 @@ class _Problem:
                     " time that the model has no place for, or the GPU or model are not those named."
                 )
         intervals = {name: (float(low[k]), float(high[k])) for k, name in enumerate(self.free)}
-        return Fit(self.at(z), intervals, correlations, informed, notes)
+        return Fit(self.at(z), intervals, correlations, informed, notes, misfit)
 
 
 class _Part(NamedTuple):
@@ -435,9 +440,7 @@ class _Part(NamedTuple):
         table, n = recording
         # Only requests sent before the last of the first n was answered can have had any influence on these.
         load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
-        ttft, e2e = (
-            (table[column] - table["sent"]).to_numpy()[:n] for column in ("first_token", "last_token")
-        )
+        ttft, e2e = ((table[column] - table["sent"]).to_numpy()[:n] for column in ("first_token", "last_token"))
         gaps = table["response_tokens"].to_numpy()[:n] - 1
         steps = (e2e - ttft)[gaps > 0] / gaps[gaps > 0]
         return cls(load, ttft, e2e, float(steps.min()) if steps.size else float(ttft.min()))
@@ -451,13 +454,36 @@ class _Part(NamedTuple):
         return np.stack([(ttft[:n] - self.ttft) / floor, (e2e[:n] - self.e2e) / self.e2e])
 
 
+def table_names(step: StepTime) -> tuple[str, ...]:
+    """The names under which the numbers of a step table are fitted: the rise of its base from point to point, so that
+    it never falls, and the rates."""
+    return tuple(_table_values(step))
+
+
+def _table_values(step: StepTime) -> dict[str, float]:
+    if step.table is None:
+        return {}
+    tokens, seconds = np.array(step.table.points).T
+    rises = zip(tokens, np.diff(seconds, prepend=0.0), strict=True)
+    rates = ("per_sequence", "per_kv_token", "per_attention_pair")
+    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in rates}
+
+
 def _value(cluster: Cluster, name: str) -> float:
-    return cluster.kv_blocks if name == "kv_blocks" else getattr(cluster.step_time, name)
+    if name == "kv_blocks":
+        return cluster.kv_blocks
+    known = _table_values(cluster.step_time)
+    return known[name] if name in known else getattr(cluster.step_time, name)
 
 
 def _bound(cluster: Cluster, name: str) -> Bound:
     if name == "kv_blocks":
         return Bound(0.5 * cluster.kv_blocks, 2.0 * cluster.kv_blocks, 0.15 * cluster.kv_blocks)
+    known = _table_values(cluster.step_time)
+    if name in known:  # first guessed from medians; what is small beside a whole step may be all wrong
+        step = sum(value for other, value in known.items() if other.startswith("rise@"))
+        least = {"per_sequence": step / 300, "per_kv_token": step / 1e5, "per_attention_pair": step / 1e7}
+        return Bound(0.0, np.inf, 0.3 * known[name] + 0.1 * least.get(name, step / 10))
     bound = BOUNDS[name]
     if cluster.model.experts and name in ("e_bw", "e_fl"):  # the kernels of experts are further from the peak
         return Bound(bound.low / 3, bound.high, 2 * bound.spread)
@@ -466,15 +492,23 @@ def _bound(cluster: Cluster, name: str) -> Bound:
 
 def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
     """`cluster` with these coefficients, one of which may be `kv_blocks`."""
+    step, table = cluster.step_time, cluster.step_time.table
     blocks = round(values.pop("kv_blocks", cluster.kv_blocks))
-    step_time = msgspec.structs.replace(cluster.step_time, **values)
-    return msgspec.structs.replace(cluster, step_time=step_time, kv_blocks=blocks)
+    if table is not None:
+        at = [point for point, _ in table.points]
+        known = _table_values(step) | {name: max(0.0, value) for name, value in values.items()}
+        seconds = np.cumsum([known[f"rise@{point:g}"] for point in at])
+        rates = {name: known[name] for name in ("per_sequence", "per_kv_token", "per_attention_pair")}
+        points = list(zip(at, seconds.tolist(), strict=True))
+        step = msgspec.structs.replace(step, table=StepTable(points=points, **rates))
+    rest = {name: value for name, value in values.items() if name in BOUNDS}
+    return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, **rest), kv_blocks=blocks)
 
 
 def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
     """What a recorded run is asked for. Asynchronous scheduling hides host time; what shows of it is the gap, and o0
     and o1 where the host is the slower one."""
-    names = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0")
+    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0")
     names += ("o_gap",) if cluster.profile.async_scheduling else ()
     return names if blocks_known else (*names, "kv_blocks")
 
@@ -482,13 +516,13 @@ def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
 def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
     """The answered requests in the order of their sending, and what was left out. Raises InputError."""
     columns = list(TIMES)
-    table = run.table.select(*columns, "status", "preemptions").sort("sent", maintain_order=True)
+    table = run.table.select("request", *columns, "status", "preemptions").sort("sent", maintain_order=True)
     answered = table.filter(
         pl.all_horizontal(pl.col(columns).is_not_null())
         & (pl.col("request_tokens") > 0)
         & (pl.col("response_tokens") > 0)
         & (pl.col("status") == "ok")
-    ).select(pl.col(columns).cast(pl.Float64), "preemptions")
+    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions")
     if answered.is_empty():
         raise InputError(
             f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both"
@@ -537,37 +571,49 @@ def _latencies(outcome: Outcome, n: int, cluster: Cluster) -> tuple[np.ndarray, 
     return ttft, e2e
 
 
-def _simulated(table: pl.DataFrame, cluster: Cluster) -> np.ndarray:
-    """The attempts of all requests of `table`, in its order."""
+def simulated_requests(table: pl.DataFrame, cluster: Cluster) -> pl.DataFrame:
+    """`ttft`, `e2e` (seconds) and `preemptions` of the requests of `table` on `cluster`, in the table's order."""
     outcome = run_requests(*_columns(table), cluster)
-    _latencies(outcome, len(table), cluster)  # for its complaint about requests that do not fit
-    return outcome.attempts[np.argsort(outcome.attempts["request"])]
+    ttft, e2e = _latencies(outcome, len(table), cluster)
+    preemptions = np.zeros(len(table), np.int64)
+    preemptions[outcome.attempts["request"]] = outcome.attempts["preemptions"]
+    return pl.DataFrame({"ttft": ttft, "e2e": e2e, "preemptions": preemptions})
 
 
-def _errors(table: pl.DataFrame, simulated: np.ndarray, rows: np.ndarray) -> Errors:
-    """Of the simulated attempts against the table, over the requests that the mask `rows` selects."""
+def _errors(table: pl.DataFrame, simulated: pl.DataFrame) -> Errors:
+    recorded = table["preemptions"]
+    return errors_between(table, simulated, None if recorded.null_count() else int(recorded.sum()))
+
+
+def errors_between(
+    table: pl.DataFrame, other: pl.DataFrame, recorded_preemptions: int | None, preemptions: int | None = None
+) -> Errors:
+    """Of `other` (`ttft`, `e2e`, and perhaps `preemptions`) against `table`, whose rows are the same requests."""
     tokens = table["response_tokens"].to_numpy()
-    real_first, real_last = ((table[name] - table["sent"]).to_numpy() for name in ("first_token", "last_token"))
-    first, last = ((simulated[name] - simulated["sent"]) / TICKS for name in ("first", "last"))
-    several = rows & (tokens > 1)
-    pairs = {"ttft": (first[rows], real_first[rows]), "e2e": (last[rows], real_last[rows])}
+    real = {
+        name: (table[end] - table["sent"]).to_numpy() for name, end in (("ttft", "first_token"), ("e2e", "last_token"))
+    }
+    pairs = {name: (other[name].to_numpy(), real[name]) for name in ("ttft", "e2e")}
+    several = tokens > 1
     if several.any():
-        gaps = tokens[several] - 1
-        pairs["tpot"] = ((last - first)[several] / gaps, (real_last - real_first)[several] / gaps)
-    recorded = table["preemptions"].filter(pl.Series(rows))
+        tpot = [(values["e2e"] - values["ttft"])[several] / (tokens[several] - 1) for values in (_arrays(other), real)]
+        pairs["tpot"] = (tpot[0], tpot[1])
+    if preemptions is None and "preemptions" in other.columns:
+        preemptions = int(other["preemptions"].sum())
     return Errors(
-        requests=int(rows.sum()),
+        requests=len(table),
         mean={name: float(sim.mean() / real.mean() - 1) for name, (sim, real) in pairs.items()},
         p50={name: float(np.median(sim) / np.median(real) - 1) for name, (sim, real) in pairs.items()},
         p99={name: float(np.quantile(sim, 0.99) / np.quantile(real, 0.99) - 1) for name, (sim, real) in pairs.items()},
         mean_absolute={
             name: float(np.mean(np.abs(sim[real > 0] / real[real > 0] - 1))) for name, (sim, real) in pairs.items()
         },
-        preemptions=(
-            int(simulated["preemptions"][rows].sum()),
-            None if recorded.null_count() else int(recorded.sum()),
-        ),
+        preemptions=None if preemptions is None else (preemptions, recorded_preemptions),
     )
+
+
+def _arrays(table: pl.DataFrame) -> dict[str, np.ndarray]:
+    return {name: table[name].to_numpy() for name in ("ttft", "e2e")}
 
 
 def _most_at_once(table: pl.DataFrame) -> int:

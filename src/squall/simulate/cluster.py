@@ -43,6 +43,8 @@ ENGINES = {
     "vllm-0.14": Engine(full_prompt_gate=False),
     "vllm-0.19": Engine(),
     "vllm-0.24": Engine(memory_utilization=0.92),
+    # What vLLM resolves to on a CPU, with pipeline parallelism and with some speculative decoding.
+    "vllm-0.24-sync": Engine(async_scheduling=False, memory_utilization=0.92),
 }
 DEFAULT_MODEL, DEFAULT_GPU, DEFAULT_ENGINE = "llama-3.1-8b", "h100", "vllm-0.24"
 

@@ -37,7 +37,7 @@ class GPU(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_gb_s: float = 32.0
     """To the other GPUs of its server, 1e9 bytes/s one way: NVLink where there is one, otherwise PCIe."""
     family: str = ""
-    """Whose kernel efficiencies are taken while nothing is calibrated: `hopper`, `a100`, `l40s`, `ada` or "" (others)."""
+    """Whose kernel efficiencies hold while nothing is calibrated: `hopper`, `a100`, `l40s`, `ada` or "" (others)."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,6 +325,7 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = config | inner
+
     def size(*keys: str, default: int | None = None) -> int:
         found = next((config[key] for key in keys if config.get(key) is not None), default)
         if found is None:

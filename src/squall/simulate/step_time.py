@@ -47,7 +47,7 @@ class StepTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     per_attention_pair: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = np.array(self.points, dtype=float).reshape(len(self.points), -1)
+        numbers = np.array(self.points or [(0.0, 0.0)], dtype=float)
         rates = (self.per_sequence, self.per_kv_token, self.per_attention_pair)
         if len(numbers) < 2 or numbers.shape[1] != 2 or not np.isfinite([*numbers.ravel(), *rates]).all():
             raise ValueError("a step table needs at least two points of finite numbers")
