@@ -28,6 +28,7 @@ _VERBS = {
     "report": "report",
     "simulate": "simulate",
     "study": "study",
+    "sweep": "simulate.sweep",
     "validate": "trace",
 }
 

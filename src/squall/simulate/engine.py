@@ -1,6 +1,6 @@
 """Requests through the kernel, and what comes out of it as a Run: attempts, token times, time series, notes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -67,7 +67,8 @@ def run_requests(
     """Run (n,) requests through the cluster: seconds at which they are sent (ascending), tokens, tokens.
 
     The time of every token is kept if there are at most `token_times` of them. `events` and `steps` keep a log of what
-    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. Raises InputError for impossible times.
+    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. Raises
+    InputError for impossible times.
     """
     if not (arrival[0] >= 0 and arrival[-1] <= CLOCK_END):
         raise InputError(
@@ -105,9 +106,19 @@ def run_requests(
 
 
 def run_trace(
-    trace: Trace, cluster: Cluster, *, seed: int = DEFAULT_SEED, title: str | None = None, remarks: Sequence[str] = ()
+    trace: Trace,
+    cluster: Cluster,
+    *,
+    seed: int = DEFAULT_SEED,
+    title: str | None = None,
+    remarks: Sequence[str] = (),
+    observe: Callable[[Outcome, np.ndarray], object] | None = None,
 ) -> Run:
-    """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run."""
+    """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run.
+
+    `observe` is called with the outcome, its logs of events and steps included, and the rows of the trace that were
+    run.
+    """
     prompt, output = trace.table["request_tokens"].to_numpy(), trace.table["response_tokens"].to_numpy()
     rows = np.flatnonzero((prompt > 0) & (output > 0))
     if not rows.size:
@@ -115,7 +126,12 @@ def run_trace(
             f"{trace.meta.source}: no request in it has both a prompt and a response, so there is nothing to simulate."
         )
     arrival = trace.table["arrival"].to_numpy()[rows]
-    outcome = run_requests(arrival, prompt[rows], output[rows], cluster, seed=seed, token_times=TOKEN_TIMES)
+    logs = observe is not None
+    outcome = run_requests(
+        arrival, prompt[rows], output[rows], cluster, seed=seed, token_times=TOKEN_TIMES, events=logs, steps=logs
+    )
+    if observe is not None:
+        observe(outcome, rows)
     left_out = trace.table.with_row_index("request").filter(
         (pl.col("request_tokens") <= 0) | (pl.col("response_tokens") <= 0)
     )
