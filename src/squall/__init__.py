@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 # Verb -> the room that holds its function. A verb named like its room is that room, which is callable (see verb.py).
 _VERBS = {
-    "calibrate": "simulate.calibrate",
+    "calibrate": "calibrate",
     "characterize": "characterize",
     "convert": "trace",
     "demo": "study.demo",
@@ -28,6 +28,7 @@ _VERBS = {
     "report": "report",
     "simulate": "simulate",
     "study": "study",
+    "sweep": "simulate.sweep",
     "validate": "trace",
 }
 
