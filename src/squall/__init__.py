@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 # Verb -> the room that holds its function. A verb named like its room is that room, which is callable (see verb.py).
 _VERBS = {
-    "calibrate": "simulate.calibrate",
     "capture": "capture",
     "capacity": "capacity",
+    "calibrate": "calibrate",
     "characterize": "characterize",
     "compare": "compare",
     "convert": "trace",
@@ -31,6 +31,7 @@ _VERBS = {
     "report": "report",
     "simulate": "simulate",
     "study": "study",
+    "sweep": "simulate.sweep",
     "validate": "trace",
 }
 

@@ -8,12 +8,14 @@ import polars as pl
 import pytest
 
 import squall
+from squall.calibrate import calibrate
 from squall.errors import InputError
 from squall.run.table import Run, RunMeta
 from squall.simulate import simulate
-from squall.simulate.calibrate import calibrate, read_calibration
+from squall.simulate.calibrate import read_calibration
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_trace
+from squall.simulate.kernel import gpu_seconds
 from squall.simulate.step_time import StepTime, step_cost
 from squall.trace.table import Trace, TraceMeta
 
@@ -49,12 +51,22 @@ def fitted(run, tmp_path_factory):
 def test_it_finds_the_step_time_that_made_the_run(fitted):
     result, _ = fitted
     assert result.step_time.e_fl == pytest.approx(TRUTH.e_fl, rel=0.03)
-    # Weight reading and host time are both there in every step: only their sum is well known.
-    bases = [step_cost(step, result.model, result.gpu) for step in (result.step_time, TRUTH)]
-    assert bases[0].weights + bases[0].host == pytest.approx(bases[1].weights + bases[1].host, rel=0.01)
+    # Most steps of this run hold a prefill beside a few decodes: of these the sum is well known, not its parts.
+    for n in (4, 8):
+        took = []
+        for step in (result.step_time, TRUTH):
+            cost = step_cost(step, result.model, result.gpu)
+            took.append(
+                gpu_seconds(cost, n + 1500.0, n + 1.0, 1600.0 * n, 1500.0**2 / 2)
+                + cost.host
+                + n * cost.host_per_sequence
+            )
+        assert took[0] == pytest.approx(took[1], rel=0.01)
     assert result.step_time.e_bw == pytest.approx(TRUTH.e_bw, rel=0.15)
-    assert result.correlations["e_bw~o0"] > 0.9
-    assert any("e_bw and o0 cannot be told apart" in line for line in result.notes)
+    assert result.correlations["e_bw~o0"] > 0.3
+    assert result.informed["e_fl"] > 0.9
+    assert result.informed["o1"] < 0.5
+    assert any("say little about" in line and "o1" in line for line in result.notes)
     for name, (low, high) in result.fitted.items():
         assert low <= getattr(result.step_time, name) <= high
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.01

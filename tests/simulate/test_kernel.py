@@ -68,6 +68,8 @@ def run_kernel(sent, prompt, output, limits, cost=COSTS, seeds=(1, 2)):
         ends - output,
         int(ends[-1]),
         TICKS // 64,
+        True,
+        True,
     )
     return (*result, ends - output)
 
@@ -107,12 +109,19 @@ def test_agrees_with_the_oracle_step_by_step(workload):
     sent, prompt, output, limits, cost = workload
     requests = [oracle.Request(int(s), p, o) for s, p, o in zip(sent, prompt, output, strict=True)]
     engines = oracle.run(requests, limits, cost)
-    attempts, replicas, _, _, _, token_ticks, start = run_kernel(sent, prompt, output, limits, cost)
+    attempts, replicas, _, _, _, token_ticks, events, steps, start = run_kernel(sent, prompt, output, limits, cost)
     for r, it, begin in zip(requests, attempts, start, strict=True):
         assert NAMES[it["state"]] == r.outcome
         assert it["ended"] == r.ended
         assert token_ticks[begin : begin + it["generated"]].tolist() == r.tokens
         assert it["preemptions"] == r.preemptions
+    finished = events[events["kind"] == kernel.FINISH]
+    assert sorted(finished["attempt"]) == [a for a, it in enumerate(attempts) if it["state"] == kernel.OK]
+    assert (attempts["last"][finished["attempt"]] == finished["time"]).all()
+    assert (events["kind"] == kernel.PREEMPT).sum() == attempts["preemptions"].sum()
+    for number, e in enumerate(engines):
+        mine = steps[steps["replica"] == number]
+        assert list(zip(mine["sequences"], mine["tokens"], strict=True)) == e.steps
     for e, it in zip(engines, replicas, strict=True):
         assert it["steps"] == len(e.steps)
         assert it["computed"] == sum(tokens for _, tokens in e.steps)

@@ -3,13 +3,14 @@
 import json
 from math import isclose
 
+import msgspec
 import pytest
 
 from squall.errors import InputError
 from squall.simulate.cluster import ENGINES, estimate_kv_blocks, resolve
 from squall.simulate.hardware import GPUS, MODELS, find_gpu, find_model
 from squall.simulate.kernel import gpu_seconds
-from squall.simulate.step_time import BOUNDS, StepTime, default_step_time, step_cost
+from squall.simulate.step_time import BOUNDS, StepTable, StepTime, default_step_time, step_cost
 
 # Billions of parameters as the publishers state them.
 PUBLISHED = {
@@ -32,6 +33,13 @@ PUBLISHED = {
     "qwen3-32b": 32.8,
     "qwen3-30b-a3b": 30.5,
     "phi-4": 14.7,
+    "qwen2.5-0.5b": 0.494,
+    "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02,
+    "deepseek-v3": 671,
 }
 KV_BYTES = {
     "llama-3.2-1b": 32_768,
@@ -52,6 +60,7 @@ KV_BYTES = {
     "qwen3-14b": 163_840,
     "qwen3-30b-a3b": 98_304,
     "phi-4": 204_800,
+    "deepseek-v3": 70_272,
 }
 
 
@@ -63,6 +72,70 @@ def test_shapes_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", KV_BYTES)
 def test_kv_bytes_per_token(name):
     assert MODELS[name].kv_bytes() == KV_BYTES[name]
+
+
+def test_latent_attention_is_read_from_a_config_and_is_on_every_gpu(tmp_path):
+    config = {
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = find_model(str(tmp_path))
+    assert msgspec.structs.replace(read, name="deepseek-v3") == MODELS["deepseek-v3"]
+    assert read.kv_bytes(8) == read.kv_bytes(1)
+    # Published: 37 billion active, embedding included.
+    assert (read.active_parameters + read.vocab * read.hidden) / 1e9 == pytest.approx(37, rel=0.015)
+
+
+def test_quantised_weights_are_read_faster_and_leave_room():
+    plain, fp8, int4 = (find_model(f"meta-llama/Llama-3.1-8B-Instruct{end}") for end in ("", "-FP8", "-INT4"))
+    assert plain.memory_bytes == 2 * plain.parameters
+    assert int4.memory_bytes < fp8.memory_bytes < 0.6 * plain.memory_bytes
+    gpu = GPUS["h100"]
+    costs = [step_cost(default_step_time(gpu), model, gpu) for model in (plain, fp8, int4)]
+    assert costs[2].weights < costs[1].weights < 0.6 * costs[0].weights
+    assert costs[1].per_token == pytest.approx(costs[0].per_token / 2)  # fp8 products
+    assert costs[2].per_token == costs[0].per_token  # 4-bit weights are multiplied as bf16
+    assert resolve(model="llama-3.1-8b-fp8").kv_blocks > resolve(model="llama-3.1-8b").kv_blocks
+
+
+def test_a_table_stands_in_for_the_roofline():
+    table = StepTable(points=[(1, 0.01), (100, 0.02), (200, 0.06)], per_sequence=1e-4, per_kv_token=1e-6)
+    cost = step_cost(StepTime(table=table), MODELS["llama-3.1-8b"], GPUS["h100"])
+    for tokens, base in ((1, 0.01), (50.5, 0.015), (100, 0.02), (150, 0.04), (300, 0.1)):
+        assert gpu_seconds(cost, tokens, 4.0, 1000.0, 9.0) == pytest.approx(base + 4e-4 + 1e-3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"points": []},
+        {"points": [(1, 0.1)]},
+        {"points": [(2, 0.1), (1, 0.2)]},
+        {"points": [(1, 0.2), (2, 0.1)]},
+        {"points": [(1, 0.1), (2, float("nan"))]},
+        {"points": [(1, 0.1), (2, 0.2)], "per_sequence": -1e-3},
+    ],
+)
+def test_impossible_tables(words):
+    with pytest.raises(ValueError, match="step table"):
+        StepTable(**words)
 
 
 def test_kv_heads_are_split_and_then_replicated():
@@ -205,8 +278,9 @@ def test_bad_gpu_files(tmp_path, text, says):
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": "many"}, "whole number"),
         ({"num_attention_heads": 0}, "0"),
-        ({"kv_lora_rank": 512}, "latent attention"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"kv_lora_rank": 512}, "qk_rope_head_dim is missing"),
+        ({"quantization_config": {"bits": 3}}, "neither 8 nor 4 bits"),
+        ({"quantization_config": "small"}, "neither 8 nor 4 bits"),
     ],
 )
 def test_bad_model_files(tmp_path, changes, says):

@@ -11,58 +11,72 @@ if TYPE_CHECKING:
     from squall.simulate import Calibration
 
 MEASURED = Group("What was measured", sort_key=10)
+LIVE = Group("A live server", sort_key=20)
 
 
 def calibrate(
     *,
-    run: str,
+    run: str | None = None,
+    url: str | None = None,
     out: Annotated[str, Parameter(name=["--out", "-o"])],
     first: int | None = None,
-    model: Annotated[str, Parameter(group=MEASURED)],
-    gpu: Annotated[str, Parameter(group=MEASURED)],
-    kv_blocks: Annotated[int, Parameter(group=MEASURED)],
+    model: Annotated[str | None, Parameter(group=MEASURED)] = None,
+    gpu: Annotated[str | None, Parameter(group=MEASURED)] = None,
     tp: Annotated[int, Parameter(group=MEASURED)] = 1,
-    block_size: Annotated[int, Parameter(group=MEASURED)] = 16,
+    kv_blocks: Annotated[int | None, Parameter(group=MEASURED)] = None,
+    block_size: Annotated[int | None, Parameter(group=MEASURED)] = None,
     max_num_seqs: Annotated[int | None, Parameter(group=MEASURED)] = None,
     max_num_batched_tokens: Annotated[int | None, Parameter(group=MEASURED)] = None,
     max_model_len: Annotated[int | None, Parameter(group=MEASURED)] = None,
-    engine: Annotated[str, Parameter(group=MEASURED)] = "vllm-0.24",
+    engine: Annotated[str | None, Parameter(group=MEASURED)] = None,
+    budget: Annotated[str, Parameter(group=LIVE)] = "3m",
+    served_model: Annotated[str | None, Parameter(group=LIVE)] = None,
+    api_key_env: Annotated[str, Parameter(group=LIVE)] = "OPENAI_API_KEY",
     seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
-    """Fit the simulator's step time to a recorded run, for `squall simulate --calibration`.
+    """Fit the simulator's step time to a recorded run or a live vLLM server, for `squall simulate --calibration`.
 
     Parameters
     ----------
     run
         A run, or a table of one: at least sent, first_token, last_token, request_tokens, response_tokens.
+    url
+        A live server that nobody else uses, instead: it is measured, and the fit is tested on it.
     out
         Where to write the calibration (JSON).
     first
-        Fit on the first N requests only; the others test the fit.
+        Fit on the first N requests of --run only; the others test the fit.
     model
-        A built-in model or a Hugging Face config.json.
+        A built-in model or a Hugging Face config.json. [default with --url: as the server tells]
     gpu
-        A built-in GPU or a JSON file.
-    kv_blocks
-        num_gpu_blocks, as the server logged it.
+        A built-in GPU or a JSON file. [default with --url: none, and a table of step times instead of a roofline]
     tp
         GPUs per replica.
+    kv_blocks
+        num_gpu_blocks, as the server logged it. [default: read from --url; fitted with --run]
     block_size
-        Tokens per block.
+        Tokens per block. [default: read from --url, or 16]
     max_num_seqs
-        Most requests in a batch. [default: vLLM's for the GPU]
+        Most requests in a batch. [default: seen at --url, or vLLM's for the GPU]
     max_num_batched_tokens
         Most tokens in a step. [default: vLLM's for the GPU]
     max_model_len
-        Most tokens of a prompt and its response. [default: the model's context, as far as it fits]
+        Most tokens of a prompt and its response. [default: read from --url, or the model's context as far as it fits]
     engine
-        vllm-0.11, vllm-0.14, vllm-0.19 or vllm-0.24.
+        vllm-0.11, vllm-0.14, vllm-0.19, vllm-0.24 or vllm-0.24-sync. [default: as --url tells, or vllm-0.24]
+    budget
+        About how long the measurements may take.
+    served_model
+        Which model of the server. [default: its first]
+    api_key_env
+        The environment variable that holds the server's key.
     """
-    from squall.simulate.calibrate import calibrate as fit
+    from squall.calibrate import calibrate as fit
 
     result = fit(
         run=run,
+        url=url,
         out=out,
         first=first,
         model=model,
@@ -74,6 +88,9 @@ def calibrate(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         engine=engine,
+        budget=budget,
+        served_model=served_model,
+        api_key_env=api_key_env,
         seed=seed.seed,
     )
     if output.json:
@@ -91,9 +108,9 @@ def _show(result: "Calibration", out: str) -> None:
         f"{result.model.name} on {result.tp} x {result.gpu.name}, {result.engine}, {result.kv_blocks:,} KV blocks",
         markup=False,
     )
-    shown = table("Step time", "coefficient", "fitted", "95 % interval")
+    shown = table("Step time", "coefficient", "95 % interval", "settled by the data")
     for name, (low, high) in result.fitted.items():
-        row(shown, name, getattr(result.step_time, name), f"{low:.3g} to {high:.3g}")
+        row(shown, name, f"{low:.3g} to {high:.3g}", f"{result.informed.get(name, 1.0):.0%}")
     screen.print(shown)
     shown = table(
         "Simulated against recorded",
@@ -107,8 +124,10 @@ def _show(result: "Calibration", out: str) -> None:
         "E2E p50",
         "E2E p99",
         "E2E |error|",
+        "preemptions",
     )
-    for name, errors in result.errors.items():
+    rows = list(result.errors.items()) + [(f"{name}, real again", each) for name, each in result.repeats.items()]
+    for name, errors in rows:
         cells = [errors.mean.get("ttft"), errors.p50.get("ttft"), errors.p99.get("ttft"), errors.mean.get("tpot")]
         cells += [errors.mean.get("e2e"), errors.p50.get("e2e"), errors.p99.get("e2e")]
         row(
@@ -117,6 +136,7 @@ def _show(result: "Calibration", out: str) -> None:
             errors.requests,
             *("-" if cell is None else f"{cell:+.1%}" for cell in cells),
             f"{errors.mean_absolute['e2e']:.1%}",
+            "-" if errors.preemptions is None else " / ".join("?" if n is None else f"{n}" for n in errors.preemptions),
         )
     screen.print(shown)
     screen.print(f"{'written':<12} {printable(out)}", markup=False)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CLUSTER = Group("Cluster", sort_key=10)
 LIMITS = Group("Engine limits", sort_key=20)
 CLIENT = Group("Clients", sort_key=30)
+INSIDE = Group("What happened inside", sort_key=40)
 
 
 def simulate(
@@ -39,6 +40,8 @@ def simulate(
     timeout: Annotated[str | None, Parameter(group=CLIENT)] = None,
     retries: Annotated[int, Parameter(group=CLIENT)] = 0,
     title: str | None = None,
+    timeline: Annotated[str | None, Parameter(group=INSIDE)] = None,
+    explain: Annotated[int, Parameter(group=INSIDE)] = 0,
     select: Select = TraceOptions(),
     output: Output = Output(),
 ) -> int:
@@ -89,6 +92,10 @@ def simulate(
         How often a client tries again after a 429 or a timeout.
     title
         A short name for reports.
+    timeline
+        Write what happened, request by request and step by step, for https://ui.perfetto.dev (.json).
+    explain
+        Explain the N slowest requests: queued behind what, preempted when.
     """
     from squall.simulate import simulate as run_simulation
 
@@ -113,6 +120,8 @@ def simulate(
         engine=engine,
         calibration=calibration,
         title=title,
+        timeline=timeline,
+        explain=explain,
         **as_options(select),
     )
     from squall.run import metrics
@@ -153,6 +162,13 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         if it.n:
             row(shown, name.upper(), it.n, it.mean, it.p50, it.p90, it.p95, it.p99, it.max)
     screen.print(shown)
+    if target.get("slowest"):
+        shown = table("The slowest requests, seconds", "row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        for it in target["slowest"]:
+            ttft = "-" if it["ttft"] is None else number(it["ttft"])
+            cells = (number(it["sent"]), ttft, number(it["e2e"]), number(it["queued"]), len(it["preempted_at"]))
+            row(shown, it["request"], *cells, it["reason"])
+        screen.print(shown)
     failures = ", ".join(f"{count:,} {kind}" for kind, count in result.errors.items()) or "none"
     tokens = number(result.output_token_throughput)
     lines = {

@@ -16,10 +16,12 @@ from squall.run.table import Run
 from squall.seeds import DEFAULT_SEED
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
-from squall.simulate.engine import run_requests, run_trace
+from squall.simulate.engine import Outcome, run_requests, run_trace
 from squall.simulate.hardware import GPU, GPUS, MODELS, Model
 from squall.simulate.kernel import TICKS
 from squall.simulate.step_time import StepTime
+from squall.simulate.timeline import Slow, check_timeline_path, write_timeline
+from squall.simulate.timeline import explain as explain_slowest
 from squall.trace.table import Trace, TraceSource
 from squall.units import Duration
 from squall.verb import callable_room
@@ -49,6 +51,8 @@ def simulate(
     engine: str | None = None,
     calibration: "str | Path | Calibration | None" = None,
     title: str | None = None,
+    timeline: str | Path | None = None,
+    explain: int = 0,
     **options: Any,
 ) -> Run:
     """Run a trace through one or more replicas of a modelled vLLM v1 engine.
@@ -82,6 +86,10 @@ def simulate(
         What `calibrate` made. Without it the run says "uncalibrated roofline".
     title
         A short name for reports.
+    timeline
+        Where to write what happened, request by request and step by step, as Chrome trace JSON for Perfetto.
+    explain
+        How many of the slowest requests to explain, in `meta.target["slowest"]`.
 
     Raises
     ------
@@ -93,6 +101,10 @@ def simulate(
 
     if out is not None:
         check_run_path(out)
+    if timeline is not None:
+        check_timeline_path(timeline)
+    if not 0 <= explain <= 1000:
+        raise InputError(f"--explain {explain}: it must be 0 to 1000.")
     words: dict[str, Any] = {
         "model": model,
         "gpu": gpu,
@@ -118,7 +130,24 @@ def simulate(
         f"Simulating {len(asked):,} requests on {cluster.replicas} x {cluster.model.name}, {cluster.gpu.name}"
     ):
         remarks = [] if fitted is None else fitted.remarks(asked, cluster)
-        run = run_trace(asked, cluster, seed=options.get("seed", DEFAULT_SEED), title=title, remarks=remarks)
+        slowest: list[Slow] = []
+
+        def observe(outcome: Outcome, rows: np.ndarray) -> None:
+            slowest.extend(explain_slowest(outcome, rows, cluster, explain))
+            if timeline is not None:
+                write_timeline(outcome, rows, cluster, timeline)
+
+        run = run_trace(
+            asked,
+            cluster,
+            seed=options.get("seed", DEFAULT_SEED),
+            title=title,
+            remarks=remarks,
+            observe=observe if timeline is not None or explain else None,
+        )
+    if slowest:
+        told = run.meta.target | {"slowest": msgspec.to_builtins(slowest)}
+        run = Run(run.table, msgspec.structs.replace(run.meta, target=told), run.series)
     if out is not None:
         write_run(run, out)
     return run

@@ -1,17 +1,19 @@
 """Fitting the step time to a recorded run: which coefficients make the simulated latencies those that were measured?
 
-    minimise  sum over requests of rho(TTFT_sim/TTFT - 1) + rho(E2E_sim/E2E - 1),   rho = soft L1 (robust)
+    minimise  sum over requests of rho((TTFT_sim - TTFT)/TTFT) + rho((E2E_sim - E2E)/E2E)
+              + sum over coefficients of ((value - default) / spread)^2 / 2
 
-over e_bw, e_fl and the host times, within physical bounds (without them a fit hides kernel time in host time). The
-recorded requests are simulated as they were sent, with the engine's own limits. Fitting on the first N requests uses
-only their latencies; the requests sent while these were being served are simulated too, because they share the
-engine, but nothing of their recorded latency is used, so that they can serve to test the fit.
+rho is robust (soft L1, in units of the noise that the best fit leaves over). The second sum is the prior: it decides
+where a run says nothing about a coefficient, and the physical bounds hold everywhere (without them a fit hides kernel
+time in host time). The recorded requests are simulated as they were sent, with the engine's own limits. Fitting on the
+first N requests uses only their latencies; the requests sent while these were being served are simulated too, because
+they share the engine, but nothing of their recorded latency is used, so that they can serve to test the fit.
 """
 
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,27 +24,33 @@ from squall.errors import InputError
 from squall.progress import note, progress
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
-from squall.simulate.cluster import DEFAULT_ENGINE, Cluster, resolve
+from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests
 from squall.simulate.hardware import GPU, Model
 from squall.simulate.kernel import TICKS
-from squall.simulate.step_time import BOUNDS, StepTime
+from squall.simulate.step_time import BOUNDS, Bound, StepTable, StepTime
 from squall.trace.table import Trace
 
 BUILT_IN = Path(__file__).parent / "calibrations"
 """Fitted by benchmarks/derive_calibrations.py, which names their sources."""
 
+TIMES = ("sent", "first_token", "last_token", "request_tokens", "response_tokens")
+"""The columns of a run that a fit needs."""
+
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
-POPULATION, GENERATIONS = 8, 25
-"""Of the search: population per coefficient, and how often it is renewed (a simulation per member each time)."""
+STEPS, POLISH = 12, 150
+"""Of the search: Gauss-Newton steps from a start, and random steps at the end."""
 
-RESAMPLES = 500
-"""Of the block bootstrap."""
+DISTANCES = (0.1, 0.3, 0.6)
+"""In spreads: what a coefficient is moved by to see its influence. Far enough for jumps to average out."""
 
-SOFT = 0.1
-"""Relative errors beyond this count linearly: a few odd requests must not decide."""
+BLOCK = 10
+"""So many neighbouring requests, which wait for the same steps, count as one observation."""
+
+LEAST_NOISE, MOST_NOISE = 0.002, 0.2
+"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -53,6 +61,8 @@ class Errors(msgspec.Struct, frozen=True):
     p50: dict[str, float]
     p99: dict[str, float]
     mean_absolute: dict[str, float]
+    preemptions: tuple[int, int | None] | None = None
+    """Simulated and recorded; recorded is null where the run does not say."""
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,11 +85,16 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     step_time: StepTime
     fitted: dict[str, tuple[float, float]]
-    """The coefficients that were fitted, each with its 95 % interval (block bootstrap over requests)."""
+    """The coefficients that were fitted, each with its 95 % interval."""
+    informed: dict[str, float] = {}
+    """How much of what was unknown about each the data settled: 0 nothing (it stays near its default), 1 all."""
     correlations: dict[str, float]
     """Between the fitted coefficients, `e_bw~e_fl`: near 1 or -1 only a combination of the two is known."""
     errors: dict[str, Errors]
-    """On `fit` (the requests used), `held_out` (those sent later; absent if there are none) and `all`."""
+    """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
+    `held_out` is what a fit on the first half predicts for the second."""
+    repeats: dict[str, Errors] = {}
+    """Of a second real run against the first, where a live server was sent the same twice: no model is closer."""
     valid: dict[str, tuple[float, float]]
     """Ranges that the data covered: request_tokens, response_tokens, running."""
     notes: list[str] = []
@@ -111,104 +126,110 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         return said
 
 
-def calibrate(
+class Fit(NamedTuple):
+    """The result of `fit_coefficients`."""
+
+    cluster: Cluster
+    intervals: dict[str, tuple[float, float]]
+    correlations: dict[str, float]
+    informed: dict[str, float]
+    notes: list[str]
+    misfit: float
+
+
+class Recording(NamedTuple):
+    """Requests that one engine served, in the order of their sending."""
+
+    table: pl.DataFrame
+    n: int
+    """The latencies of the first n are to be met; the others are load."""
+
+
+def calibrate_run(
     *,
     run: RunSource,
     out: str | Path | None = None,
     first: int | None = None,
-    model: str | Model,
-    gpu: str | GPU,
-    kv_blocks: int,
-    tp: int = 1,
-    block_size: int = 16,
-    max_num_seqs: int | None = None,
-    max_num_batched_tokens: int | None = None,
-    max_model_len: int | None = None,
-    engine: str = DEFAULT_ENGINE,
     seed: int = DEFAULT_SEED,
+    **words: Any,
 ) -> Calibration:
-    """Fit the simulator's step time to a recorded run.
-
-    Parameters
-    ----------
-    run
-        A Run or a table with at least `sent`, `first_token`, `last_token` (seconds), `request_tokens`,
-        `response_tokens`. It must hold all requests that the engine served.
-    out
-        Where to write the calibration (JSON), if anywhere.
-    first
-        Fit on the first so many requests (by `sent`) only; the others then test the fit.
-    model, gpu, tp, kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len, engine
-        What was measured, as for `simulate`; kv_blocks is the server's `num_gpu_blocks`.
-    seed
-        Of the coarse search and the bootstrap.
-
-    Raises
-    ------
-    InputError
-        If the run or a value cannot be used.
-    """
+    """Fit the simulator's step time to a recorded run; see `squall.calibrate`. `words` are keywords of `resolve`."""
     from squall.run.files import read_run
 
-    cluster = resolve(
-        model=model,
-        gpu=gpu,
-        tp=tp,
-        kv_blocks=kv_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        engine=engine,
-    )
+    cluster = resolve(**words)
     name = "the run in memory" if isinstance(run, Run) else str(run)
-    table, said = _requests(read_run(run), name)
+    table, said = requests_of(read_run(run), name)
     n = len(table) if first is None else first
     if not LEAST <= n <= len(table):
         raise InputError(
             f"--first {n}: {name} has {len(table)} answered requests; a fit needs at least {LEAST} and at most"
             " all of them."
         )
-    problem, at = _fit(cluster, table, n, seed)
-    fitted, correlations, warnings = problem.uncertainty(at, seed)
-    step_time = problem.step_time(at)
-    everything = run_requests(*_columns(table), msgspec.structs.replace(cluster, step_time=step_time))
-    part = np.arange(len(table)) < n
-    errors = {"fit": _errors(table, everything, part)}
+    free = _free(cluster, blocks_known=words.get("kv_blocks") is not None)
+    fit = fit_coefficients(cluster, [Recording(table, n)], free, seed)
+    everything = simulated_requests(table, fit.cluster)
+    errors = {"fit": _errors(table[:n], everything[:n])}
     if n < len(table):
-        errors["held_out"] = _errors(table, everything, ~part)
-    errors["all"] = _errors(table, everything, np.ones(len(table), bool))
-    result = Calibration(
-        source=name,
-        sha256=sha256(np.ascontiguousarray(table.to_numpy()).tobytes()).hexdigest(),
+        errors["held_out"] = _errors(table[n:], everything[n:])
+    elif n >= 2 * LEAST:
+        half = fit_coefficients(cluster, [Recording(table, n // 2)], free, seed)
+        errors["held_out"] = _errors(table[n // 2 :], simulated_requests(table, half.cluster)[n // 2 :])
+    errors["all"] = _errors(table, everything)
+    if "kv_blocks" in free:
+        said.append(
+            f"The block count was not given and was fitted too: {fit.cluster.kv_blocks:,}; the server's own number"
+            " (num_gpu_blocks) is better."
+        )
+    result = calibration_of(fit, errors, [Recording(table, n)], name, said)
+    write_calibration(result, out)
+    return result
+
+
+def calibration_of(
+    fit: Fit, errors: dict[str, Errors], recordings: list[Recording], source: str, said: list[str]
+) -> Calibration:
+    """All that is known about a fit, in one record."""
+    cluster = fit.cluster
+    used = [table[:n] for table, n in recordings]
+    digest = sha256()
+    for table, _ in recordings:
+        digest.update(np.ascontiguousarray(table.select(TIMES).to_numpy()).tobytes())
+    return Calibration(
+        source=source,
+        sha256=digest.hexdigest(),
         date=datetime.now(UTC).date().isoformat(),
         squall=__version__,
         model=cluster.model,
         gpu=cluster.gpu,
         tp=cluster.tp,
+        dtype={2.0: "bf16", 1.0: "fp8"}.get(cluster.model.weight_bytes, f"{cluster.model.weight_bytes:g} bytes"),
         engine=cluster.engine,
         kv_blocks=cluster.kv_blocks,
         block_size=cluster.block_size,
         max_num_seqs=cluster.max_num_seqs,
         max_num_batched_tokens=cluster.max_num_batched_tokens,
         max_model_len=cluster.max_model_len,
-        step_time=step_time,
-        fitted=fitted,
-        correlations=correlations,
+        step_time=cluster.step_time,
+        fitted=fit.intervals,
+        informed=fit.informed,
+        correlations=fit.correlations,
         errors=errors,
         valid={
-            "request_tokens": _extremes(table["request_tokens"][:n]),
-            "response_tokens": _extremes(table["response_tokens"][:n]),
-            "running": (1.0, float(_most_at_once(table[:n]))),
+            "request_tokens": _extremes(pl.concat([table["request_tokens"] for table in used])),
+            "response_tokens": _extremes(pl.concat([table["response_tokens"] for table in used])),
+            "running": (1.0, float(max(_most_at_once(table) for table in used))),
         },
-        notes=[*said, *warnings],
+        notes=[*said, *fit.notes],
     )
-    for line in result.notes:
+
+
+def write_calibration(calibration: Calibration, out: str | Path | None) -> None:
+    """Say its notes, and write it as JSON if `out` is given."""
+    for line in calibration.notes:
         note(f"note: {line}")
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    return result
+        Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
 
 
 def read_calibration(source: str | Path | Calibration) -> Calibration:
@@ -251,127 +272,257 @@ def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     return cluster if "kv_blocks" in given else msgspec.structs.replace(cluster, kv_blocks_from="the calibration")
 
 
+def fit_coefficients(cluster: Cluster, recordings: list[Recording], free: tuple[str, ...], seed: int) -> Fit:
+    """The cluster whose simulation meets the recordings best, over the coefficients (or `kv_blocks`) in `free`.
+
+    A maximum a posteriori fit: each coefficient has a prior, normal around its default with the spread of BOUNDS, so
+    that what the data leave open stays where other servers are. Gauss-Newton steps on the weighted residuals, with
+    derivatives over a finite distance, since who is preempted when changes in jumps; from several starts.
+    """
+    return _Problem(cluster, recordings, free).solve(seed)
+
+
 class _Problem:
-    """The least-squares problem, with the coefficients scaled to the unit cube of their bounds."""
+    """The least-squares problem. Coefficients are measured in spreads from their prior mean: z = (value - mean)/spread.
 
-    def __init__(self, cluster: Cluster, table: pl.DataFrame, n: int, names: tuple[str, ...]) -> None:
-        self.cluster, self.n, self.names = cluster, n, names
-        self.low = np.array([BOUNDS[name].low for name in names])
-        self.range = np.array([BOUNDS[name].high for name in names]) - self.low
-        self.default = (np.array([getattr(cluster.step_time, name) for name in names]) - self.low) / self.range
+    The errors of requests that wait for each other go together, so BLOCK neighbours count as one observation.
+    """
+
+    def __init__(self, cluster: Cluster, recordings: list[Recording], free: tuple[str, ...]) -> None:
+        self.cluster, self.free = cluster, free
+        self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
+        bounds = [_bound(cluster, name) for name in free]
+        self.spread = np.array([bound.spread for bound in bounds])
+        self.low = (np.array([bound.low for bound in bounds]) - self.mean) / self.spread
+        self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
+        self.parts = [_Part.of(recording) for recording in recordings]
+        self.noise = np.array([LEAST_NOISE, LEAST_NOISE])
+        self.simulations = 0
+
+    def at(self, z: np.ndarray) -> Cluster:
+        """The cluster with these coefficients."""
+        return _with(self.cluster, dict(zip(self.free, (self.mean + z * self.spread).tolist(), strict=True)))
+
+    def residuals(self, z: np.ndarray) -> np.ndarray:
+        """(2, requests) relative errors of TTFT and E2E."""
+        cluster = self.at(z)
+        self.simulations += 1
+        return np.concatenate([part.residuals(cluster) for part in self.parts], axis=1)
+
+    def misfit(self, residuals: np.ndarray, z: np.ndarray) -> float:
+        """Minus the logarithm of the posterior, up to a constant."""
+        scaled = residuals / self.noise[:, None]
+        return float(2 * (np.sqrt(1 + scaled**2) - 1).sum() / BLOCK + z @ z) / 2
+
+    def descend(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """From `z` to a minimum: where, its residuals, its misfit."""
+        residuals = self.residuals(z)
+        best = self.misfit(residuals, z)
+        for _ in range(STEPS):
+            slopes = self.slopes(z)
+            weight = 1 / (np.sqrt(1 + (residuals / self.noise[:, None]) ** 2) * BLOCK * self.noise[:, None] ** 2)
+            hessian = np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z))
+            step = -np.linalg.solve(hessian, np.einsum("kij,ij,ij->k", slopes, residuals, weight) + z)
+            for share in (1.0, 0.5, 0.25, 0.1, 0.03):
+                there = np.clip(z + share * step, self.low, self.high)
+                new = self.residuals(there)
+                misfit = self.misfit(new, there)
+                if misfit < best:
+                    break
+            else:
+                break
+            done = best - misfit < 5e-3 * best
+            z, residuals, best = there, new, misfit
+            if done:
+                break
+        return z, residuals, best
+
+    def slopes(self, z: np.ndarray) -> np.ndarray:
+        """(coefficients, 2, requests): of the residuals; the least-squares line over DISTANCES to both sides."""
+        rows = []
+        for k in range(len(z)):
+            rise, run = np.zeros(()), 0.0
+            for distance in DISTANCES:
+                above, below = z.copy(), z.copy()
+                above[k], below[k] = min(z[k] + distance, self.high[k]), max(z[k] - distance, self.low[k])
+                width = above[k] - below[k]
+                rise = rise + width * (self.residuals(above) - self.residuals(below))
+                run += width**2
+            rows.append(rise / run)
+        return np.array(rows)
+
+    def starts(self, seed: int) -> list[np.ndarray]:
+        """The prior mean, points drawn from the prior, and one where the host is what steps wait for."""
+        random = stream(seed, "calibration")
+        points = [np.zeros(len(self.free)), *random.normal(size=(3, len(self.free)))]
+        if "o0" in self.free and self.cluster.profile.async_scheduling:
+            slow = np.zeros(len(self.free))
+            at = self.free.index("o0")
+            slow[at] = (0.9 * min(part.shortest_step for part in self.parts) - self.mean[at]) / self.spread[at]
+            points.append(slow)
+        return [np.clip(point, self.low, self.high) for point in points]
+
+    def solve(self, seed: int) -> Fit:
+        with progress(f"Fitting {', '.join(self.free)}"):
+            self.set_noise(self.residuals(np.zeros(len(self.free))))
+            found = [self.descend(start) for start in self.starts(seed)]
+            z, residuals, _ = min(found, key=lambda result: result[2])
+            for _ in range(2):
+                self.set_noise(residuals)  # what the best fit leaves over
+                z, residuals, misfit = self.descend(z)
+                z, residuals, misfit = self.polish(z, residuals, misfit, self.covariance(z, residuals), seed)
+            covariance = self.covariance(z, residuals)
+        return self.described(z, covariance, misfit)
+
+    def covariance(self, z: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """Of the posterior at `z`, in spreads, as if it were normal."""
+        slopes = self.slopes(z)
+        weight = 1 / (np.sqrt(1 + (residuals / self.noise[:, None]) ** 2) * BLOCK * self.noise[:, None] ** 2)
+        return np.linalg.inv(np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z)))
+
+    def set_noise(self, residuals: np.ndarray) -> None:
+        """Robust standard deviations of the two kinds of residuals."""
+        spread = 1.4826 * np.median(np.abs(residuals), axis=1)
+        self.noise = np.clip(spread, LEAST_NOISE, MOST_NOISE)
+
+    def polish(
+        self, z: np.ndarray, residuals: np.ndarray, misfit: float, covariance: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """The best of the neighbourhood: random steps of the posterior's shape, ever shorter while they do not help."""
+        random, size, shape = stream(seed, "polish"), 0.5, np.linalg.cholesky(covariance)
+        for _ in range(POLISH):
+            there = np.clip(z + size * shape @ random.normal(size=len(z)), self.low, self.high)
+            new = self.residuals(there)
+            value = self.misfit(new, there)
+            size *= 1.3 if value < misfit else 0.98
+            if value < misfit:
+                z, residuals, misfit = there, new, value
+        return z, residuals, misfit
+
+    def described(self, z: np.ndarray, covariance: np.ndarray, misfit: float) -> Fit:
+        deviation = np.sqrt(np.diag(covariance))
+        ends = [np.clip(z + side * 1.96 * deviation, self.low, self.high) for side in (-1, 1)]
+        low, high = (self.mean + end * self.spread for end in ends)
+        informed = {name: float(np.clip(1 - deviation[k] ** 2, 0, 1)) for k, name in enumerate(self.free)}
+        correlations, notes = {}, []
+        for j, other in enumerate(self.free):
+            for i, one in enumerate(self.free[:j]):
+                r = float(covariance[i, j] / (deviation[i] * deviation[j]))
+                correlations[f"{one}~{other}"] = r
+                if abs(r) > 0.9:
+                    notes.append(
+                        f"{one} and {other} cannot be told apart in this run (correlation {r:+.2f}):"
+                        " trust them together, not singly."
+                    )
+        silent = [name for name, share in informed.items() if share < 0.5]
+        if silent:
+            notes.append(f"The data say little about {', '.join(silent)}: near the default, with its usual spread.")
+        for k, name in enumerate(self.free):
+            if informed[name] >= 0.5 and (z[k] - self.low[k] < 1e-3 or self.high[k] - z[k] < 1e-3):
+                notes.append(
+                    f"{name} lies at its physical bound ({self.mean[k] + z[k] * self.spread[k]:.3g}): the data hold"
+                    " time that the model has no place for, or the GPU or model are not those named."
+                )
+        intervals = {name: (float(low[k]), float(high[k])) for k, name in enumerate(self.free)}
+        return Fit(self.at(z), intervals, correlations, informed, notes, misfit)
+
+
+class _Part(NamedTuple):
+    """One recording, ready to be simulated."""
+
+    load: tuple[np.ndarray, np.ndarray, np.ndarray]
+    ttft: np.ndarray
+    e2e: np.ndarray
+    shortest_step: float
+
+    @classmethod
+    def of(cls, recording: Recording) -> "_Part":
+        table, n = recording
         # Only requests sent before the last of the first n was answered can have had any influence on these.
-        self.load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
-        self.ttft = (table["first_token"] - table["sent"]).to_numpy()[:n]
-        self.e2e = (table["last_token"] - table["sent"]).to_numpy()[:n]
-        self.tried: list[np.ndarray] = []
-        self.errors: list[np.ndarray] = []
-        self.pulls: list[float] = []
+        load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
+        ttft, e2e = ((table[column] - table["sent"]).to_numpy()[:n] for column in ("first_token", "last_token"))
+        gaps = table["response_tokens"].to_numpy()[:n] - 1
+        steps = (e2e - ttft)[gaps > 0] / gaps[gaps > 0]
+        return cls(load, ttft, e2e, float(steps.min()) if steps.size else float(ttft.min()))
 
-    def step_time(self, at: np.ndarray) -> StepTime:
-        values = self.low + at * self.range
-        return msgspec.structs.replace(self.cluster.step_time, **dict(zip(self.names, map(float, values), strict=True)))
-
-    def residuals(self, at: np.ndarray) -> np.ndarray:
+    def residuals(self, cluster: Cluster) -> np.ndarray:
         """(2, n) relative errors of TTFT and E2E."""
-        outcome = run_requests(*self.load, msgspec.structs.replace(self.cluster, step_time=self.step_time(at)))
-        ttft, e2e = _latencies(outcome, len(self.load[0]), self.cluster)
+        ttft, e2e = _latencies(run_requests(*self.load, cluster), len(self.load[0]), cluster)
+        n = len(self.ttft)
         # A short TTFT is a few steps of waiting, give or take one: below half the median, errors count absolutely.
         floor = np.maximum(self.ttft, 0.5 * np.median(self.ttft))
-        return np.stack([(ttft[: self.n] - self.ttft) / floor, (e2e[: self.n] - self.e2e) / self.e2e])
-
-    def misfit(self, at: np.ndarray) -> float:
-        """The sum that is minimised, with a weak pull to the defaults for what the data leave open."""
-        error = self.residuals(at)
-        self.tried.append(at.copy())
-        self.errors.append(_soft(error).sum(axis=0))
-        self.pulls.append(0.02 * float(np.sum((at - self.default) ** 2)))
-        return float(self.errors[-1].sum()) + self.pulls[-1]
-
-    def solve(self, seed: int) -> tuple[np.ndarray, float]:
-        """The best coefficients found, in the unit cube, and their misfit.
-
-        Who is preempted when changes in jumps with the coefficients, so the misfit has many small minima: a population
-        finds its way where a descent gets stuck.
-        """
-        from scipy.optimize import differential_evolution
-
-        with progress(f"Fitting {', '.join(self.names)}", GENERATIONS) as step_done:
-            done = iter(range(1, GENERATIONS + 1))
-            fit = differential_evolution(
-                self.misfit,
-                [(0.0, 1.0)] * len(self.names),
-                popsize=POPULATION,
-                maxiter=GENERATIONS,
-                init="sobol",
-                polish=False,
-                rng=stream(seed, "calibration"),
-                callback=lambda *_, **__: step_done(next(done)),
-            )
-        return fit.x, float(fit.fun)
-
-    def uncertainty(
-        self, at: np.ndarray, seed: int
-    ) -> tuple[dict[str, tuple[float, float]], dict[str, float], list[str]]:
-        """95 % intervals (around `at`) and correlations, and sentences on coefficients that cannot be told apart.
-
-        Errors of requests that queue together go together, so blocks of consecutive requests are resampled, in a
-        circle so that each counts alike. The best fit to a resample is the best of all points that the search tried.
-        """
-        tried, errors = np.array(self.tried), np.array(self.errors)
-        block = max(1, self.n // 10)
-        begins = stream(seed, "bootstrap").integers(0, self.n, size=(RESAMPLES, -(-self.n // block)))
-        before = np.cumsum(np.concatenate([np.zeros((len(errors), 1)), errors, errors[:, :block]], axis=1), axis=1)
-        sums = np.stack([(before[:, begin + block] - before[:, begin]).sum(axis=1) for begin in begins])
-        sample = tried[np.argmin(sums + np.array(self.pulls), axis=1)]
-        low = self.low + np.minimum(np.quantile(sample, 0.025, axis=0), at) * self.range
-        high = self.low + np.maximum(np.quantile(sample, 0.975, axis=0), at) * self.range
-        fitted = {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.names)}
-        correlations, warnings = {}, []
-        for j, other in enumerate(self.names):
-            for i, one in enumerate(self.names[:j]):
-                if sample[:, i].std() > 0 and sample[:, j].std() > 0:
-                    r = float(np.corrcoef(sample[:, i], sample[:, j])[0, 1])
-                    correlations[f"{one}~{other}"] = r
-                    if abs(r) > 0.9:
-                        warnings.append(
-                            f"{one} and {other} cannot be told apart in this run (correlation {r:+.2f}):"
-                            " trust them together, not singly."
-                        )
-        return fitted, correlations, warnings
+        return np.stack([(ttft[:n] - self.ttft) / floor, (e2e[:n] - self.e2e) / self.e2e])
 
 
-def _soft(error: np.ndarray) -> np.ndarray:
-    """Soft L1: quadratic below SOFT, linear above."""
-    return np.sqrt(1 + (error / SOFT) ** 2) - 1
+def table_names(step: StepTime) -> tuple[str, ...]:
+    """The names under which the numbers of a step table are fitted: the rise of its base from point to point, so that
+    it never falls, and the rates."""
+    return tuple(_table_values(step))
 
 
-def _fit(cluster: Cluster, table: pl.DataFrame, n: int, seed: int) -> tuple[_Problem, np.ndarray]:
-    """The solved problem with the coefficients that the data call for.
-
-    Asynchronous scheduling hides host time behind the GPU; o0 shows only where the host is the slower one. It is fitted
-    if that improves the misfit by a fifth, and keeps its default otherwise.
-    """
-    asynchronous = cluster.profile.async_scheduling
-    problem = _Problem(cluster, table, n, ("e_bw", "e_fl", "o_gap" if asynchronous else "o0"))
-    at, misfit = problem.solve(seed)
-    if asynchronous:
-        larger = _Problem(cluster, table, n, ("e_bw", "e_fl", "o_gap", "o0"))
-        also, smaller = larger.solve(seed)
-        if smaller < 0.8 * misfit:
-            return larger, also
-    return problem, at
+def _table_values(step: StepTime) -> dict[str, float]:
+    if step.table is None:
+        return {}
+    tokens, seconds = np.array(step.table.points).T
+    rises = zip(tokens, np.diff(seconds, prepend=0.0), strict=True)
+    rates = ("per_sequence", "per_kv_token", "per_attention_pair")
+    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in rates}
 
 
-def _requests(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
+def _value(cluster: Cluster, name: str) -> float:
+    if name == "kv_blocks":
+        return cluster.kv_blocks
+    known = _table_values(cluster.step_time)
+    return known[name] if name in known else getattr(cluster.step_time, name)
+
+
+def _bound(cluster: Cluster, name: str) -> Bound:
+    if name == "kv_blocks":
+        return Bound(0.5 * cluster.kv_blocks, 2.0 * cluster.kv_blocks, 0.15 * cluster.kv_blocks)
+    known = _table_values(cluster.step_time)
+    if name in known:  # first guessed from medians; what is small beside a whole step may be all wrong
+        step = sum(value for other, value in known.items() if other.startswith("rise@"))
+        least = {"per_sequence": step / 300, "per_kv_token": step / 1e5, "per_attention_pair": step / 1e7}
+        return Bound(0.0, np.inf, 0.3 * known[name] + 0.1 * least.get(name, step / 10))
+    bound = BOUNDS[name]
+    if cluster.model.experts and name in ("e_bw", "e_fl"):  # the kernels of experts are further from the peak
+        return Bound(bound.low / 3, bound.high, 2 * bound.spread)
+    return bound
+
+
+def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
+    """`cluster` with these coefficients, one of which may be `kv_blocks`."""
+    step, table = cluster.step_time, cluster.step_time.table
+    blocks = round(values.pop("kv_blocks", cluster.kv_blocks))
+    if table is not None:
+        at = [point for point, _ in table.points]
+        known = _table_values(step) | {name: max(0.0, value) for name, value in values.items()}
+        seconds = np.cumsum([known[f"rise@{point:g}"] for point in at])
+        rates = {name: known[name] for name in ("per_sequence", "per_kv_token", "per_attention_pair")}
+        points = list(zip(at, seconds.tolist(), strict=True))
+        step = msgspec.structs.replace(step, table=StepTable(points=points, **rates))
+    rest = {name: value for name, value in values.items() if name in BOUNDS}
+    return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, **rest), kv_blocks=blocks)
+
+
+def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
+    """What a recorded run is asked for. Asynchronous scheduling hides host time; what shows of it is the gap, and o0
+    and o1 where the host is the slower one."""
+    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0")
+    names += ("o_gap",) if cluster.profile.async_scheduling else ()
+    return names if blocks_known else (*names, "kv_blocks")
+
+
+def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
     """The answered requests in the order of their sending, and what was left out. Raises InputError."""
-    columns = ["sent", "first_token", "last_token", "request_tokens", "response_tokens"]
-    table = run.table.select(*columns, "status").sort("sent", maintain_order=True)
+    columns = list(TIMES)
+    table = run.table.select("request", *columns, "status", "preemptions").sort("sent", maintain_order=True)
     answered = table.filter(
         pl.all_horizontal(pl.col(columns).is_not_null())
         & (pl.col("request_tokens") > 0)
         & (pl.col("response_tokens") > 0)
         & (pl.col("status") == "ok")
-    ).select(pl.col(columns).cast(pl.Float64))
+    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions")
     if answered.is_empty():
         raise InputError(
             f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both"
@@ -420,28 +571,49 @@ def _latencies(outcome: Outcome, n: int, cluster: Cluster) -> tuple[np.ndarray, 
     return ttft, e2e
 
 
-def _errors(table: pl.DataFrame, outcome: Outcome, rows: np.ndarray) -> Errors:
-    it = outcome.attempts[np.argsort(outcome.attempts["request"])]
+def simulated_requests(table: pl.DataFrame, cluster: Cluster) -> pl.DataFrame:
+    """`ttft`, `e2e` (seconds) and `preemptions` of the requests of `table` on `cluster`, in the table's order."""
+    outcome = run_requests(*_columns(table), cluster)
+    ttft, e2e = _latencies(outcome, len(table), cluster)
+    preemptions = np.zeros(len(table), np.int64)
+    preemptions[outcome.attempts["request"]] = outcome.attempts["preemptions"]
+    return pl.DataFrame({"ttft": ttft, "e2e": e2e, "preemptions": preemptions})
+
+
+def _errors(table: pl.DataFrame, simulated: pl.DataFrame) -> Errors:
+    recorded = table["preemptions"]
+    return errors_between(table, simulated, None if recorded.null_count() else int(recorded.sum()))
+
+
+def errors_between(
+    table: pl.DataFrame, other: pl.DataFrame, recorded_preemptions: int | None, preemptions: int | None = None
+) -> Errors:
+    """Of `other` (`ttft`, `e2e`, and perhaps `preemptions`) against `table`, whose rows are the same requests."""
     tokens = table["response_tokens"].to_numpy()
-    real_first, real_last = (
-        (table["first_token"] - table["sent"]).to_numpy(),
-        (table["last_token"] - table["sent"]).to_numpy(),
-    )
-    first, last = (it["first"] - it["sent"]) / TICKS, (it["last"] - it["sent"]) / TICKS
-    several = rows & (tokens > 1)
-    pairs = {"ttft": (first[rows], real_first[rows]), "e2e": (last[rows], real_last[rows])}
+    real = {
+        name: (table[end] - table["sent"]).to_numpy() for name, end in (("ttft", "first_token"), ("e2e", "last_token"))
+    }
+    pairs = {name: (other[name].to_numpy(), real[name]) for name in ("ttft", "e2e")}
+    several = tokens > 1
     if several.any():
-        gaps = tokens[several] - 1
-        pairs["tpot"] = ((last - first)[several] / gaps, (real_last - real_first)[several] / gaps)
+        tpot = [(values["e2e"] - values["ttft"])[several] / (tokens[several] - 1) for values in (_arrays(other), real)]
+        pairs["tpot"] = (tpot[0], tpot[1])
+    if preemptions is None and "preemptions" in other.columns:
+        preemptions = int(other["preemptions"].sum())
     return Errors(
-        requests=int(rows.sum()),
+        requests=len(table),
         mean={name: float(sim.mean() / real.mean() - 1) for name, (sim, real) in pairs.items()},
         p50={name: float(np.median(sim) / np.median(real) - 1) for name, (sim, real) in pairs.items()},
         p99={name: float(np.quantile(sim, 0.99) / np.quantile(real, 0.99) - 1) for name, (sim, real) in pairs.items()},
         mean_absolute={
             name: float(np.mean(np.abs(sim[real > 0] / real[real > 0] - 1))) for name, (sim, real) in pairs.items()
         },
+        preemptions=None if preemptions is None else (preemptions, recorded_preemptions),
     )
+
+
+def _arrays(table: pl.DataFrame) -> dict[str, np.ndarray]:
+    return {name: table[name].to_numpy() for name in ("ttft", "e2e")}
 
 
 def _most_at_once(table: pl.DataFrame) -> int:

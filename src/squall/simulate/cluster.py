@@ -43,6 +43,8 @@ ENGINES = {
     "vllm-0.14": Engine(full_prompt_gate=False),
     "vllm-0.19": Engine(),
     "vllm-0.24": Engine(memory_utilization=0.92),
+    # What vLLM resolves to on a CPU, with pipeline parallelism and with some speculative decoding.
+    "vllm-0.24-sync": Engine(async_scheduling=False, memory_utilization=0.92),
 }
 DEFAULT_MODEL, DEFAULT_GPU, DEFAULT_ENGINE = "llama-3.1-8b", "h100", "vllm-0.24"
 
@@ -244,12 +246,12 @@ def estimate_kv_blocks(
     widest = 2 * max(model.intermediate, model.expert_intermediate * model.experts_used) + 4 * model.hidden
     activations = 2 * budget * widest / tp + 12 * seqs * model.vocab / tp
     other = (1.05 if tp == 1 else 1.5) * GIB
-    room = gpu.memory_gb * GIB * engine.memory_utilization - 2 * model.parameters / tp - activations - other
+    room = gpu.memory_gb * GIB * engine.memory_utilization - model.memory_bytes / tp - activations - other
     blocks = int(room // (model.kv_bytes(tp) * block_size))
     if blocks < 2:
         raise InputError(
             f"{model.name} does not fit on {tp} x {gpu.name}: its weights take"
-            f" {2 * model.parameters / tp / GIB:.1f} of {gpu.memory_gb:g} GiB"
+            f" {model.memory_bytes / tp / GIB:.1f} of {gpu.memory_gb:g} GiB"
             " per GPU and leave no room for a KV cache; use a larger --tp or another --gpu, or give --kv-blocks."
         )
     return blocks, "estimated from the GPU's memory"

@@ -1,6 +1,6 @@
 """Requests through the kernel, and what comes out of it as a Run: attempts, token times, time series, notes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -47,6 +47,10 @@ class Outcome(msgspec.Struct, frozen=True):
     token_ticks: np.ndarray
     token_start: np.ndarray
     """(attempts,) where the tokens of an attempt's request begin in `token_ticks`."""
+    events: np.ndarray
+    """kernel.EVENT, in time order; empty unless asked for."""
+    steps: np.ndarray
+    """kernel.STEP, in the order of their starts; empty unless asked for."""
 
 
 def run_requests(
@@ -57,10 +61,14 @@ def run_requests(
     *,
     seed: int = DEFAULT_SEED,
     token_times: int = 0,
+    events: bool = False,
+    steps: bool = False,
 ) -> Outcome:
     """Run (n,) requests through the cluster: seconds at which they are sent (ascending), tokens, tokens.
 
-    The time of every token is kept if there are at most `token_times` of them. Raises InputError for impossible times.
+    The time of every token is kept if there are at most `token_times` of them. `events` and `steps` keep a log of what
+    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. Raises
+    InputError for impossible times.
     """
     if not (arrival[0] >= 0 and arrival[-1] <= CLOCK_END):
         raise InputError(
@@ -73,7 +81,7 @@ def run_requests(
     order = np.argsort(sent + limits.ingest_per_token * prompt.astype(np.int64), kind="stable")
     ends = np.cumsum(output[order], dtype=np.int64)
     start = ends - output[order]
-    attempts, replicas, samples, width, end, token_ticks = kernel.run_cluster(
+    attempts, replicas, samples, width, end, token_ticks, event_log, step_log = kernel.run_cluster(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
@@ -83,6 +91,8 @@ def run_requests(
         start,
         int(ends[-1]) if ends[-1] <= token_times else 0,
         TICKS // 64,
+        events,
+        steps,
     )
     stuck = int((attempts["state"] < kernel.OK).sum())
     if stuck:
@@ -92,13 +102,23 @@ def run_requests(
         )
     token_start = start[attempts["request"]]
     attempts["request"] = order[attempts["request"]]
-    return Outcome(attempts, replicas, samples, int(width), int(end), token_ticks, token_start)
+    return Outcome(attempts, replicas, samples, int(width), int(end), token_ticks, token_start, event_log, step_log)
 
 
 def run_trace(
-    trace: Trace, cluster: Cluster, *, seed: int = DEFAULT_SEED, title: str | None = None, remarks: Sequence[str] = ()
+    trace: Trace,
+    cluster: Cluster,
+    *,
+    seed: int = DEFAULT_SEED,
+    title: str | None = None,
+    remarks: Sequence[str] = (),
+    observe: Callable[[Outcome, np.ndarray], object] | None = None,
 ) -> Run:
-    """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run."""
+    """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run.
+
+    `observe` is called with the outcome, its logs of events and steps included, and the rows of the trace that were
+    run.
+    """
     prompt, output = trace.table["request_tokens"].to_numpy(), trace.table["response_tokens"].to_numpy()
     rows = np.flatnonzero((prompt > 0) & (output > 0))
     if not rows.size:
@@ -106,7 +126,12 @@ def run_trace(
             f"{trace.meta.source}: no request in it has both a prompt and a response, so there is nothing to simulate."
         )
     arrival = trace.table["arrival"].to_numpy()[rows]
-    outcome = run_requests(arrival, prompt[rows], output[rows], cluster, seed=seed, token_times=TOKEN_TIMES)
+    logs = observe is not None
+    outcome = run_requests(
+        arrival, prompt[rows], output[rows], cluster, seed=seed, token_times=TOKEN_TIMES, events=logs, steps=logs
+    )
+    if observe is not None:
+        observe(outcome, rows)
     left_out = trace.table.with_row_index("request").filter(
         (pl.col("request_tokens") <= 0) | (pl.col("response_tokens") <= 0)
     )

@@ -6,6 +6,8 @@ files.
 
     KV bytes per token and GPU = 2 * layers * max(kv_heads / tp, 1) * head_dim * bytes     (keys and values; heads are
                                  replicated once tp exceeds their number)
+                               = layers * (kv_rank + rope_dim) * bytes                     (multi-head latent attention:
+                                 one compressed vector for all heads, on every GPU)
 """
 
 import json
@@ -16,7 +18,9 @@ import msgspec
 
 from squall.errors import InputError
 
-BYTES = 2  # per weight and per KV element: bf16 or fp16
+BYTES = 2.0  # of a bf16 or fp16 number
+_QUANTISED = {"fp8": 1.0, "int8": 1.0, "int4": 0.56}
+"""Bytes per weight; 4-bit weights with the scales of their groups."""
 
 
 class GPU(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +37,7 @@ class GPU(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_gb_s: float = 32.0
     """To the other GPUs of its server, 1e9 bytes/s one way: NVLink where there is one, otherwise PCIe."""
     family: str = ""
-    """Whose kernel efficiencies are taken while nothing is calibrated: `hopper`, `a100`, `l40s` or "" (others)."""
+    """Whose kernel efficiencies hold while nothing is calibrated: `hopper`, `a100`, `l40s`, `ada` or "" (others)."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,22 +59,44 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     experts: int = 0
     experts_used: int = 0
     expert_intermediate: int = 0
+    dense_layers: int = 0
+    """Of a mixture of experts: how many of its layers have a plain MLP instead, of `dense_intermediate`."""
+    dense_intermediate: int = 0
+    kv_rank: int = 0
+    """Width of the compressed keys and values of multi-head latent attention (MLA); 0 for MHA and GQA."""
+    q_rank: int = 0
+    """MLA: width of the compressed queries; 0 if they are not compressed."""
+    rope_dim: int = 0
+    """MLA: the part of a key that carries the position, shared by all heads."""
+    value_dim: int = 0
+    """MLA: width of a head's value; `head_dim` is then that of its query and key without the position."""
+    weight_bytes: float = BYTES
+    """Per matrix parameter: 2 for bf16, 1 for fp8."""
+    kv_element_bytes: float = BYTES
+    """Per number in the KV cache: 2 for bf16, 1 for fp8."""
 
     @property
     def attention_parameters(self) -> int:
-        """Of the q, k, v and o projections of all layers."""
-        return self.layers * 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        """Of the projections around the attention of all layers."""
+        if not self.kv_rank:
+            return self.layers * 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        key = self.head_dim + self.rope_dim
+        queries = self.q_rank * (self.hidden + self.heads * key) if self.q_rank else self.hidden * self.heads * key
+        compressed = self.hidden * (self.kv_rank + self.rope_dim)
+        expanded = self.kv_rank * self.heads * (self.head_dim + self.value_dim)
+        return self.layers * (queries + compressed + expanded + self.heads * self.value_dim * self.hidden)
 
     @property
     def dense_parameters(self) -> int:
         """Matrix parameters that every token passes through, without embedding and LM head."""
-        router = self.layers * self.hidden * self.experts
-        return self.attention_parameters + router + 3 * self.layers * self.hidden * self.intermediate
+        routed = self.layers - self.dense_layers
+        mlp = routed * self.intermediate + self.dense_layers * self.dense_intermediate
+        return self.attention_parameters + routed * self.hidden * self.experts + 3 * self.hidden * mlp
 
     @property
     def expert_parameters(self) -> int:
         """Matrix parameters of all experts together."""
-        return 3 * self.layers * self.hidden * self.expert_intermediate * self.experts
+        return 3 * (self.layers - self.dense_layers) * self.hidden * self.expert_intermediate * self.experts
 
     @property
     def active_parameters(self) -> float:
@@ -84,9 +110,24 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         """All that lie in memory: matrices, embedding, and the LM head unless it is tied (norms are below 0.01 %)."""
         return self.dense_parameters + self.expert_parameters + self.vocab * self.hidden * (1 if self.tied else 2)
 
+    @property
+    def memory_bytes(self) -> float:
+        """Of all weights; the embedding and the LM head stay in 16 bits when the matrices are quantised."""
+        matrices = self.dense_parameters + self.expert_parameters
+        return self.weight_bytes * matrices + BYTES * (self.parameters - matrices)
+
+    @property
+    def attention_width(self) -> int:
+        """Multiply-adds of prefill attention per layer and pair of tokens: the query times the key, and the value."""
+        if not self.kv_rank:
+            return 2 * self.heads * self.head_dim
+        return self.heads * (self.head_dim + self.rope_dim + self.value_dim)
+
     def kv_bytes(self, tp: int = 1) -> int:
         """KV-cache bytes per token on one of `tp` GPUs."""
-        return 2 * self.layers * max(self.kv_heads // tp, 1) * self.head_dim * BYTES
+        if self.kv_rank:
+            return int(self.layers * (self.kv_rank + self.rope_dim) * self.kv_element_bytes)
+        return int(2 * self.layers * max(self.kv_heads // tp, 1) * self.head_dim * self.kv_element_bytes)
 
 
 GPUS = {
@@ -98,7 +139,7 @@ GPUS = {
         GPU("a100", 80, 2.039, 312, None, 300, "a100"),
         GPU("a800", 80, 2.039, 312, None, 200, "a100"),
         GPU("l40s", 45, 0.864, 362, 733, 32, "l40s"),
-        GPU("rtx4090", 24, 1.008, 165, 330, 32),
+        GPU("rtx4090", 24, 1.008, 165, 330, 32, "ada"),
         GPU("a6000", 48, 0.768, 155, None, 56),
     )
 }
@@ -162,6 +203,12 @@ MODELS = {
         _dense("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, 40960),
         _dense("qwen3-14b", 40, 5120, 17408, 40, 8, 151936, 40960),
         _dense("qwen3-32b", 64, 5120, 25600, 64, 8, 151936, 40960),
+        _dense("qwen2.5-0.5b", 24, 896, 4864, 14, 2, 151936, 32768, head_dim=64, tied=True),
+        _dense("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 151936, 32768, tied=True),
+        _dense("qwen2.5-3b", 36, 2048, 11008, 16, 2, 151936, 32768, tied=True),
+        _dense("qwen3-0.6b", 28, 1024, 3072, 16, 8, 151936, 40960, tied=True),
+        _dense("qwen3-1.7b", 28, 2048, 6144, 16, 8, 151936, 40960, tied=True),
+        _dense("qwen3-4b", 36, 2560, 9728, 32, 8, 151936, 40960, tied=True),
         _dense("phi-4", 40, 5120, 17920, 40, 10, 100352, 16384),
         Model(
             name="mixtral-8x7b",
@@ -191,6 +238,27 @@ MODELS = {
             experts_used=8,
             expert_intermediate=768,
         ),
+        Model(
+            name="deepseek-v3",
+            layers=61,
+            hidden=7168,
+            intermediate=2048,
+            heads=128,
+            kv_heads=128,
+            head_dim=128,
+            vocab=129280,
+            context=163840,
+            experts=256,
+            experts_used=8,
+            expert_intermediate=2048,
+            dense_layers=3,
+            dense_intermediate=18432,
+            kv_rank=512,
+            q_rank=1536,
+            rope_dim=64,
+            value_dim=128,
+            weight_bytes=1.0,
+        ),
     )
 }
 
@@ -218,11 +286,17 @@ def find_gpu(named: str | GPU) -> GPU:
 
 
 def find_model(named: str | Model) -> Model:
-    """The model called `named`, or that of the Hugging Face `config.json` at (or in) that path. Raises InputError."""
+    """The model called `named`, or that of the Hugging Face `config.json` at (or in) that path. Raises InputError.
+
+    A built-in name may end in `-fp8`, `-int8` or `-int4`: its matrices are then stored in that width.
+    """
     if isinstance(named, Model):
         return named
     key = named.lower().rpartition("/")[2].replace("_", "-")
-    key = key.replace("meta-llama", "llama").removesuffix("-instruct")
+    key = key.replace("meta-llama", "llama").replace("-instruct", "")
+    plain, _, dtype = key.rpartition("-")
+    if plain in MODELS and dtype in _QUANTISED:
+        return msgspec.structs.replace(MODELS[plain], name=key, weight_bytes=_QUANTISED[dtype])
     if key in MODELS:
         return MODELS[key]
     path = Path(named)
@@ -247,23 +321,10 @@ def _json_file(path: str, flag: str, known: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-_NOT_MODELLED = {
-    "kv_lora_rank": "multi-head latent attention",
-    "first_k_dense_replace": "dense layers before the experts",
-    "quantization_config": "quantised weights",
-}
-
-
 def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = config | inner
-    for key, what in _NOT_MODELLED.items():
-        if config.get(key):
-            raise InputError(
-                f"--model {path}: it has {what} ({key}), which the simulator does not model; use a plain bf16"
-                " model's config.json."
-            )
 
     def size(*keys: str, default: int | None = None) -> int:
         found = next((config[key] for key in keys if config.get(key) is not None), default)
@@ -282,6 +343,7 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
     shared = size("shared_expert_intermediate_size", default=0)
     wide = size("moe_intermediate_size", default=dense) if experts else 0
     shared = shared or size("n_shared_experts", default=0) * wide
+    latent = size("kv_lora_rank", default=0)
     model = Model(
         name=str(config.get("_name_or_path") or "").rpartition("/")[2] or _name_of(path),
         layers=size("num_hidden_layers"),
@@ -289,13 +351,22 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
         intermediate=shared if experts else dense,
         heads=heads,
         kv_heads=size("num_key_value_heads", default=heads),
-        head_dim=size("head_dim", default=hidden // heads if heads else 0),
+        head_dim=size(
+            "qk_nope_head_dim" if latent else "head_dim", "head_dim", default=hidden // heads if heads else 0
+        ),
         vocab=size("vocab_size"),
         context=size("max_position_embeddings", default=32768),
         tied=bool(config.get("tie_word_embeddings", False)),
         experts=experts,
         experts_used=size("num_experts_per_tok") if experts else 0,
         expert_intermediate=wide,
+        dense_layers=size("first_k_dense_replace", default=0) if experts else 0,
+        dense_intermediate=dense if experts else 0,
+        kv_rank=latent,
+        q_rank=size("q_lora_rank", default=0) if latent else 0,
+        rope_dim=size("qk_rope_head_dim") if latent else 0,
+        value_dim=size("v_head_dim") if latent else 0,
+        weight_bytes=_weight_bytes(config.get("quantization_config"), path),
     )
     for key in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "context"):
         if not getattr(model, key):
@@ -303,6 +374,22 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
                 f"--model {path}: {key} is 0; a Hugging Face config.json of a decoder-only transformer is needed."
             )
     return model
+
+
+def _weight_bytes(quantised: Any, path: str) -> float:
+    """Bytes per weight of a config's `quantization_config` (None: 16 bits)."""
+    if not quantised:
+        return BYTES
+    quantised = quantised if isinstance(quantised, dict) else {}
+    method, text = str(quantised.get("quant_method", "")), json.dumps(quantised)
+    if method == "fp8" or '"num_bits": 8' in text or quantised.get("bits") == 8 or quantised.get("load_in_8bit"):
+        return 1.0
+    if '"num_bits": 4' in text or quantised.get("bits") == 4 or quantised.get("load_in_4bit") or method == "mxfp4":
+        return _QUANTISED["int4"]
+    raise InputError(
+        f"--model {path}: its quantization_config ({method or 'no quant_method'}) says neither 8 nor 4 bits per weight;"
+        " remove it from a copy of the file to simulate 16 bits."
+    )
 
 
 def _name_of(path: str) -> str:

@@ -28,7 +28,35 @@ STEP_END, DEADLINE, RETRY = range(3)
 # What a sample of the time series accumulates: time integrals, except KV_PEAK and PREEMPTIONS.
 RUNNING_TIME, WAITING_TIME, KV_PEAK, PREEMPTIONS, TOKENS = range(5)
 
+# Kinds of the event log. FIRST is the first token, REJECT a 429 or 400, GIVE_UP a client's timeout.
+ARRIVE, ADMIT, PREEMPT, FIRST, FINISH, REJECT, GIVE_UP = range(7)
+
 SAMPLES = 512
+
+EVENT = np.dtype(
+    [
+        ("time", np.int64),  # ticks
+        ("attempt", np.int64),  # row of the attempts
+        ("kind", np.int32),
+        ("replica", np.int32),  # -1 if it reached none
+    ],
+    align=True,
+)
+
+STEP = np.dtype(
+    [
+        ("start", np.int64),
+        ("ticks", np.int64),  # how long it takes
+        ("replica", np.int32),
+        ("sequences", np.int32),  # scheduled in it
+        ("tokens", np.int32),  # computed by it
+        ("running", np.int32),  # at its start
+        ("waiting", np.int32),
+        ("free", np.int32),  # blocks
+        ("preemptions", np.int64),  # of the replica so far
+    ],
+    align=True,
+)
 
 ATTEMPT = np.dtype(
     [
@@ -118,18 +146,31 @@ class StepCost(NamedTuple):
     host: float
     host_per_sequence: float
     gap: float
+    points: np.ndarray  # (k, 2) tokens and seconds of a measured table in place of the GEMMs; (0, 2) without one
+
+
+@njit
+def _between(points: np.ndarray, tokens: float) -> float:
+    """The line through the neighbouring points, drawn on beyond the first and the last, at `tokens`; at least 0."""
+    at = 1
+    while at < points.shape[0] - 1 and points[at, 0] < tokens:
+        at += 1
+    rise = (points[at, 1] - points[at - 1, 1]) / (points[at, 0] - points[at - 1, 0])
+    return max(0.0, points[at - 1, 1] + rise * (tokens - points[at - 1, 0]))
 
 
 @njit(cache=True)
 def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
     """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
+    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
+    if cost.points.shape[0] > 0:
+        return _between(cost.points, tokens) + cost.per_sequence * sequences + attention
     memory = cost.weights
     if cost.experts > 0.0:
         memory += cost.experts * (1.0 - np.exp(tokens * cost.log_unrouted))
     compute = cost.per_token * tokens + cost.per_sequence * sequences
     low, high = min(memory, compute), max(memory, compute)
     gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
-    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
     return gemm + attention + cost.reduce + cost.reduce_per_token * tokens
 
 
@@ -243,10 +284,24 @@ class _Replicas(NamedTuple):
     entries: np.ndarray  # (, 2, max_seqs) their sequences: `attempt << 1 | emits`, whether the step yields a new token
     samples: np.ndarray  # (, SAMPLES, 5)
     width: np.ndarray  # (1,) ticks of a sample
+    events: np.ndarray  # EVENT; empty unless asked for, and never full
+    steps: np.ndarray  # STEP; likewise
+    logged: np.ndarray  # (2,) how many events and steps were
 
 
 @njit
-def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost) -> Any:
+def _log(engines: _Replicas, now: Any, kind: int, attempt: int, replica: int) -> None:
+    if engines.events.size > 0:
+        it = engines.events[engines.logged[0]]
+        it.time = now
+        it.kind = kind
+        it.attempt = attempt
+        it.replica = replica
+        engines.logged[0] += 1
+
+
+@njit
+def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost, now: Any) -> Any:
     """Schedule a step of replica `r` into the slot that is not in flight; returns the number of its sequences."""
     me = engines.state[r]
     running = engines.running[r]
@@ -276,6 +331,7 @@ def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, c
         victim = -1
         while need > me.free and victim != a:
             victim = _preempt_last(me, attempts, running)
+            _log(engines, now, PREEMPT, victim, r)
             preempted = True
         if victim == a:
             break
@@ -312,6 +368,7 @@ def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, c
             running[me.running] = a
             me.running += 1
             it.state = RUNNING
+            _log(engines, now, ADMIT, a, r)
             me.free -= need
             it.blocks = need
             pairs += new * (new / 2)
@@ -364,6 +421,7 @@ def _receive_tokens(
             continue  # timed out while the step ran: its token is dropped
         if it.generated == 0:
             it.first = now
+            _log(engines, now, FIRST, a, r)
         it.last = now
         if token_ticks.size > 0:
             token_ticks[token_start[it.request] + it.generated] = now
@@ -375,6 +433,7 @@ def _receive_tokens(
                 me.lost -= it.prompt + it.output - 1
             else:
                 finished = True
+            _log(engines, now, FINISH, a, r)
             it.state = OK
             it.ended = now + limits.delivery
     if finished:
@@ -387,12 +446,12 @@ def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limit
     """Let an idle replica start its next step, if there is one; returns the ticks that it takes, or 0."""
     me = engines.state[r]
     preemptions = me.preemptions
-    if me.queued or _compose(engines, r, attempts, limits, cost) > 0:
+    if me.queued or _compose(engines, r, attempts, limits, cost, now) > 0:
         me.queued = 0
         me.slot = 1 - me.slot
         me.busy = 1
         if limits.asynchronous:
-            me.queued = _compose(engines, r, attempts, limits, cost) > 0
+            me.queued = _compose(engines, r, attempts, limits, cost, now) > 0
     engines.samples[r, now // engines.width[0], PREEMPTIONS] += me.preemptions - preemptions
     if not me.busy:
         me.token_rate = 0.0
@@ -401,6 +460,18 @@ def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limit
     me.token_rate = plan.tokens / plan.ticks
     me.steps += 1
     me.computed += plan.tokens
+    if engines.steps.size > 0:
+        it = engines.steps[engines.logged[1]]
+        it.start = now
+        it.ticks = plan.ticks
+        it.replica = r
+        it.sequences = plan.size
+        it.tokens = plan.tokens
+        it.running = me.running
+        it.waiting = me.waiting
+        it.free = me.free
+        it.preemptions = me.preemptions
+        engines.logged[1] += 1
     return plan.ticks
 
 
@@ -496,16 +567,19 @@ def _enter(
     it = attempts[a]
     total = np.int64(it.prompt) + it.output
     if total > limits.max_model_len or _blocks(total, limits.block_size) > limits.blocks:
+        _log(engines, now, REJECT, a, -1)
         _fail(events, attempts, a, UNSERVABLE, now, limits, randoms[1])
         return -1
     r = _route(engines.state, limits, turn, randoms[0])
     it.replica = r
     me = engines.state[r]
     if me.waiting >= limits.queue_limit:
+        _log(engines, now, REJECT, a, r)
         _fail(events, attempts, a, QUEUE_FULL, now, limits, randoms[1])
         return -1
     _account(engines, r, limits.blocks, now)
     _append(me, attempts, a)
+    _log(engines, now, ARRIVE, a, r)
     if limits.timeout < NEVER:
         deadline = it.sent + limits.timeout - limits.delivery
         heappush(events, (max(now + 1, deadline), np.int64(DEADLINE), np.int64(a)))
@@ -526,7 +600,34 @@ def _give_up(
         _unlink(me, attempts, a)
     else:
         me.aborted += 1
+    _log(engines, now, GIVE_UP, a, it.replica)
     _fail(events, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits, jitter)
+
+
+@njit
+def _with_room(engines: _Replicas) -> _Replicas:
+    """The same, with room in the logs for whatever one arrival or one tick of all replicas can write."""
+    events, steps = engines.events, engines.steps
+    room = 4 * engines.running.size
+    if events.size and engines.logged[0] + room > events.size:
+        more = np.empty(2 * events.size + room, EVENT)
+        more[: engines.logged[0]] = events[: engines.logged[0]]
+        events = more
+    if steps.size and engines.logged[1] + 2 * engines.state.size > steps.size:
+        longer = np.empty(2 * steps.size + 2 * engines.state.size, STEP)
+        longer[: engines.logged[1]] = steps[: engines.logged[1]]
+        steps = longer
+    return _Replicas(
+        engines.state,
+        engines.running,
+        engines.plans,
+        engines.entries,
+        engines.samples,
+        engines.width,
+        events,
+        steps,
+        engines.logged,
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -540,6 +641,8 @@ def run_cluster(
     token_start: np.ndarray,
     token_total: int,
     width: int,
+    log_events: bool,
+    log_steps: bool,
 ) -> Any:
     """Run requests through the cluster until none is left.
 
@@ -553,11 +656,14 @@ def run_cluster(
         (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
     width
         Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
+    log_events, log_steps
+        Whether to keep a row of every event in a request's life, and of every step.
 
     Returns
     -------
     attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
-    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, and the token ticks.
+    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT) and the steps
+    (STEP).
     """
     n = arrival.size
     attempts = np.zeros(n, ATTEMPT)
@@ -571,6 +677,9 @@ def run_cluster(
         np.empty((limits.replicas, 2, limits.max_seqs), np.int64),
         np.zeros((limits.replicas, SAMPLES, 5)),
         np.array([width]),
+        np.empty(4 * limits.replicas * limits.max_seqs + n if log_events else 0, EVENT),
+        np.empty(2 * limits.replicas + n if log_steps else 0, STEP),
+        np.zeros(2, np.int64),
     )
     engines.state["free"][:] = limits.blocks
     engines.state["head"][:] = -1
@@ -590,6 +699,8 @@ def run_cluster(
             break
         now = min(coming, events[0][0])
         _widen(engines.samples, engines.width, now)
+        if log_events or log_steps:
+            engines = _with_room(engines)
         touches = 0
 
         while min(coming, events[0][0]) == now:
@@ -616,6 +727,8 @@ def run_cluster(
                 r = _enter(engines, attempts, arrived, events, limits, turn, randoms, now)
                 arrived += 1
                 coming = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
+                if log_events:
+                    engines = _with_room(engines)
             if r >= 0 and not engines.state[r].busy and not is_touched[r]:
                 is_touched[r] = True
                 touched[touches] = r
@@ -631,4 +744,14 @@ def run_cluster(
 
     for last in range(limits.replicas):
         _account(engines, last, limits.blocks, now)
-    return attempts[:used], engines.state, engines.samples, engines.width[0], now, token_ticks
+    events_kept, steps_kept = engines.events[: engines.logged[0]], engines.steps[: engines.logged[1]]
+    return (
+        attempts[:used],
+        engines.state,
+        engines.samples,
+        engines.width[0],
+        now,
+        token_ticks,
+        events_kept,
+        steps_kept,
+    )

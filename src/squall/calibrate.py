@@ -1,0 +1,529 @@
+"""The verb `calibrate`: how long do the steps of this engine take? Asked of a recorded run, or of a live server.
+
+A live server is asked in closed loop, from the outside: one request at a time with prompts of rising length (what a
+prefill costs), short prompts at rising concurrency (what a step costs), long prompts (what the KV cache costs), and a
+mixture in open loop. Then it is held to account: bursty arrivals with other lengths at three loads, each sent twice,
+are predicted from the fit and compared with what happened, beside the difference between the two real runs.
+"""
+
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from squall.errors import InputError, SquallError
+from squall.progress import progress
+from squall.replay import replay
+from squall.run.table import Run, RunSource
+from squall.seeds import DEFAULT_SEED, stream
+from squall.simulate.calibrate import (
+    Calibration,
+    Errors,
+    Recording,
+    calibrate_run,
+    calibration_of,
+    errors_between,
+    fit_coefficients,
+    requests_of,
+    simulated_requests,
+    table_names,
+    write_calibration,
+)
+from squall.simulate.cluster import ENGINES, Cluster, resolve
+from squall.simulate.engine import run_requests
+from squall.simulate.hardware import GPU, MODELS, Model, find_model
+from squall.simulate.kernel import TICKS
+from squall.simulate.step_time import BOUNDS, StepTable, StepTime
+from squall.trace.table import Trace, TraceMeta
+from squall.units import Duration, seconds
+from squall.verb import callable_room
+
+__all__ = ["Calibration", "calibrate"]
+
+LOADS = (0.3, 0.7, 1.1)
+"""Of the validation, as shares of the rate that the calibrated cluster sustains."""
+
+UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
+"""Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
+
+KNOTS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+"""Tokens of a step at which a table has its points, as far as they were measured."""
+
+
+def calibrate(
+    *,
+    run: RunSource | None = None,
+    url: str | None = None,
+    out: str | Path | None = None,
+    first: int | None = None,
+    model: str | Model | None = None,
+    gpu: str | GPU | None = None,
+    tp: int = 1,
+    kv_blocks: int | None = None,
+    block_size: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    max_model_len: int | None = None,
+    engine: str | None = None,
+    budget: Duration = 180.0,
+    served_model: str | None = None,
+    api_key_env: str = "OPENAI_API_KEY",
+    seed: int = DEFAULT_SEED,
+) -> Calibration:
+    """Fit the simulator's step time to a recorded run, or to a live vLLM server.
+
+    Parameters
+    ----------
+    run
+        A Run or a table with at least `sent`, `first_token`, `last_token` (seconds), `request_tokens`,
+        `response_tokens`. It must hold all requests that the engine served.
+    url
+        A live OpenAI-compatible server that nobody else uses, instead of `run`. Its limits are read from `/metrics`.
+    out
+        Where to write the calibration (JSON), if anywhere.
+    first
+        With `run`: fit on the first so many requests (by `sent`) only; the others then test the fit. Without it, all
+        are used, and the fit is tested by what the first half alone predicts for the second.
+    model, gpu, tp, kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len, engine
+        What was measured, as for `simulate`; kv_blocks is the server's `num_gpu_blocks`. A run needs model and gpu
+        (and is asked for kv_blocks too if they are unknown). A live server needs none: without `gpu` its steps become
+        a table instead of a roofline.
+    budget
+        With `url`: about how long the measurements may take, seconds or `3m`.
+    served_model, api_key_env
+        With `url`: as for `replay`.
+    seed
+        Of the search, and of the lengths and arrivals that are sent.
+
+    Raises
+    ------
+    InputError
+        If the run, the server or a value cannot be used.
+    """
+    limits = {
+        "kv_blocks": kv_blocks,
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+    }
+    if (run is None) == (url is None):
+        raise InputError("calibrate: give either --run (a recorded run) or --url (a live server).")
+    if run is not None:
+        for flag, value in (("--model", model), ("--gpu", gpu)):
+            if value is None:
+                raise InputError(f"{flag} is missing: a recorded run does not say what it ran on.")
+        return calibrate_run(
+            run=run, out=out, first=first, seed=seed, model=model, gpu=gpu, tp=tp, engine=engine, **limits
+        )
+    if first is not None:
+        raise InputError("--first has no effect with --url: a live server is tested on runs of its own.")
+    server = _Server(url or "", served_model, api_key_env)
+    return _calibrate_live(server, model, gpu, tp, engine, limits, seconds(budget, "--budget"), seed, out)
+
+
+class _Server:
+    """A live server: its limits, and requests sent to it."""
+
+    def __init__(self, url: str, served_model: str | None, api_key_env: str) -> None:
+        self.url, self.served_model, self.api_key_env = url, served_model, api_key_env
+        self.base = url.rstrip("/").removesuffix("/v1")
+
+    def get(self, path: str) -> str:
+        """The text at `path`; "" if the server has no such page."""
+        import os
+
+        key = os.environ.get(self.api_key_env)
+        request = urllib.request.Request(self.base + path, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+                return answer.read(1 << 22).decode("utf-8", "replace")
+        except urllib.error.HTTPError:
+            return ""
+        except (OSError, ValueError) as error:
+            raise InputError(f"--url {self.url}: {path} cannot be read ({error}); is the server up?") from error
+
+    def counter(self, name: str) -> float | None:
+        """The sum of a counter or gauge over its labels; None if there is none of that name."""
+        found = re.findall(rf"^{re.escape(name)}(?:\{{[^\n]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return sum(map(float, found)) if found else None
+
+    def send(
+        self, arrival: np.ndarray, prompt: np.ndarray, response: np.ndarray, *, at_once: int | None = None, seed: int
+    ) -> Run:
+        """The requests, at their times or `at_once` together as fast as they are answered."""
+        columns = {"arrival": arrival, "request_tokens": prompt, "response_tokens": response}
+        trace = Trace.of(columns, TraceMeta(source="calibration", format="generated"))
+        run = replay(
+            trace,
+            url=self.url,
+            model=self.served_model,
+            api="completions",
+            api_key_env=self.api_key_env,
+            max_concurrency=at_once,
+            drain_timeout=600.0,
+            seed=seed,
+        )
+        lost = int((run.table["status"] != "ok").sum())
+        if lost > 0.1 * len(run.table):
+            said = run.table.filter(pl.col("status") != "ok").row(0, named=True)
+            raise SquallError(
+                f"--url {self.url}: {lost} of {len(run.table)} requests failed"
+                f" ({said['status']}: {said['message'] or said['reason']}); nothing can be calibrated on that."
+            )
+        return run
+
+    def repeated(self, count: int, prompt: int, response: int, at_once: int, seed: int) -> Run:
+        """`count` equal requests, `at_once` together."""
+        return self.send(np.zeros(count), np.full(count, prompt), np.full(count, response), at_once=at_once, seed=seed)
+
+    @contextmanager
+    def watched(self) -> Iterator[list[tuple[float, ...]]]:
+        """Yields a list that holds, at the end, the (running, waiting, KV share) seen meanwhile."""
+        seen: list[tuple[float, ...]] = []
+        over = threading.Event()
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+        def watch() -> None:
+            while not over.wait(0.1):
+                text = self.get("/metrics")
+                row = [re.findall(rf"^{name}(?:\{{[^\n]*\}})? (\S+)$", text, re.MULTILINE) for name in names]
+                seen.append(tuple(sum(map(float, values)) for values in row))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield seen
+        finally:
+            over.set()
+            thread.join()
+
+
+class _Measured(NamedTuple):
+    """One batch of requests and what it was for."""
+
+    kind: str
+    """`prefill`, `batch`, `context` or `mixed`."""
+    table: pl.DataFrame
+    at_once: int
+    run: Run
+
+
+def _calibrate_live(
+    server: _Server,
+    model: str | Model | None,
+    gpu: str | GPU | None,
+    tp: int,
+    engine: str | None,
+    limits: dict[str, int | None],
+    budget: float,
+    seed: int,
+    out: str | Path | None,
+) -> Calibration:
+    if budget < 30:
+        raise InputError(f"--budget {budget:g}: a live calibration needs at least 30 s.")
+    words, said, engines = _limits_of(server, model, engine, limits)
+    words |= {"gpu": UNKNOWN_GPU if gpu is None else gpu, "tp": tp}
+    with progress("Measuring the server"):
+        if words["max_num_seqs"] is None:
+            words["max_num_seqs"] = _most_at_once(server, words, said, seed)
+        cluster = resolve(**words, engine=engines[0])
+        measured = _microbenchmarks(server, cluster, 0.35 * budget, seed)
+    if limits["max_num_batched_tokens"] is None:
+        cluster = _with_budget(server, cluster, said)
+    if gpu is None:
+        cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
+        free = (*table_names(cluster.step_time), "a0")
+    else:
+        free = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0", "a1")
+    measured += _mixed(server, cluster, 0.2 * budget, seed)
+    recordings = [Recording(it.table, len(it.table)) for it in measured]
+    fits = []
+    for name in engines:
+        of = msgspec.structs.replace(cluster, engine=name)
+        gap = ("o_gap",) if of.profile.async_scheduling else ()
+        fits.append(fit_coefficients(of, recordings, (*free, *gap), seed))
+    fit = min(fits, key=lambda each: each.misfit)
+    if len(fits) > 1:
+        said.append(
+            "Whether steps are scheduled asynchronously cannot be read from a server: both were fitted, and"
+            f" {fit.cluster.engine} explains the measurements better"
+            f" (misfit {fit.misfit:.1f} against {max(each.misfit for each in fits):.1f})."
+        )
+    errors = {}
+    for kind in ("prefill", "batch", "context", "mixed"):
+        tables = [it.table for it in measured if it.kind == kind]
+        if tables:
+            each = [simulated_requests(table, fit.cluster) for table in tables]
+            errors[kind] = errors_between(pl.concat(tables), pl.concat(each), None)
+    validation, repeats = _validate(server, fit.cluster, 0.45 * budget, seed)
+    result = calibration_of(fit, errors | validation, recordings, server.url, said)
+    result = msgspec.structs.replace(result, repeats=repeats)
+    write_calibration(result, out)
+    return result
+
+
+def _limits_of(
+    server: _Server, model: str | Model | None, engine: str | None, given: dict[str, int | None]
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The keywords of `resolve` as the server tells them (what is given wins), notes, and the engines it may be."""
+    said: list[str] = []
+    words: dict[str, Any] = dict(given)
+    info = re.search(r"^vllm:cache_config_info\{([^\n]*)\}", server.get("/metrics"), re.MULTILINE)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1))) if info else {}
+    for word, label in (("kv_blocks", "num_gpu_blocks"), ("block_size", "block_size")):
+        if words[word] is None and labels.get(label, "").isdigit():
+            words[word] = int(labels[label])
+    if words["kv_blocks"] is None:
+        raise InputError(
+            f"--url {server.url}: its /metrics do not tell the number of KV blocks (vllm:cache_config_info); give"
+            " --kv-blocks, without which no calibration means anything."
+        )
+    try:
+        listed = msgspec.json.decode(server.get("/v1/models") or "{}").get("data") or [{}]
+        version = msgspec.json.decode(server.get("/version") or "{}").get("version", "")
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise InputError(f"--url {server.url}: /v1/models is not what an OpenAI-compatible server answers.") from error
+    served = next((each for each in listed if each.get("id") == server.served_model), listed[0])
+    if words["max_model_len"] is None and isinstance(served.get("max_model_len"), int):
+        words["max_model_len"] = served["max_model_len"]
+    words["model"] = _model_of(model, served, said)
+    if engine is not None:
+        return words, said, [engine]
+    number = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if len(number) < 2:
+        said.append("The server does not tell its version; it is taken for vllm-0.24. Give --engine if it is another.")
+    known = [(tuple(map(int, re.findall(r"\d+", name))), name) for name in ENGINES if not name.endswith("-sync")]
+    name = max((each for each in known if len(number) < 2 or each[0] <= number), default=min(known))[1]
+    return words, said, [name, f"{name}-sync"] if f"{name}-sync" in ENGINES else [name]
+
+
+def _model_of(model: str | Model | None, served: dict[str, Any], said: list[str]) -> Model:
+    """The model's shape: as given, from the folder that the server loaded (if it is here), or by its name."""
+    if model is not None:
+        return find_model(model)
+    root = str(served.get("root") or "")
+    for name in (root, str(served.get("id") or "")):
+        if Path(name, "config.json").is_file() or name.lower().rpartition("/")[2] in MODELS:
+            return find_model(name)
+    said.append(
+        f"The shape of the model {served.get('id')} is not known here (give --model); a nominal one stands in the"
+        " file, of which a table of measured steps uses nothing."
+    )
+    return msgspec.structs.replace(MODELS["llama-3.2-1b"], name=str(served.get("id") or "unknown"))
+
+
+def _most_at_once(server: _Server, words: dict[str, Any], said: list[str], seed: int) -> int:
+    """max_num_seqs, seen from outside: how many run while others wait though the KV cache has room."""
+    tokens = (words["kv_blocks"] - 1) * (words["block_size"] or 16)
+    largest = 1
+    for count in (32, 128, 512, 2048):
+        if 48 * count > 0.8 * tokens:
+            break
+        with server.watched() as seen:
+            server.repeated(count, 16, 24, count, seed + count)
+        largest = max([largest, *(int(row[0]) for row in seen)])
+        if any(row[1] > 0 and row[2] < 0.9 and row[0] < count for row in seen[1:]):
+            full = [int(row[0]) for row in seen if row[1] > 0]
+            said.append(
+                f"max_num_seqs {max(full)} was seen, not told; give --max-num-seqs if that is not the server's."
+            )
+            return max(full)
+    said.append(
+        f"max_num_seqs was not reached with {largest} requests at once; 256 is assumed. Give --max-num-seqs to be sure."
+    )
+    return 256
+
+
+def _with_budget(server: _Server, cluster: Cluster, said: list[str]) -> Cluster:
+    """The token budget of a step, from the histogram of tokens per step: the highest that was seen, if one was."""
+    text = server.get("/metrics")
+    found = re.findall(r'^vllm:iteration_tokens_total_bucket\{[^\n]*le="([0-9.]+)"[^\n]*\} (\S+)$', text, re.MULTILINE)
+    counts = sorted((float(edge), float(count)) for edge, count in found)
+    steps = np.diff([0.0, *(count for _, count in counts)])
+    reached = [edge for (edge, _), new in zip(counts, steps, strict=True) if new > 0]
+    if not reached or reached[-1] <= 512:
+        return cluster
+    # Budgets are powers of two, as are the edges; a longer prompt than the budget fills a step to it.
+    said.append(
+        f"max_num_batched_tokens is taken as {cluster.max_num_batched_tokens:,}; the largest step seen had at most"
+        f" {reached[-1]:,.0f} tokens. Give --max-num-batched-tokens if the server has another."
+    )
+    return cluster
+
+
+def _microbenchmarks(server: _Server, cluster: Cluster, limit: float, seed: int) -> list[_Measured]:
+    """Closed loops with one thing varied at a time, in about `limit` seconds."""
+    longest = min(cluster.max_model_len - 2, int(0.9 * cluster.usable_blocks * cluster.block_size))
+    warm = server.repeated(2, min(64, longest // 2), 16, 1, seed)  # discarded, but for the length of a step
+    step = _step(warm.table)
+    measured: list[_Measured] = []
+    number = [seed]
+
+    def measure(kind: str, count: int, prompt: int, response: int, at_once: int) -> None:
+        number[0] += 1
+        run = server.repeated(count, prompt, response, at_once, number[0])
+        measured.append(_Measured(kind, requests_of(run, server.url)[0], at_once, run))
+
+    began = time.monotonic()
+    for length in _ladder(16, longest, 4):
+        measure("prefill", 4, length, 1, 1)
+        if time.monotonic() - began > 0.3 * limit:
+            break
+    room = cluster.usable_blocks * cluster.block_size
+    sizes = [size for size in _ladder(1, cluster.max_num_seqs, 2) if size * 48 <= room]
+    each = 0.4 * limit / len(sizes)
+    for size in sizes:
+        response = int(np.clip(each / (2 * step), 16, 96))
+        response = min(response, room // size - 16)
+        measure("batch", 2 * size if size < 64 else size, 16, response, size)
+        step = max(step, _step(measured[-1].table))
+    for size in _ladder(1, max(1, cluster.max_num_seqs // 2), 4):
+        prompt = min(longest - 40, room // size - 40)
+        if prompt >= 128:
+            measure("context", 2 * size, prompt, 32, size)
+        if time.monotonic() - began > limit:
+            break
+    return measured
+
+
+def _step(table: pl.DataFrame) -> float:
+    """The median time per token after the first."""
+    gaps = table["response_tokens"].to_numpy() - 1
+    took = (table["last_token"] - table["first_token"]).to_numpy()
+    return float(np.median(took[gaps > 0] / gaps[gaps > 0])) if (gaps > 0).any() else 0.01
+
+
+def _ladder(low: int, high: int, factor: int) -> list[int]:
+    """low, low*factor, … and at the end `high`."""
+    steps = []
+    while low < high:
+        steps.append(low)
+        low *= factor
+    return [*steps, high]
+
+
+def _first_guess(measured: list[_Measured], cluster: Cluster) -> StepTime:
+    """A table of step times by non-negative least squares on medians: of TTFT alone, and of the gaps between tokens."""
+    from scipy.optimize import nnls
+
+    rows: list[tuple[float, float, float, float, float, float]] = []  # tokens, sequences, KV, pairs, a first token, s
+    for it in measured:
+        prompt, response = it.table["request_tokens"][0], it.table["response_tokens"][0]
+        if it.kind == "prefill" and prompt <= cluster.max_num_batched_tokens:
+            ttft = (it.table["first_token"] - it.table["sent"]).median()
+            rows.append((prompt, 1, 0, prompt**2 / 2, 1, float(ttft)))  # type: ignore[arg-type]
+        elif it.kind in ("batch", "context"):
+            gap = it.run.table["chunks"].list.diff().list.median().median()
+            n = it.at_once
+            rows.append((n, n, n * (prompt + response / 2), 0, 0, float(gap)))  # type: ignore[arg-type]
+    tokens, sequences, kv, pairs, first, took = np.array(rows).T
+    knots = np.array([knot for knot in KNOTS if knot <= tokens.max()], dtype=float)
+    if len(knots) < 2:
+        knots = np.array([1.0, max(2.0, tokens.max())])
+    rise = np.concatenate(
+        [np.ones((len(rows), 1)), np.clip((tokens[:, None] - knots[:-1]) / np.diff(knots), 0, 1)], axis=1
+    )
+    rise[:, -1] = np.maximum(0, (tokens - knots[-2]) / (knots[-1] - knots[-2]))
+    matrix = np.column_stack([rise, sequences, kv, pairs, first]) / took[:, None]
+    scale = matrix.max(axis=0)
+    solution = nnls(matrix / scale, np.ones(len(rows)))[0] / scale
+    base = np.cumsum(solution[: len(knots)])
+    per_sequence, per_kv, per_pair, ingest = solution[len(knots) :]
+    table = StepTable(
+        points=list(zip(knots.tolist(), base.tolist(), strict=True)),
+        per_sequence=float(per_sequence),
+        per_kv_token=float(per_kv),
+        per_attention_pair=float(per_pair),
+    )
+    return msgspec.structs.replace(
+        cluster.step_time, table=table, o0=0.0, o1=0.0, o_gap=0.0, a0=float(min(ingest, BOUNDS["a0"].high))
+    )
+
+
+def _mixed(server: _Server, cluster: Cluster, limit: float, seed: int) -> list[_Measured]:
+    """Two open loops of Poisson arrivals, at about 0.6 and 1.0 of what the first guess sustains."""
+    random = stream(seed, "calibration mix")
+    measured = []
+    for share in (0.6, 1.0):
+        lengths = [np.clip(random.uniform(0.1, 1.9, 2000) * mean, 8, None).astype(int) for mean in _typical(cluster)]
+        arrival, prompt, response = _arrivals(cluster, lengths, share, limit / 2, 1.0, random)
+        run = server.send(arrival, prompt, response, seed=seed + int(10 * share))
+        measured.append(_Measured("mixed", requests_of(run, server.url)[0], 0, run))
+    return measured
+
+
+def _typical(cluster: Cluster) -> tuple[float, float]:
+    """Mean prompt and response tokens that fill both the KV cache and the batch when the server is full."""
+    room = cluster.usable_blocks * cluster.block_size
+    total = min(cluster.max_model_len / 6, 1.4 * room / cluster.max_num_seqs)
+    return 0.55 * total, 0.45 * total
+
+
+def _arrivals(
+    cluster: Cluster,
+    lengths: list[np.ndarray],
+    share: float,
+    span: float,
+    cv: float,
+    random: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gamma arrivals at `share` of the cluster's own saturation rate, for `span` seconds of work, and their lengths."""
+    prompt, response = lengths
+    outcome = run_requests(np.zeros(len(prompt)), prompt, response, cluster)
+    ends = np.sort(outcome.attempts["last"]) / TICKS
+    low, high = len(ends) // 5, len(ends) * 4 // 5
+    rate = share * (high - low) / (ends[high] - ends[low])
+    count = int(np.clip(rate * span / max(1.0, share), 10, len(prompt)))
+    gaps = random.gamma(1 / cv**2, cv**2 / rate, count)
+    return np.cumsum(gaps), prompt[:count], response[:count]
+
+
+def _validate(
+    server: _Server, cluster: Cluster, limit: float, seed: int
+) -> tuple[dict[str, Errors], dict[str, Errors]]:
+    """Errors of the predictions at three loads, and those of a second real run against the first."""
+    random = stream(seed, "calibration test")
+    errors, repeats, tables, predictions = {}, {}, [], []
+    for load in LOADS:
+        lengths = [
+            np.clip(random.lognormal(np.log(mean) - 0.245, 0.7, 2000), 4, 4 * mean).astype(int)
+            for mean in _typical(cluster)
+        ]
+        sent = _arrivals(cluster, lengths, load, limit / 6, 2.0, random)
+        (table, preempted), (again, preempted_again) = (
+            _counted(server, sent, seed + 1000 + int(100 * load) + turn) for turn in (0, 1)
+        )
+        predicted = simulated_requests(table, cluster)
+        name = f"load {load:g}"
+        errors[name] = errors_between(table, predicted, preempted)
+        both = table.join(again, on="request", suffix="_again", maintain_order="left").select(
+            ttft=pl.col("first_token_again") - pl.col("sent_again"),
+            e2e=pl.col("last_token_again") - pl.col("sent_again"),
+        )
+        answered = both["e2e"].is_not_null()
+        repeats[name] = errors_between(table.filter(answered), both.filter(answered), preempted, preempted_again)
+        tables.append(table)
+        predictions.append(predicted)
+    errors["held_out"] = errors_between(pl.concat(tables), pl.concat(predictions), None)
+    return errors, repeats
+
+
+def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> tuple[pl.DataFrame, int | None]:
+    """The requests as answered, and how often the server preempted meanwhile (None if it does not count)."""
+    before = server.counter("vllm:num_preemptions_total")
+    run = server.send(*sent, seed=seed)
+    after = server.counter("vllm:num_preemptions_total")
+    return requests_of(run, server.url)[0], None if before is None or after is None else int(after - before)
+
+
+callable_room(__name__)
