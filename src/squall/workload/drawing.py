@@ -11,7 +11,6 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import Trace, TraceMeta, write_trace
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import DAY
-from squall.workload.episodes import Episodes
 from squall.workload.model import Workload, read_workload
 
 MOST_REQUESTS = 200_000_000
@@ -192,8 +191,7 @@ def _meta(model: Workload, name: str, begin: float, rows: int, seed: int, rate: 
         attribution=model.attribution,
         midnight=None if since is None else since % DAY,
         weekday=weekday,
-        tick=max((one.arrivals.tick or 0.0 for one in model.classes if isinstance(one.arrivals, Episodes)), default=0.0)
-        or None,
+        tick=max((getattr(one.arrivals, "tick", None) or 0.0 for one in model.classes), default=0.0) or None,
         rows=rows,
         seed=seed,
         steps=[f"--rate {rate:g} (model scaling)"] if rate else [],
