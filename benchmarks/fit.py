@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from characterize import PART_3_ROWS, draw
-
 import squall
+from characterize import PART_3_ROWS, draw
 from squall.progress import notes
 from squall.trace import open_trace
 
@@ -36,8 +35,8 @@ def main() -> None:
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"fit of {len(trace):,} requests: {wall:.1f} s ({cpu:.1f} s of CPU), model {out.stat().st_size / 1e6:.1f} MB, "
-            f"peak {memory:.2f} GB (with the trace)"
+            f"fit of {len(trace):,} requests: {wall:.1f} s ({cpu:.1f} s of CPU); model "
+            f"{out.stat().st_size / 1e6:.1f} MB, peak {memory:.2f} GB (with the trace)"
         )
         part = open_trace(trace, head=1_000_000)
         for kind in ("episodes", "cascade", "renewal", "bootstrap"):
