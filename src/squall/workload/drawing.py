@@ -5,8 +5,8 @@ each go on where the piece before ended. The pieces of all classes are merged by
 the model and the seed alone, so the rows do not depend on the size of the portions in which they are handed on.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -20,6 +20,7 @@ from squall.trace.files import PORTION, write_frames
 from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import DAY, Daily, Floods, Renewal
 from squall.workload.conversations import Seating
+from squall.workload.edits import Edits, parse_edits
 from squall.workload.failures import Striking
 from squall.workload.model import ClassModel, Workload, read_workload
 from squall.workload.process import RenewalProcess, parts
@@ -44,6 +45,7 @@ class Draw:
     requests: int | None
     rate: float | None
     seed: int
+    edits: Edits = field(default_factory=Edits)
 
     @property
     def factor(self) -> float:
@@ -62,8 +64,8 @@ class Draw:
     def expected(self) -> float:
         """Requests that the model expects in this time, at its own rate."""
         return sum(
-            one.arrivals.path(begin, end, self.seed).expected
-            for one in self.model.classes
+            one.arrivals.path(begin, end, self.seed).expected * share
+            for one, share in zip(self.model.classes, self.edits.shares(self.model), strict=True)
             for begin, end in stretches(one, self.begin, self.span, 1.0)
         )
 
@@ -76,17 +78,19 @@ def generate(
     requests: int | None = None,
     rate: float | None = None,
     start: Duration | None = None,
+    edit: Sequence[str] = (),
     seed: int = DEFAULT_SEED,
 ) -> Trace:
     """A new trace drawn from `workload` (a model, its file, or a profile `burstgpt://…`), written to `out` if given.
 
     It holds what arrives in `duration` seconds (default: the fitted span; for profiles one day), but at most `requests`
     rows; with `requests` alone it runs until it has them. It begins at `start`, an offset into the model's time. `rate`
-    rescales the expected mean rate over the drawn span: beta is multiplied, the CV of the gaps stays. The same seed
+    rescales the expected mean rate over the drawn span: beta is multiplied, the CV of the gaps stays. `edit` are texts
+    such as "longer-prompts=1.5" (see squall.workload.edits). The same seed
     gives the same bytes. The trace is held in memory; `generate_file` writes one of any size. Raises InputError if
     nothing arrives in that time.
     """
-    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed)
+    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed, edit=edit)
     expected = draw.span * draw.rate if draw.rate else draw.expected
     if min(expected, draw.requests or expected) > MOST_REQUESTS:
         raise InputError(
@@ -108,13 +112,14 @@ def generate_file(
     requests: int | None = None,
     rate: float | None = None,
     start: Duration | None = None,
+    edit: Sequence[str] = (),
     seed: int = DEFAULT_SEED,
 ) -> Tally:
     """As `generate`, but written to `out` as it is drawn, in memory that does not grow; what was written, in numbers.
 
     The rows are those of `generate`.
     """
-    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed)
+    draw = asked(workload, duration=duration, requests=requests, rate=rate, start=start, seed=seed, edit=edit)
     tally = Tally()
     sessions = any(one.conversations for one in draw.model.classes)
     write_frames(tally.seeing(rows(draw)), lambda: _meta(draw, tally.requests), out, wide=sessions)
@@ -155,9 +160,12 @@ def asked(
     rate: float | None,
     start: Duration | None,
     seed: int,
+    edit: Sequence[str] = (),
 ) -> Draw:
     """The draw that these arguments of `generate` mean, checked."""
     model, name = named(workload)
+    edits = parse_edits(edit)
+    model = edits.of_model(model, seed)
     begin = 0.0 if start is None else seconds(start, "--start")
     if rate is not None and not 0 < rate < float("inf"):
         raise InputError(f"--rate {rate}: a rate must be above 0 requests/s.")
@@ -167,19 +175,19 @@ def asked(
         span = model.span if duration is None else seconds(duration, "--duration")
         if span <= 0:
             raise InputError("--duration 0: a trace needs some time, such as 10m.")
-        draw = Draw(model, name, begin, span, requests, rate, seed)
+        draw = Draw(model, name, begin, span, requests, rate, seed, edits)
         _refuse_windows(draw)
         return draw
     # As long as it takes, with five per cent and six standard deviations to spare: gaps vary, and so do rates.
     wanted = 1.05 * requests + 6 * np.sqrt(requests)
-    draw = Draw(model, name, begin, wanted / (rate or model.mean_rate) + 1.0, requests, rate, seed)
+    draw = Draw(model, name, begin, wanted / (rate or model.mean_rate) + 1.0, requests, rate, seed, edits)
     while True:
         if draw.span > 1e10:
             raise InputError(f"--requests {requests}: {name} does not bring so many in {in_words(draw.span)}.")
         _refuse_windows(draw)
-        if (draw.span * rate if rate else draw.expected) >= wanted:
+        if (draw.span * rate if rate else draw.expected) * edits.mean(draw.span) >= wanted:
             return draw
-        draw = Draw(model, name, begin, 2 * draw.span, requests, rate, seed)
+        draw = Draw(model, name, begin, 2 * draw.span, requests, rate, seed, edits)
 
 
 def _refuse_windows(draw: Draw) -> None:
@@ -199,14 +207,13 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
 
     Raises InputError if there are none.
     """
-    factor = draw.factor
-    classes = [
-        _class(one, draw.begin, draw.span, factor, draw.seed, index, len(draw.model.classes))
-        for index, one in enumerate(draw.model.classes)
-    ]
+    factor = draw.factor * draw.edits.most(draw.span)
+    shares = draw.edits.shares(draw.model)
+    classes = [_class(one, draw, factor * shares[index], index) for index, one in enumerate(draw.model.classes)]
     left = draw.requests
     seen = 0
-    for frame in _portions(_merged(classes), portion):
+    edited = draw.edits.rows(_merged(classes), draw.span, draw.seed)
+    for frame in _portions(edited if draw.edits.texts else _merged(classes), portion):
         part = _complete(frame if left is None else frame.head(left - seen), draw.model.classes)
         seen += len(part)
         yield part
@@ -268,17 +275,18 @@ def _portions(frames: Iterator[pl.DataFrame], portion: int) -> Iterator[pl.DataF
         yield pl.concat(held)
 
 
-def _class(one: ClassModel, begin: float, span: float, factor: float, seed: int, index: int, classes: int) -> _Pieces:
-    """The requests of one class. Its sessions have every `classes`th number, so that those of all differ."""
+def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
+    """The requests of one class, at `factor` times its rate."""
     if not isinstance(one.arrivals, Renewal | Daily | Floods):
-        yield from _whole_stretches(one, begin, span, factor, seed, index, classes)
+        yield from _whole_stretches(one, draw, factor, index)
         return
+    seed, classes = draw.seed, len(draw.model.classes)  # sessions have every `classes`th number, so that all differ
     process = RenewalProcess(stream(seed, "arrivals", index))
     seating = Seating(one.conversations, stream(seed, "conversations", index)) if one.conversations else None
     striking = Striking(one.failures, failing := stream(seed, "failures", index))
     ranks, responses = stream(seed, "lengths", index), stream(seed, "responses", index)
     failing = failing.spawn(1)[0]
-    path = one.arrivals.path(begin, begin + span, seed).scaled(factor)
+    path = draw.edits.path(one.arrivals.path(draw.begin, draw.begin + draw.span, seed).scaled(factor))
     for piece in parts(path, PIECE):
         arrival = process.along(piece)
         columns: dict[str, Any] = {"arrival": arrival}
@@ -310,18 +318,16 @@ def stretches(one: ClassModel, begin: float, span: float, factor: float) -> Iter
         yield begin + number * step, min(begin + (number + 1) * step, begin + span)
 
 
-def _whole_stretches(
-    one: ClassModel, begin: float, span: float, factor: float, seed: int, index: int, classes: int
-) -> _Pieces:
+def _whole_stretches(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
     """The requests of a class whose kind of arrivals draws a stretch of time as a whole; no session outlives one."""
     before = 0
-    for number, (first, last) in enumerate(stretches(one, begin, span, factor)):
-        path = one.arrivals.path(first, last, seed).scaled(factor)
-        frame = one.draw(path, seed, index, *([number] if number else []))
-        session = frame["session"]
-        frame = frame.with_columns(pl.col("arrival") + (first - begin), (session + before) * classes + index)
-        before += session.n_unique()
-        yield frame.select(*_SCHEMA, of=pl.lit(index, pl.UInt32)), last - begin
+    for number, (first, last) in enumerate(stretches(one, draw.begin, draw.span, factor)):
+        path = draw.edits.path(one.arrivals.path(first, last, draw.seed).scaled(factor))
+        frame = one.draw(path, draw.seed, index, *([number] if number else []))
+        session = (frame["session"] + before) * len(draw.model.classes) + index
+        before += frame["session"].n_unique()
+        frame = frame.with_columns(pl.col("arrival") + (first - draw.begin), session)
+        yield frame.select(*_SCHEMA, of=pl.lit(index, pl.UInt32)), last - draw.begin
 
 
 def _complete(known: pl.DataFrame, classes: list[ClassModel]) -> pl.DataFrame:
@@ -353,6 +359,9 @@ def _meta(draw: Draw, count: int) -> TraceMeta:
         tick=max(ticks, default=0.0) or None,
         rows=count,
         seed=draw.seed,
-        steps=[f"--rate {draw.rate:g} (model scaling)"] if draw.rate else [],
+        steps=[
+            *([f"--rate {draw.rate:g} (model scaling)"] if draw.rate else []),
+            *(f"--edit {text}" for text in draw.edits.texts),
+        ],
         notes=model.notes,
     )
