@@ -90,6 +90,8 @@ def test_a_profile_is_a_model(tmp_path, capsys):
         (("fit", "burstgpt://nope", "-o", "m.json"), "burstgpt://all"),
         (("fit", "burstgpt://all", "-o", "m.json", "--kind", "cox"), "--kind"),
         (("fit", "burstgpt://all", "-o", "m.json", "--window", "soon"), "--window"),
+        (("fit", "burstgpt://all?duration=1h", "-o", "m.json", "--gaps", "weibull"), "--kind renewal"),
+        (("fit", "burstgpt://all?duration=1h", "-o", "m.json", "--block", "30s"), "--kind bootstrap"),
         (("fit", "burstgpt://all"), "out"),
         (("generate", "nowhere.json", "-o", "t.csv"), "nowhere.json"),
         (("generate", "burstgpt://nope", "-o", "t.csv"), "burstgpt://all"),

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 LOADS = ((0.03, 0.2, 0.5, 0.8, 1.1), (0.5, 0.8, 1.1))
 """Utilisations at which prompts are queued, and prompts with responses."""
-OFF = np.log([1.04, 1.04, 1.10])
+OFF = np.log([1.03, 1.03, 1.08])
 """How far the middle of the draws may be from the trace: mean, P90, P99 of the time in the queue."""
 SPREAD = np.log([1.10, 1.10, 1.30])
 """How far a draw may be from the middle (one standard deviation)."""
 COVERED = 1.5
 """The middle of the draws is at most so many standard deviations of a draw from the trace, or ALMOST equal."""
 ALMOST = 0.003
-FREEDOMS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+FREEDOMS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 DRAWS = 8
 SAMPLE = 30_000
 """Requests of a class that are queued; the middle of it where there are more."""
@@ -90,11 +90,14 @@ class Bench:
 
     def check(self, model: "ClassModel", seed: int) -> Check:
         """Draws of `model` beside the trace. Sessions are left out: they order the requests, and cost time."""
+        of = (self.begin, self.end)
+        if isinstance(model.arrivals, Episodes):
+            part = model.arrivals.part(self.rows, *of)
+            model, of = msgspec.structs.replace(model, arrivals=part), (0.0, part.span)
         alone = msgspec.structs.replace(model, conversations=None)
         found = []
         for number in range(DRAWS):
-            kind, of = model.arrivals, (self.begin, self.end)
-            path = kind.some(self.rows, *of) if isinstance(kind, Episodes) else kind.path(*of, seed + number)
+            path = model.arrivals.path(*of, seed + number)
             drawn = alone.draw(path, seed + number, 0)
             arrival, request, response, failed = (
                 drawn[name].to_numpy() for name in ("arrival", "request_tokens", "response_tokens", "failed")

@@ -170,9 +170,16 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
             reached += last - first
         return Course(np.concatenate(rows), np.concatenate(arrivals), end - begin)
 
-    def some(self, rows: slice, begin: float, end: float) -> Course:
-        """The course of the fitted requests `rows`, which came from `begin` to `end`."""
-        return Course(np.arange(rows.start, rows.stop), self._times()[rows] - begin, end - begin)
+    def part(self, rows: slice, begin: float, end: float) -> Self:
+        """The course of the fitted requests `rows` alone, which came from `begin` to `end`."""
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = msgspec.structs.replace(lengths, code=lengths.code[rows])
+        times = np.minimum(self._times()[rows] - begin, np.nextafter(end - begin, 0))
+        return msgspec.structs.replace(
+            self, span=end - begin, period=end - begin, requests=times.size, cell=1, time=times.tolist(), last=[],
+            lengths=lengths,
+        )  # fmt: skip
 
     def _times(self) -> np.ndarray:
         """A time for each request of the fitted trace: its own, or evenly between the ends of its cell."""

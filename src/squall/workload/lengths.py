@@ -173,7 +173,9 @@ def fit_lengths(request: np.ndarray, response: np.ndarray, rng: np.random.Genera
 
 def ranks(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ranks of `sample` as numbers inside (0, 1); ties in random order."""
-    order = np.lexsort((rng.random(sample.size), sample))
+    tie = rng.random(sample.size)
+    whole = np.issubdtype(sample.dtype, np.integer)
+    order = np.argsort(sample + tie) if whole else np.lexsort((tie, sample))
     result = np.empty(sample.size)
     result[order] = (np.arange(sample.size) + 0.5) / sample.size
     return result
