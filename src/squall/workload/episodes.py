@@ -1,21 +1,21 @@
 """A trace's own course, loosened: what came when and how long it was, with as much left to chance as it bears.
 
 A tail latency of an hour hangs on one or two episodes of it, so a draw that is to lead to the same conclusions must
-have them, down to the milliseconds between the requests of one burst. So a draw takes the recorded course and loosens
-it in three ways (a smoothed, weighted bootstrap in place):
+have them, down to the milliseconds between the requests of one burst. A draw takes the recorded course and loosens it:
 
-* **How many.** Each request comes floor(w + U) times, U uniform and w a weight with mean 1: the product of lognormal
-  factors that stretches of 1, 8, 64, 512, … requests share. The variance of the factors is `freedom` times what the
-  trace's own counts have at that scale, IDC(b / rate) / b for stretches of b requests: a trace that is bursty over
-  minutes is loosened over minutes, and dispersion grows by `freedom` of itself at most, at every scale.
-* **When.** Requests at one time stay together, and each such group moves by up to JITTER of the shorter of its two
-  gaps, so that bursts, silences and the law of the gaps stay.
-* **How long.** The lengths of GROUP neighbouring requests are dealt anew among them, each drawn afresh inside its
-  class of (request, response) length (at least 64 x 64, finer where the tokens are). Failures are dealt with them.
+* **When.** Times are cut in halves, quarters, eighths, … by their number. The share theta of its time that the first
+  half of a part takes has a law, which the trace shows: the shares of all parts of that size, apart for dense and
+  sparse ones, because a burst is even inside and a lull is not. As normal scores z of that law, the shares move by
+  z' = sqrt(1 - f) z + sqrt(f) noise: a step of an Ornstein-Uhlenbeck process, which leaves the law as it is, and with
+  it the law of the gaps and the dispersion of counts at every scale. The few parts of the first cuts move less, so
+  that the course itself stays. Requests at one time stay together, and a coarse clock stays.
+* **How long.** A request keeps its class of (request, response) length and is drawn afresh inside it; the share sqrt(f)
+  of them becomes one of its neighbours instead. Failures are a class, so that they stay in their runs.
 
-The more freedom, the wider the draws spread, and the more they differ from the trace on average; fitting.py takes the
-largest freedom with which the trace still looks like one of the draws to a queue. Beyond its span the model goes on
-with randomly chosen eighths of it, or by the clock if it spans a day. What it holds is the trace at a coarser grain.
+f is the `freedom`. The more of it, the wider the draws spread, and the more they differ from the trace on average;
+choosing.py takes the largest with which the trace still looks like one of the draws to a queue. Beyond its span the
+model goes on with randomly chosen eighths of it, or by the clock if it spans a day. What it holds is the trace at a
+coarser grain: times, and classes of lengths.
 """
 
 from dataclasses import dataclass, replace
@@ -30,10 +30,8 @@ from squall.workload.concurrency import DAY, whole_period
 if TYPE_CHECKING:
     from squall.workload.lengths import Lengths
 
-GROUP = 8
-"""Requests whose lengths are dealt anew among them."""
-JITTER = 0.45
-"""A group of requests moves by at most so much of the shorter gap beside it."""
+NEAR = 8
+"""A request that becomes one of its neighbours takes one that is about so many requests away."""
 MOST_CELLS = 600_000
 """A class with more requests than this is held in cells of several: one time for each cell."""
 WIDTH = 0.1
@@ -42,11 +40,11 @@ _SHORT = 32  # tokens
 _CLASSES = 64  # length classes of the requests, and as many of the responses
 _CLASS_ROWS = 3  # requests that a length class needs
 _BLOCKS = 8
+_EXCHANGED = 32  # neighbours among which sessions put the long requests
 _KINDS = 8  # of a cut's parts, by their density
 _NODES = 32  # parts that a kind needs
 _SAME_TICK = 1e-4
 _COURSE = 64  # parts at which a cut has half the freedom
-_OCTAVES = 8  # ratio of the sizes of the stretches that share a factor
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,13 @@ class Course:
 
 
 class LengthClasses(msgspec.Struct, frozen=True):
-    """Which class of (request, response) length each request was in, in groups of GROUP whose order is not kept."""
+    """Which class of (request, response) length each request was in."""
 
     request: list[float]
     """Ranks (0 … 1, of all answered requests of the class) that divide the classes of request lengths."""
     response: list[float]
     code: list[int]
-    """Request class x number of response classes + response class, sorted inside a group; -1: the request failed."""
+    """Request class x number of response classes + response class, in their order; -1: the request failed."""
 
     def __post_init__(self) -> None:
         classes = (len(self.request) - 1) * (len(self.response) - 1)
@@ -88,19 +86,19 @@ class LengthClasses(msgspec.Struct, frozen=True):
     def draw(
         self, row: np.ndarray, law: "Lengths", freedom: float, rng: np.random.Generator, order: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Request and response tokens, and which fail, of the fitted requests `row`, dealt anew inside each group.
+        """Request and response tokens, and which fail, for draws of the fitted requests `row`.
 
-        `order` (0 to 1) says which of a group's requests should be long; without it chance does.
+        With `order` (0 to 1), neighbours change places so that where it is high, long requests are.
         """
         # A request now and then is one of its neighbours instead.
         free = np.flatnonzero(rng.random(row.size) < freedom**0.5)
         row = row.copy()
-        near = row[free] + np.rint(rng.laplace(0, GROUP, free.size)).astype(np.int64)
+        near = row[free] + np.rint(rng.laplace(0, NEAR, free.size)).astype(np.int64)
         row[free] = np.abs(near) % len(self.code)
         code = np.array(self.code)[row]
         failed = code < 0
         if order is not None:
-            code = _in_order(code, row, order)
+            code = _in_order(code, order)
         known = np.where(failed, 0, code)
         classes = len(self.response) - 1
         ranks = []
@@ -119,7 +117,7 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
     period: float
     """Beyond a span of a day or more, t takes the course of t mod `period`."""
     freedom: float
-    """Variance of the counts that is left to chance, as a part of the trace's own, at every scale."""
+    """f, from 0 (the times as they were) to 1 (times that are new but for the law of the shares)."""
     tick: float | None
     """Arrivals are recorded at multiples of so many seconds, as those of the trace were; null: they are not."""
     requests: int
@@ -319,10 +317,10 @@ def fit_episodes(
     )
 
 
-def _in_order(code: np.ndarray, row: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _in_order(code: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Codes of neighbours exchanged so that those of long requests go where `order` is high."""
     answered = np.flatnonzero(code >= 0)
-    window = np.arange(answered.size) // (4 * GROUP)
+    window = np.arange(answered.size) // _EXCHANGED
     there, from_ = np.lexsort((order[answered], window)), np.lexsort((code[answered], window))
     result = code.copy()
     result[answered[there]] = code[answered[from_]]
