@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from characterize import PART_3_ROWS, draw
-
 import squall
+from characterize import PART_3_ROWS, draw
 from squall.progress import notes
 from squall.trace import open_trace
 

@@ -6,7 +6,7 @@ import pytest
 
 from squall.characterize.concurrency import dispersion
 from squall.errors import InputError
-from squall.trace import Trace, TraceMeta, open_trace
+from squall.trace import Trace, TraceMeta, open_trace, write_trace
 from squall.trace.scaling import shape_of, table_of
 from squall.workload import rearranged
 
@@ -59,12 +59,13 @@ def test_arrivals_that_cannot_be_are_named(bursty, arrivals):
 
 
 @pytest.mark.parametrize("method", ["compress", "thin", "superpose", "model"])
-def test_a_scaling_tells_what_it_distorts(bursty, method, capsys):
+def test_a_scaling_tells_what_it_distorts(bursty, method, capsys, tmp_path):
     from squall.progress import notes
 
+    write_trace(bursty, tmp_path / "t.parquet")
     notes.shown = True
     try:
-        scaled = open_trace(bursty, rate=1.0, scale_method=method, seed=2)
+        scaled = open_trace(tmp_path / "t.parquet", rate=1.0, scale_method=method, seed=2)
     finally:
         notes.shown = False
     scaling = scaled.meta.scaling

@@ -9,7 +9,6 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError
-from squall.progress import note
 from squall.seeds import stream
 from squall.trace.table import Scaling, Shape, Trace
 
@@ -19,17 +18,14 @@ _FEWEST_BINS = 5
 
 
 def scale(trace: Trace, rate: float, method: ScaleMethod, seed: int) -> Trace:
-    """`trace` at the mean `rate` (requests/s) by `method`; what it distorts is told, and kept in the metadata."""
+    """`trace` at the mean `rate` (requests/s) by `method`; what it distorts is kept in the metadata."""
     positive("--rate", rate)
     if not trace.rate > 0 or len(trace) < 2:
         raise InputError(
             f"--rate {rate:g}: {trace.meta.source} has no span to rescale ({len(trace)} requests at one time)."
         )
     scaled = _scaled(trace, rate, method, seed)
-    scaling = Scaling(method=method, before=shape_of(trace), after=shape_of(scaled))
-    for line in table_of(scaling):
-        note(line)
-    return scaled.replace(scaled.table, scaling=scaling)
+    return scaled.replace(scaled.table, scaling=Scaling(method=method, before=shape_of(trace), after=shape_of(scaled)))
 
 
 def _scaled(trace: Trace, rate: float, method: ScaleMethod, seed: int) -> Trace:
