@@ -349,14 +349,6 @@ def replacing(path: Path) -> Iterator[str]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def convert(source: TraceSource, out: str | Path, *, to: str | None = None, **options: Any) -> Trace:
     """Read `source`, apply the trace `options`, write to `out` (format by suffix or `to`); returns what was written.
 
