@@ -166,6 +166,8 @@ def extrapolations(
     first, second = between(trace, 0, span / 2), between(trace, span / 2, span)
     rate = len(first) / (span / 2)
     both = together([first, second])
+    half = trace.replace(trace.table.filter(pl.Series(stream(3, "half").random(len(trace)) < 0.5)))
+    whole = trace.rate
     return {
         "the other half": (
             first, second,
@@ -184,6 +186,13 @@ def extrapolations(
             lambda model, seed: generate(model, rate=2 * rate, duration=span / 2, seed=seed),
             lambda block, seed: together(
                 [bootstrap(first, block, seed=seed), bootstrap(first, block, seed=seed + 1000)]
+            ),
+        ),
+        "every client twice as active": (
+            half, trace,
+            lambda model, seed: generate(model, rate=whole, duration=span, seed=seed),
+            lambda block, seed: together(
+                [bootstrap(half, block, seed=seed), bootstrap(half, block, seed=seed + 1000)]
             ),
         ),
     }  # fmt: skip

@@ -35,9 +35,8 @@ def main() -> None:
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"fit of {len(trace):,} requests: {wall:.1f} s ({cpu:.1f} s of CPU), model "
-            f"{out.stat().st_size / 1e6:.1f} MB, "
-            f"peak {memory:.2f} GB (with the trace)"
+            f"fit of {len(trace):,} requests: {wall:.1f} s ({cpu:.1f} s of CPU); model "
+            f"{out.stat().st_size / 1e6:.1f} MB, peak {memory:.2f} GB (with the trace)"
         )
         part = open_trace(trace, head=1_000_000)
         for kind in ("episodes", "cascade", "renewal", "bootstrap"):
