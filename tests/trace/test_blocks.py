@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -60,7 +61,7 @@ def test_blocks_write_what_memory_writes(files, tmp_path, small_blocks, name, op
         # polars' two ways to read a number, whole files at once and field by field, differ in the last bit.
         assert_frame_equal(ours.table, theirs.table, rel_tol=1e-15)
         if out == "x.parquet":
-            assert ours.meta == theirs.meta == done.meta
+            assert ours.meta == msgspec.structs.replace(theirs.meta, scaling=None) == done.meta
             assert (done.requests, done.span) == (len(theirs), pytest.approx(theirs.span))
         elif name != "crlf.csv":
             assert (tmp_path / f"memory-{out}").read_bytes() == (tmp_path / f"blocks-{out}").read_bytes()

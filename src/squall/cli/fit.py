@@ -34,14 +34,15 @@ def fit(
     Parameters
     ----------
     trace
-        A trace file, - for standard input, or a built-in profile such as burstgpt://chatgpt-api.
+        A trace file, - for standard input, a built-in profile such as burstgpt://chatgpt-api, or a folder with a
+        ServeGen pool.
     out
         The model's JSON file.
     kind
         What the arrivals are made of: episodes (the trace's own course, loosened), cascade (some numbers per time
         scale, to go beyond the trace), renewal (rate and shape of the gaps per window, as in the BurstGPT paper),
-        bootstrap (the trace's rows in blocks), or auto: episodes, unless windows predict held-out arrivals better and
-        a simulated queue does not tell their draws from the trace.
+        bootstrap (the trace's rows in blocks), clients (each session a client of its own), or auto: episodes, unless
+        windows predict held-out arrivals better and a simulated queue does not tell their draws from the trace.
     window
         Length of the windows in which rate and shape are fitted; a short trace takes a smaller one and says so.
     method

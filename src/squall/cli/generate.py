@@ -19,6 +19,7 @@ def generate(
     requests: int | None = None,
     rate: float | None = None,
     start: str | None = None,
+    edit: tuple[str, ...] = (),
     seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
@@ -38,12 +39,17 @@ def generate(
         Rescale to this expected mean rate in requests/s; the CV of the gaps stays.
     start
         Where in the model's time to begin, such as 8h.
+    edit
+        What if, NAME=VALUE, may be repeated: api-share=0.9, longer-prompts=1.5, longer-responses=0.5, burstier=2,
+        growth=3% (in 30 days), flood=2h:30m:5 (start, length, factor), outage=2h:10m, clients=200.
     """
     from squall.workload import generate_file
     from squall.workload.drawing import named
 
     workload, _ = named(model)
-    tally = generate_file(model, out, duration=duration, requests=requests, rate=rate, start=start, seed=seed.seed)
+    tally = generate_file(
+        model, out, duration=duration, requests=requests, rate=rate, start=start, edit=edit, seed=seed.seed
+    )
     result = achieved(workload, tally, out, duration, requests, rate)
     if output.json:
         print_json(result)
@@ -72,6 +78,7 @@ def achieved(
             "requests": requests,
         },
         **as_json(tally),
+        "steps": tally.meta.steps,
         "notes": tally.meta.notes,
     }
 

@@ -93,6 +93,7 @@ def _refuse_what_needs_all(source: str | Path, options: TraceOptions) -> None:
     wants = [
         ("--join", bool(options.join)),
         (f"--ties {options.ties}", options.ties != "keep"),
+        (f"--arrivals {options.arrivals}", options.arrivals is not None),
         (f"--scale-method {options.scale_method}", options.rate is not None and options.scale_method in _NEEDS_ALL),
     ]
     for flag, given in wants:

@@ -18,6 +18,7 @@ from squall.files import replace_file
 from squall.progress import note, progress
 from squall.trace.formats import FORMATS, Finding, Format, Parsed, columns_format
 from squall.trace.join import joined
+from squall.trace.scaling import table_of
 from squall.trace.select import TraceOptions, select
 from squall.trace.table import Trace, TraceMeta, TraceSource
 
@@ -48,7 +49,11 @@ def open_trace(source: TraceSource, **options: Any) -> Trace:
     trace = _source(source, chosen)
     if chosen.join:
         trace = joined([trace, *(_source(part, chosen) for part in chosen.join)])
-    return select(trace, chosen)
+    selected = select(trace, chosen)
+    if selected.meta.scaling is not None and chosen.rate is not None and not isinstance(source, Trace):
+        for text in table_of(selected.meta.scaling):
+            note(text)
+    return selected
 
 
 def _source(source: TraceSource, chosen: TraceOptions) -> Trace:

@@ -10,11 +10,11 @@ import polars as pl
 from squall.errors import InputError
 from squall.progress import note
 from squall.seeds import DEFAULT_SEED, stream
+from squall.trace.scaling import ScaleMethod, compress, positive, scale
 from squall.trace.table import Trace
 from squall.trace.ties import TieRule, break_ties
 from squall.units import seconds
 
-ScaleMethod = Literal["compress", "thin", "superpose", "model"]
 OverLimit = Literal["drop", "clip", "keep"]
 
 
@@ -54,6 +54,8 @@ class TraceOptions:
     """How --rate is reached: compress time, thin out, superpose shifted copies, or fit a model and draw."""
     speed: float | None = None
     """Divide all gaps by this factor."""
+    arrivals: str | None = None
+    """Other arrivals at the same rate, to compare with: uniform, poisson, gamma:CV, weibull:CV, maf, bootstrap:30s."""
     seed: int = DEFAULT_SEED
     """Seed of every random choice."""
 
@@ -79,10 +81,14 @@ def select(trace: Trace, options: TraceOptions) -> Trace:
     if options.between is None:
         trace = _rebase(trace, float(trace.table["arrival"][0]))
     if options.speed is not None:
-        _positive("--speed", options.speed)
-        trace = _compress(trace, options.speed, f"--speed {options.speed:g}")
+        positive("--speed", options.speed)
+        trace = compress(trace, options.speed, f"--speed {options.speed:g}")
     if options.rate is not None:
-        trace = _scale(trace, options)
+        trace = scale(trace, options.rate, options.scale_method, options.seed)
+    if options.arrivals is not None:
+        # Baselines lie in a room above this one, so they are named by text.
+        rearranged: Trace = importlib.import_module("squall.workload").rearranged(trace, options.arrivals, options.seed)
+        return rearranged
     return trace
 
 
@@ -171,67 +177,3 @@ def _rebase(trace: Trace, start: float) -> Trace:
         if meta.weekday is not None:
             moved["weekday"] = int(meta.weekday + since // 86400) % 7
     return trace.replace(trace.table.with_columns(pl.col("arrival") - start), **moved)
-
-
-# ------------------------------------------------------------------------------------------------------------- scaling
-
-
-def _positive(flag: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise InputError(f"{flag} {value}: a number above 0 is needed.")
-
-
-def _scale(trace: Trace, options: TraceOptions) -> Trace:
-    rate = options.rate or 0.0
-    _positive("--rate", rate)
-    if not trace.rate > 0 or len(trace) < 2:
-        raise InputError(
-            f"--rate {rate:g}: {trace.meta.source} has no span to rescale ({len(trace)} requests at one time)."
-        )
-    factor = rate / trace.rate
-    step = f"--rate {rate:g} --scale-method {options.scale_method}"
-    if options.scale_method == "compress":
-        return _compress(trace, factor, step)
-    if options.scale_method == "thin":
-        if factor > 1:
-            raise InputError(
-                f"{step}: thinning only lowers a rate, and the trace has {trace.rate:.4g}/s; use compress."
-            )
-        return _kept(
-            trace, pl.Series(stream(options.seed, "thin").random(len(trace)) < factor), f"{step} --seed {options.seed}"
-        )
-    if options.scale_method == "superpose":
-        return _superpose(trace, factor, options.seed, f"{step} --seed {options.seed}")
-    # The model lies in a room above this one, so it is named by text.
-    rescaled: Trace = importlib.import_module("squall.workload").rescale(trace, rate, options.seed)
-    return rescaled.replace(rescaled.table, f"{step} --seed {options.seed}")
-
-
-def _compress(trace: Trace, factor: float, step: str) -> Trace:
-    """Divide all gaps by `factor`: order, lengths and the CV of the gaps stay; every time scale shrinks with it."""
-    meta = {"speed": trace.meta.speed * factor}
-    tick = trace.meta.tick / factor if trace.meta.tick else None
-    return trace.replace(trace.table.with_columns(pl.col("arrival") / factor), step, tick=tick, **meta)
-
-
-def _superpose(trace: Trace, factor: float, seed: int, step: str) -> Trace:
-    """Overlay ceil(factor) copies, each turned around the span by a random shift, then thin to the exact rate.
-
-    Time scales and lengths stay; independent copies smooth the bursts, as more independent clients do.
-    """
-    copies = math.ceil(factor)
-    random = stream(seed, "superpose")
-    period = trace.span * len(trace) / (len(trace) - 1)
-    sessions = (trace.table["session"].max() or 0) + 1  # type: ignore[operator]
-    parts = []
-    for copy in range(copies):
-        shift = random.uniform(0, period) if copy else 0.0
-        part = trace.table.with_columns(
-            arrival=(pl.col("arrival") + shift) % period,
-            session=pl.col("session") + copy * sessions,
-        )
-        parts.append(part.filter(pl.Series(random.random(len(part)) < factor / copies)))
-    table = pl.concat(parts).sort("arrival", maintain_order=True)
-    if table.is_empty():
-        raise InputError(f"{step}: no request is left.")
-    return trace.replace(table, step)

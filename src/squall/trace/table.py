@@ -27,6 +27,33 @@ SCHEMA = pl.Schema(_COLUMNS)
 REQUIRED = ("arrival", "request_tokens", "response_tokens")
 
 
+class Shape(msgspec.Struct, kw_only=True, frozen=True):
+    """The numbers of a trace that scaling it may change; null: not known, or too short to say."""
+
+    requests: int
+    span: float
+    rate: float | None
+    gap_cv: float | None
+    peak_60s: int
+    """Most requests in any 60 s."""
+    request_tokens: float | None
+    """Means, of the answered requests."""
+    response_tokens: float | None
+    sessions: int | None
+    turns: float | None
+    """Mean requests of a session."""
+    dispersion: dict[str, float | None]
+    """Variance over mean of the counts in bins of so many seconds."""
+
+
+class Scaling(msgspec.Struct, kw_only=True, frozen=True):
+    """What `--rate` did to a trace beside changing its rate."""
+
+    method: str
+    before: Shape
+    after: Shape
+
+
 class TraceMeta(msgspec.Struct, kw_only=True, frozen=True):
     """Where a trace comes from and what was done to it, in order; it travels with every number that squall prints."""
 
@@ -56,6 +83,8 @@ class TraceMeta(msgspec.Struct, kw_only=True, frozen=True):
     """Filters and scalings applied since reading, in order, each as a short text (`--head 100`)."""
     speed: float = 1.0
     """Product of all time compressions applied."""
+    scaling: Scaling | None = None
+    """What the last `--rate` changed; None: none was given, or the file was scaled block by block."""
     seed: int | None = None
     notes: list[str] = []
     """What a reader had to decide or repair, one sentence each."""

@@ -1,6 +1,6 @@
 """The generative model of a workload: fit it to a trace, scale it, draw new traces; and the built-in profiles."""
 
-from squall.workload.baselines import bootstrap, smooth
+from squall.workload.baselines import bootstrap, rearranged, smooth
 from squall.workload.drawing import generate, generate_file, rescale
 from squall.workload.fitting import fit
 from squall.workload.model import ClassFit, ClassModel, Workload, read_workload, save_workload
@@ -19,6 +19,7 @@ __all__ = [
     "generate_file",
     "profile",
     "read_workload",
+    "rearranged",
     "rescale",
     "save_workload",
     "smooth",

@@ -9,16 +9,17 @@ import polars as pl
 from squall.errors import InputError
 from squall.progress import progress
 from squall.seeds import DEFAULT_SEED, stream
-from squall.trace import Trace, TraceSource, open_trace
+from squall.trace import Trace, TraceOptions, TraceSource, open_trace, read_servegen
 from squall.trace.ties import despread
 from squall.units import Duration, in_words, seconds
 from squall.workload.cascade import FEWEST as CASCADE_FEWEST
 from squall.workload.cascade import fit_cascade
 from squall.workload.choosing import Bench, freest, held_out
+from squall.workload.clients import fit_clients, fit_pool
 from squall.workload.concurrency import DAY, Renewal, RenewalFit, fit_renewal
 from squall.workload.conversations import fit_conversations
 from squall.workload.episodes import Episodes, fit_episodes
-from squall.workload.failures import fit_failures
+from squall.workload.failures import Failures, fit_failures
 from squall.workload.lengths import fit_lengths, ks_distance, spearman
 from squall.workload.model import Arrivals, ClassFit, ClassModel, Workload, save_workload
 from squall.workload.resampling import BLOCKS, Bootstrap, fit_bootstrap
@@ -36,7 +37,7 @@ from squall.workload.slots import (
     working_day,
 )
 
-KINDS = ("auto", "episodes", "cascade", "renewal", "bootstrap")
+KINDS = ("auto", "episodes", "cascade", "renewal", "bootstrap", "clients")
 FEW = 100
 """With fewer requests than this a fit says that it is uncertain."""
 FEWEST_WINDOWS = 6
@@ -74,6 +75,7 @@ def fit(
     * "cascade": a few numbers per time scale, which have not seen the hour that they draw;
     * "renewal": the rate and the shape of the gaps in each `window`, as in the paper;
     * "bootstrap": the trace's rows in blocks of `block` s ("auto", the default: that which a queue tells apart least);
+    * "clients": each session, or where none are recorded each model, as a client with rates and lengths of its own;
     * "auto": episodes, unless windows predict a random half of the arrivals better from the other half and a simulated
       queue does not tell their draws from the trace.
 
@@ -81,6 +83,7 @@ def fit(
     "weibull", or the likelier ("auto"); `zipf` gives the request lengths Zipf(theta(t)); `day` (such as "8h:25h") makes
     one representative working day of the windows in these hours, their gaps pooled over the days or their parameters
     averaged (`average`); `playback` plays each window for so long; `warm_up` requests come first, at `warm_up_rate`.
+    A folder with a ServeGen pool gives the clients of the pool (kind "clients" or "auto"; no other option).
     `options` are the trace options, among them the seed (for ties and for times inside a coarse clock tick).
 
     Raises InputError for a trace that has no rate (a single request, or all at one time), and for options that the kind
@@ -88,6 +91,8 @@ def fit(
     """
     plan = Plan(kind, method, gaps, zipf, day, average, playback, warm_up, warm_up_rate, block)
     seed = int(options.get("seed", DEFAULT_SEED))
+    if isinstance(trace, str | Path) and Path(trace).is_dir():
+        return _fit_pool(trace, plan, out, options)
     source = open_trace(trace, **options)
     if len(source) < 2 or source.span <= 0:
         raise InputError(_no_rate(source))
@@ -115,6 +120,32 @@ def fit(
         method=method,
         seed=seed,
         classes=classes,
+    )
+    if out is not None:
+        save_workload(workload, out)
+    return workload
+
+
+def _fit_pool(folder: str | Path, plan: "Plan", out: str | Path | None, options: dict[str, Any]) -> Workload:
+    """The model of a ServeGen pool."""
+    if plan.kind not in ("auto", "clients"):
+        raise InputError(f"--kind {plan.kind}: {folder} is a pool of clients; leave --kind out.")
+    usual = TraceOptions()
+    for name, value in options.items():
+        if name != "seed" and value != getattr(usual, name, value):
+            raise InputError(f"--{name.replace('_', '-')}: {folder} is a pool of clients, which has no requests yet.")
+    pool = read_servegen(folder)
+    arrivals, lengths, notes = fit_pool(pool)
+    one = ClassModel(
+        service=None, model=None, arrivals=arrivals, lengths=lengths, failures=Failures(0.0, 0.0, 0.0), fit=None
+    )
+    workload = Workload(
+        source=str(folder),
+        licence="Apache-2.0",
+        attribution="ServeGen (Xiang et al., arXiv 2505.09999), https://github.com/alibaba/ServeGen, Apache-2.0.",
+        notes=notes,
+        span=pool.span,
+        classes=[one],
     )
     if out is not None:
         save_workload(workload, out)
@@ -218,6 +249,15 @@ def _fit_class(
                 arrival, answered, request, response, model.lengths, span,
                 tick=tick, sessions=conversations is not None, rng=rng, seed=seed,
             )  # fmt: skip
+    elif kind == "clients":
+        if rows["session"].null_count() == len(rows):
+            raise InputError(
+                f"--kind clients: {source.meta.source} records no sessions to tell clients by; name the column that "
+                "does with --columns (session=NAME). Classes of service and model are kept apart by every kind."
+            )
+        owner = rows["session"].fill_null(-1).to_numpy()
+        arrivals = fit_clients(arrival, owner, answered, request, response, span, window, tick=tick, rng=rng, seed=seed)
+        model, reason = model.as_clients(arrivals), f"clients: asked for; {len(arrivals.clients):,} clients"
     elif kind == "bootstrap":
         arrivals, reason = _bootstrap(plan, model, arrival, rows, span, tick, seed)
     elif kind != "renewal":

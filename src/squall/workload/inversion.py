@@ -12,11 +12,12 @@ import numpy as np
 _WORTH_IT = 20_000
 """Shorter inputs are looked up by numpy: loading the compiled code takes longer."""
 _CELLS = 4096
+_NARROW = 1e-100  # cells of a narrower range have no width
 
 
 def interpolate(x: np.ndarray, points: np.ndarray, values: np.ndarray) -> np.ndarray:
     """np.interp(x, points, values): `values` between ascending `points`, constant outside of them."""
-    if x.size < _WORTH_IT:
+    if x.size < _WORTH_IT or points[-1] - points[0] < _NARROW:
         return np.interp(x, points, values)
     points, values = np.ascontiguousarray(points, dtype=float), np.ascontiguousarray(values, dtype=float)
     return _compiled()[0](np.ascontiguousarray(x, dtype=float), points, values, _guide(points))
@@ -24,7 +25,7 @@ def interpolate(x: np.ndarray, points: np.ndarray, values: np.ndarray) -> np.nda
 
 def place(x: np.ndarray, points: np.ndarray) -> np.ndarray:
     """np.searchsorted(points, x, side="right"): how many of the ascending `points` are at most x."""
-    if x.size < _WORTH_IT:
+    if x.size < _WORTH_IT or points[-1] - points[0] < _NARROW:
         return np.searchsorted(points, x, side="right")
     points = np.ascontiguousarray(points, dtype=float)
     return _compiled()[1](np.ascontiguousarray(x, dtype=float), points, _guide(points))

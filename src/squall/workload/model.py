@@ -11,6 +11,7 @@ import polars as pl
 from squall.errors import InputError
 from squall.seeds import stream
 from squall.workload.cascade import Cascade, Stretch
+from squall.workload.clients import ClientPaths, Clients
 from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
 from squall.workload.conversations import Conversations
 from squall.workload.episodes import Course, Episodes
@@ -20,7 +21,7 @@ from squall.workload.resampling import Blocks, Bootstrap
 from squall.workload.slots import Slots
 
 VERSION = 1
-Arrivals = Renewal | Daily | Floods | Slots | Episodes | Cascade | Bootstrap
+Arrivals = Renewal | Daily | Floods | Slots | Episodes | Cascade | Bootstrap | Clients
 
 
 class ClassFit(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +76,15 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return " ".join(part for part in (self.model, self.service) if part) or "all requests"
 
-    def draw(self, path: Path | Course | Stretch | Blocks, seed: int, *index: int) -> pl.DataFrame:
+    def as_clients(self, arrivals: Clients) -> Self:
+        """This class as a superposition of clients, which is what its conversations have become."""
+        return msgspec.structs.replace(self, arrivals=arrivals, conversations=None)
+
+    def with_arrivals(self, arrivals: Arrivals) -> Self:
+        """This class with other arrivals."""
+        return msgspec.structs.replace(self, arrivals=arrivals)
+
+    def draw(self, path: Path | Course | Stretch | Blocks | ClientPaths, seed: int, *index: int) -> pl.DataFrame:
         """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
         law, kind = self.lengths, self.arrivals
         clock, length_rng = stream(seed, "arrivals", *index), stream(seed, "responses", *index)
@@ -96,6 +105,8 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
             failed = response == 0
         elif isinstance(kind, Episodes) and kind.lengths and law:
             request, response, failed = kind.lengths.draw(drawn[0], law, kind.freedom, length_rng, order)
+        elif isinstance(kind, Clients):
+            request, response = kind.tokens(drawn[0], length_rng)
         elif isinstance(kind, Cascade) and law:
             u, w = _uniform(drawn, order, length_rng)
             leads = kind.lead == "request"
