@@ -473,9 +473,9 @@ def _sentence(one: Difference, alpha: float) -> str:
 
 def _change(one: Difference, change: float) -> str:
     if not one.relative:
-        unit = "points" if one.metric in SHARES else ("s" if one.metric.rpartition("_")[0] in LATENCIES else "/s")
+        unit = " points" if one.metric in SHARES else (" s" if one.metric.rpartition("_")[0] in LATENCIES else "/s")
         size = abs(change) * (100 if one.metric in SHARES else 1)
-        return f"{size:.2g} {unit} {_direction(change)}"
+        return f"{size:.2g}{unit} {_direction(change)}"
     if change > 2:
         return f"{1 + change:.3g} times as high"
     return f"{_percent(change)} % {_direction(change)}"

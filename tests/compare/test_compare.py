@@ -15,11 +15,16 @@ import squall
 from squall.cli.app import build
 from squall.compare import METRICS, Difference, _difference, _holm, _requests, _View, compare
 from squall.errors import InputError
-from squall.run import Run, RunMeta, write_run
+from squall.run import Run, RunMeta, resampling, write_run
 from squall.run.metrics import metrics
 from squall.trace import TraceMeta
 
 ARRIVALS = TraceMeta(source="made.csv", format="test", sha256="ab" * 32)
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "DRAWS", 400)  # coarser ends of the intervals, and five times as fast
 
 
 def run(latency: np.ndarray, schedule: np.ndarray | None = None, failed: np.ndarray | None = None, **meta: Any) -> Run:

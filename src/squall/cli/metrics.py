@@ -1,6 +1,6 @@
 """`squall metrics`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -20,6 +20,8 @@ def metrics(
     slo: str | None = None,
     min_goodput: Annotated[float | None, Parameter(name="--min-goodput")] = None,
     window: str = "60s",
+    export: Annotated[Literal["vllm", "aiperf", "br02", "csv", "parquet"] | None, Parameter(name="--export")] = None,
+    out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
     seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
@@ -38,15 +40,28 @@ def metrics(
         Exit with 4 if less than this share (0 to 1) of the requests offered met the SLO; needs --slo.
     window
         Length of the windows of the per-window series.
+    export
+        Also write the run in another tool's format: vllm (bench serve JSON), aiperf (a directory), br02 (llm-d's
+        benchmark report 0.2), csv or parquet (a row per attempt with its latencies); needs --out.
+    out
+        Where to: a file, or for aiperf a directory.
     """
     from squall.errors import InputError
     from squall.run import metrics as measure
+
+    if (export is None) != (out is None):
+        raise InputError("--export and --out belong together: the format, and the file (for aiperf the directory).")
 
     if min_goodput is not None and slo is None:
         raise InputError("--min-goodput: it is a share of requests that meet an SLO; give one with --slo ttft=1s,….")
     if min_goodput is not None and not 0 <= min_goodput <= 1:
         raise InputError(f"--min-goodput: {min_goodput:g} is not a share; give a number from 0 to 1, such as 0.99.")
     result = measure(run, slo=slo, window=window)
+    if export is not None and out is not None:
+        from squall.progress import note
+        from squall.run.exports import export as write
+
+        note(f"Wrote {', '.join(map(str, write(run, export, out, slo=slo)))}.")
     if output.json:
         print_json(result)
     else:
