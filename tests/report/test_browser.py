@@ -106,12 +106,13 @@ def test_every_chart_is_drawn(page: Path, tmp_path: Path, dark: bool) -> None:
         *("kv-used", "failures", "rate", "dispersion", "alpha", "request-tokens", "response-tokens", "hours"),
         *("boxes-requests", "boxes-request-tokens", "boxes-response-tokens", "bursts", "failed-share", "failed-alpha"),
         *("week-days-0", "week-days-1", "week-days-2", "week-hours-0", "week-hours-1", "week-hours-2"),
-        *("working-day", "prefixes"),
+        *("failed-length", "working-day", "prefixes", "shared", "goodness", "families", "response-band"),
+        *("autocorrelation", "spectrum", "burst-runs", "failed-runs"),
     }
     for name, chart in drawn.items():
         lines = re.findall(r'class="mark-line[^>]*>(?:<path[^>]*? d="([^"]*)")', chart)
         shapes = re.findall(r'class="mark-(?:rect|symbol)[^>]*>((?:<path[^>]*>(?:</path>)?)*)', chart)
-        if name.startswith(("boxes", "week", "bursts")):
+        if name.startswith(("boxes", "week", "bursts", "families")):
             assert sum(shape.count("<path") for shape in shapes) >= 2, name
             assert "NaN" not in "".join(shapes), name
             continue

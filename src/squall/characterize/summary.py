@@ -92,6 +92,8 @@ class Tally:
     def of_array(cls, numbers: np.ndarray, where: np.ndarray | None = None) -> "Tally":
         """Of the integers in `numbers`, those of them `where` this is true."""
         longest = int(numbers.max()) if numbers.size else 0
+        if longest > max(PIECE, 8 * numbers.size):  # few numbers in a table that long: sorting them is faster
+            return cls(*np.unique(numbers if where is None else numbers[where], return_counts=True))
         parts = (part for (part,) in pieces(numbers, where=where, size=longest))
         return cls.of((part.astype(np.int64) for part in parts), longest)
 

@@ -119,15 +119,38 @@ def declaration(chart: "alt.LayerChart") -> dict[str, Any]:
 
 
 def rate_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
-    """Requests/s over the trace."""
+    """Requests/s over the trace; over its mean where traces of very different spans lie over each other."""
     rows: list[dict[str, Any]] = []
+    relative = differ(streams)
     for name, stream in streams.items():
         series = stream.rate_series
+        unit = (stream.rate or 1.0) if relative else 1.0
         rows += [
-            {"name": name, "x": series.start + k * series.width, "y": count / series.width}
+            {"name": name, "x": series.start + k * series.width, "y": count / series.width / unit}
             for k, count in enumerate(series.counts)
         ]
-    return _curves(rows, streams, x=_time(rows), y=_axis("requests/s"), step=True)
+    y = _axis("rate / mean rate" if relative else "requests/s")
+    return _curves(rows, streams, x=_course(rows, streams), y=y, step=True)
+
+
+def differ(streams: "Mapping[str, Stream]") -> bool:
+    """Are the spans so different that they cannot share an axis of time?"""
+    spans = [_span(stream) for stream in streams.values()]
+    return max(spans) > 3 * min(spans)
+
+
+def _span(stream: "Stream") -> float:
+    return stream.rate_series.width * len(stream.rate_series.counts)
+
+
+def _course(rows: list[dict[str, Any]], streams: "Mapping[str, Stream]") -> dict[str, Any]:
+    """The axis of the time since the start, or of the share of the trace where spans differ much."""
+    if not differ(streams):
+        return _time(rows)
+    for row in rows:
+        stream = streams[row["name"]]
+        row["x"] = (row["x"] - stream.rate_series.start) / _span(stream)
+    return _axis("share of the trace that is over", format=".0%", domain=(0, 1))
 
 
 def alpha_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
@@ -140,7 +163,9 @@ def alpha_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
             if k and start - series.start[k - 1] > 1.5 * step:
                 rows.append({"name": name, "x": start - step, "y": None})  # no line over windows without a fit
             rows.append({"name": name, "x": start, "y": alpha})
-    return _curves(rows, streams, x=_time(rows), y=_axis("alpha", log=True), reference=(1.0, "Poisson"), points=True)
+    return _curves(
+        rows, streams, x=_course(rows, streams), y=_axis("alpha", log=True), reference=(1.0, "Poisson"), points=True
+    )
 
 
 def dispersion_curves(arrivals: Mapping[str, np.ndarray], finest: float = 0.1) -> "alt.LayerChart":
@@ -220,8 +245,11 @@ def hour_boxes(streams: "Mapping[str, Stream]", what: str, title: str) -> "alt.L
     return alt.layer(boxes, medians).properties(width="container", height=HEIGHT)
 
 
-def working_day_alpha(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
-    """The mean alpha of each slot of the working day; the fit of all days' gaps together is in the tooltip."""
+def working_day_alpha(streams: "Mapping[str, Stream]", names: Sequence[str] = ()) -> "alt.LayerChart":
+    """The mean alpha of each slot of the working day; the fit of all days' gaps together is in the tooltip.
+
+    `names` are all series of the page's section, so that colours stay the same where one has no such day.
+    """
     rows: list[dict[str, Any]] = []
     for name, stream in streams.items():
         day = stream.working_day
@@ -233,7 +261,7 @@ def working_day_alpha(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     extra = {"beta": ("beta, 1/s", ",.4~r"), "pooled": ("alpha, pooled", ",.4~r"), "rate": ("requests/s", ",.4~r")}
     extra["windows"] = ("days with a fit", ",d")
     y = _axis("alpha", log=True)
-    return _curves(rows, streams, x=x, y=y, reference=(1.0, "Poisson"), points=True, extra=extra)
+    return _curves(rows, names or streams, x=x, y=y, reference=(1.0, "Poisson"), points=True, extra=extra)
 
 
 def burst_sizes(streams: "Mapping[str, Stream]", scale: float) -> "alt.LayerChart":
@@ -246,7 +274,7 @@ def burst_sizes(streams: "Mapping[str, Stream]", scale: float) -> "alt.LayerChar
                 rows.append({"name": name, "x": start, "y": requests, **minutes})
     extra = {"minutes": ("minutes", ",.4~r"), "rate": ("requests/s", ",.4~r")}
     y = _axis("requests in the burst", log=True, format=",d")
-    return _curves(rows, streams, x=_time(rows), y=y, points=True, line=False, extra=extra)
+    return _curves(rows, streams, x=_course(rows, streams), y=y, points=True, line=False, extra=extra)
 
 
 def failed_share_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
@@ -258,7 +286,7 @@ def failed_share_over_time(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
             {"name": name, "x": series.start + k * series.width, "y": lost / count if count else None}
             for k, (count, lost) in enumerate(zip(series.requests, series.failed, strict=True))
         ]
-    return _curves(rows, streams, x=_time(rows), y=_axis("failed", format=".0%"), step=True)
+    return _curves(rows, streams, x=_course(rows, streams), y=_axis("failed", format=".0%"), step=True)
 
 
 def failed_share_by_alpha(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
@@ -288,23 +316,26 @@ def response_band(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     import altair as alt
 
     rows = [
-        {"name": name, "x": (band.low * band.high) ** 0.5, "y": band.p50, "low": band.p5, "high": band.p95}
-        | {"mean": band.mean, "n": band.n}
+        {"name": name, "x": (band.low * band.high) ** 0.5, "y": max(band.p50, 1), "low": max(band.p5, 1)}
+        | {"high": max(band.p95, 1), "mean": max(band.mean, 1.0), "n": band.n}
         for name, stream in streams.items()
         for band in stream.response_bands
     ]
     extra = {"mean": ("mean", ",.4~r"), "low": ("5 %", ",d"), "high": ("95 %", ",d"), "n": ("requests", ",d")}
     x = _axis("request tokens", log=True, format=",d")
-    chart = _curves(rows, streams, x=x, y=_axis("response tokens", format="~s"), points=True, extra=extra)
+    y = _axis("response tokens", log=True, format="~s")
+    chart = _curves(rows, streams, x=x, y=y, points=True, extra=extra)
     names, found = list(streams), len({row["name"] for row in rows})
     data, color = alt.InlineData(values=rows), alt.Color("name:N", scale=alt.Scale(domain=names), legend=None)
     place = alt.X("x:Q", **_channel("x", x, rows))
     band = alt.Chart(data).mark_area(clip=True, opacity=0.16 if found <= 2 else 0.07)
-    low = alt.Y("low:Q", title="response tokens", stack=None)
+    low = alt.Y("low:Q", stack=None, **_channel("y", y, rows))
     chart.layer.insert(0, band.encode(x=place, y=low, y2="high:Q", color=color))
     if found <= 2:  # more lines over each other are mud
         mean = alt.Chart(data).mark_line(clip=True, strokeDash=[4, 3], strokeWidth=1.2)
-        chart.layer.insert(1, mean.encode(x=place, y=alt.Y("mean:Q", title="response tokens", stack=None), color=color))
+        chart.layer.insert(
+            1, mean.encode(x=place, y=alt.Y("mean:Q", stack=None, **_channel("y", y, rows)), color=color)
+        )
     return chart
 
 
@@ -327,7 +358,7 @@ def families(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
         color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=None),
         shape=alt.Shape(
             "side:N", scale=alt.Scale(domain=["request", "response"], range=["circle", "triangle-up"])
-        ).legend(title=None, symbolType="circle", offset=8),
+        ).legend(title=None, offset=8, symbolFillColor="#888", symbolStrokeColor="#888"),
         tooltip=[
             *([alt.Tooltip("name:N", title="title")] if len(names) > 1 else []),
             alt.Tooltip("family:N"),
@@ -342,12 +373,17 @@ def families(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
 
 def autocorrelation(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
     """Autocorrelation of the counts by lag."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "x": k * (stream.periodicity.autocorrelation_bin or 0.0), "y": value}
         for name, stream in streams.items()
         for k, value in enumerate(stream.periodicity.autocorrelation)
     ]
-    return _curves(rows, streams, x=_time(rows, "lag"), y=_axis("autocorrelation"), reference=(0.0, ""))
+    bins = {s.periodicity.autocorrelation_bin for s in streams.values() if s.periodicity.autocorrelation}
+    if len(bins) < 2:
+        return _curves(rows, streams, x=_time(rows, "lag"), y=_axis("autocorrelation"), reference=(0.0, ""))
+    rows = [row for row in rows if row["x"] > 0]
+    x = _axis("lag", log=True, duration=True)
+    return _curves(rows, streams, x=x, y=_axis("autocorrelation"), reference=(0.0, ""))
 
 
 def spectrum(streams: "Mapping[str, Stream]") -> "alt.LayerChart":
@@ -454,7 +490,7 @@ def burst_runs(streams: "Mapping[str, Stream]", scale: float) -> "alt.LayerChart
         x=alt.X("x:Q", **_channel("x", x, rows)),
         y=alt.Y("y:Q", stack=None, **_channel("y", y, rows)),
         color=color,
-        strokeDash=dash.legend(title=None, offset=8),
+        strokeDash=dash.legend(title=None, symbolStrokeColor="#888"),
         detail="state:N",
         tooltip=tooltip,
     )

@@ -424,6 +424,11 @@ def _content(streams: Mapping[str, Stream]) -> Table:
             group=True,
         ),
         Row("median alpha of the windows", cells(lambda s: s.gamma_windows.alpha.p50)),
+        Row("windows that reject Gamma", cells(lambda s: _rejected(s), lambda share: share)),
+        Row("dispersion at 10 s", cells(lambda s: _dispersion_at(s, 10.0))),
+        Row("dispersion at 5 min", cells(lambda s: _dispersion_at(s, 300.0))),
+        Row("dispersion at 1 h", cells(lambda s: _dispersion_at(s, 3600.0))),
+        Row("requests in bursts of minutes", cells(lambda s: _in_bursts(s, 60.0), percent)),
         Row("repeats daily (hourly counts)", cells(lambda s: s.periodicity.verdict, lambda word: word or "-")),
         Row("conversations", cells(lambda s: s.conversations.sessions or None), group=True),
         Row("mean turns", cells(lambda s: s.conversations.turns.mean)),
@@ -433,12 +438,30 @@ def _content(streams: Mapping[str, Stream]) -> Table:
     return Table("What is in the trace", ["", *streams], _known(rows), note)
 
 
+def _dispersion_at(stream: Stream, scale: float) -> float | None:
+    return next((one.spread_index or one.index for one in stream.dispersion if one.scale == scale), None)
+
+
+def _rejected(stream: Stream) -> str:
+    fits = stream.gamma_windows
+    return f"{fits.rejected:,} of {fits.fitted:,}" if fits.fitted else "-"
+
+
+def _in_bursts(stream: Stream, scale: float) -> float | None:
+    return next((one.request_share for one in stream.bursts if one.scale == scale), None)
+
+
 def _trace_figures(streams: Mapping[str, Stream], arrivals: Mapping[str, np.ndarray]) -> list[Figure]:
     first = next(iter(streams.values()))
     width = in_words(first.rate_series.width)
     figures = [
         Figure(
-            "rate", "Arrivals over time", charts.rate_over_time(streams), f"Requests per second in bins of {width}."
+            "rate",
+            "Arrivals over time",
+            charts.rate_over_time(streams),
+            "Over the course of each trace, whose spans differ: the rate over its mean."
+            if charts.differ(streams)
+            else f"Requests per second in bins of {width}.",
         ),
     ]
     if any(times.size >= ENOUGH_FOR_DISPERSION and times[-1] > times[0] for times in arrivals.values()):
@@ -555,8 +578,10 @@ def _cycle_figures(streams: Mapping[str, Stream]) -> list[Figure]:
             caption += f" Autocorrelation of the hourly counts at 24 h: {', '.join(verdicts)}."
         figures.append(Figure("hours", "Hour of the day", charts.hours(streams), caption))
     if any(stream.periodicity.autocorrelation for stream in streams.values()):
-        step = next(s.periodicity.autocorrelation_bin for s in streams.values() if s.periodicity.autocorrelation_bin)
-        caption = f"Of the counts per {in_words(step)} with those of x later; peaks at 1, 2, … days are a daily rhythm."
+        bins = {name: s.periodicity.autocorrelation_bin for name, s in streams.items() if s.periodicity.autocorrelation}
+        each = ", ".join(f"{in_words(width or 0)} ({name})" for name, width in bins.items())
+        width = in_words(next(iter(bins.values())) or 0) if len(set(bins.values())) == 1 else each
+        caption = f"Of the counts per {width} with those of x later; peaks at 1, 2, … days are a daily rhythm."
         chart = charts.autocorrelation(streams)
         figures.append(Figure("autocorrelation", "Autocorrelation", chart, caption))
     if any(stream.periodicity.spectrum.period for stream in streams.values()):
@@ -585,13 +610,14 @@ def _cycle_figures(streams: Mapping[str, Stream]) -> list[Figure]:
         if len(stream.weeks.days) > 1:
             caption = f"{name}: requests of each day; days that the trace does not cover are left out."
             figures.append(Figure(f"week-days-{k}", f"Day by day: {name}", charts.week_by_day(stream), caption))
-    working = [s.working_day for s in streams.values() if any(s.working_day.parameters.alpha)]
-    if working and max(day.days for day in working) > 1:
+    several = {n: s for n, s in streams.items() if s.working_day.days > 1 and any(s.working_day.parameters.alpha)}
+    working = [stream.working_day for stream in several.values()]
+    if working:
         caption = (
             f"Mean alpha of the Gamma fits of each {in_words(working[0].slot or 0)} slot over "
             f"{max(day.days for day in working)} working days (Monday to Friday)."
         )
-        chart = charts.working_day_alpha(streams)
+        chart = charts.working_day_alpha(several, list(streams))
         figures.append(Figure("working-day", "Burstiness over the working day", chart, caption))
     return figures
 
