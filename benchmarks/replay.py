@@ -165,8 +165,8 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
         text = (
             f"{found['verdict']}; {found['succeeded']} ok; lateness p50 {1e3 * late['p50']:.2f} ms, "
             f"p99 {1e3 * late['p99']:.2f} ms; asked {(count - 1) / np.ptp(asked):.2f}/s, gap CV {gap_cv(asked):.3f}; "
-            f"TTFT from send p50 {1e3 * found['from_send']['ttft']['p50']:.1f} ms, ITL p50 {1e3 * found['itl']['p50']:.2f}"
-            f" ms; {'; '.join(found['verdict_reasons'])}"
+            f"TTFT from send p50 {1e3 * found['from_send']['ttft']['p50']:.1f} ms; "
+            f"{'; '.join(found['verdict_reasons'])}"
         )
     elif not len(arrived) or said.startswith("not done"):
         text = said[-200:] + (room / f"{name}.log").read_text(errors="replace")[-400:]
