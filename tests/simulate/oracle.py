@@ -8,8 +8,9 @@ hand. Only the duration of a step is taken from the product (it is tested on its
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
-from squall.simulate.kernel import TICKS, Limits, StepCost, gpu_seconds
+from squall.simulate.kernel import TICKS, StepCost, gpu_seconds
 
 
 @dataclass(eq=False)
@@ -24,6 +25,7 @@ class Request:
     in_flight: int = 0
     blocks: int = 0
     preemptions: int = 0
+    cached: int = 0
     replica: int | None = None
     outcome: str | None = None
     ended: int | None = None
@@ -53,7 +55,7 @@ class Step:
 class Engine:
     """One replica."""
 
-    def __init__(self, limits: Limits, cost: StepCost) -> None:
+    def __init__(self, limits: Any, cost: StepCost) -> None:
         self.limits, self.cost = limits, cost
         self.free = limits.blocks
         self.waiting: list[Request] = []
@@ -64,6 +66,7 @@ class Engine:
         self.last: Step | None = None  # composed, for the cost of the one after
         self.last_gpu = 0
         self.steps: list[tuple[int, int]] = []  # (sequences, tokens)
+        self.log: list[tuple[int, str, Request]] = []
 
     def allocate(self, r: Request, new: int) -> bool:
         need = ceil((r.computed + new) / self.limits.block_size) - r.blocks
@@ -77,7 +80,7 @@ class Engine:
         self.free += r.blocks
         r.blocks = 0
 
-    def schedule(self) -> Step | None:
+    def schedule(self, now: int) -> Step | None:
         limits = self.limits
         for r in [r for r in self.running if r.outcome]:  # given up by their clients
             self.running.remove(r)
@@ -98,6 +101,7 @@ class Engine:
                 victim.preemptions += 1
                 self.waiting.insert(0, victim)
                 preempted.append(victim)
+                self.log.append((now, "preempt", victim))
                 if victim is r:
                     break
             if r in preempted:
@@ -116,6 +120,7 @@ class Engine:
                     break
                 self.waiting.pop(0)
                 self.running.append(r)
+                self.log.append((now, "admit", r))
                 parts.append((r, 0, new, new == r.known))
                 budget -= new
         for r, computed, new, emits in parts:
@@ -166,6 +171,7 @@ class Engine:
             r.tokens.append(now)
             if r.generated == r.output:
                 r.outcome, r.ended = "ok", now + self.limits.delivery
+                self.log.append((now, "finish", r))
                 (self.running if r in self.running else self.waiting).remove(r)
                 self.release(r)
         self.current, self.ends = None, None
@@ -174,14 +180,14 @@ class Engine:
         """Start the next step if the GPU is idle; asynchronously, compose the one after it at once."""
         if self.current:
             return
-        self.current, self.next = self.next or self.schedule(), None
+        self.current, self.next = self.next or self.schedule(now), None
         if self.current:
             self.ends = now + self.current.ticks
             if self.limits.asynchronous:
-                self.next = self.schedule()
+                self.next = self.schedule(now)
 
 
-def run(requests: list[Request], limits: Limits, cost: StepCost) -> list[Engine]:
+def run(requests: list[Request], limits: Any, cost: StepCost) -> list[Engine]:
     """All requests (ascending in `sent`) through round-robin engines; no retries."""
     engines = [Engine(limits, cost) for _ in range(limits.replicas)]
     coming = sorted(requests, key=lambda r: r.sent + limits.ingest)
@@ -218,6 +224,6 @@ def run(requests: list[Request], limits: Limits, cost: StepCost) -> list[Engine]
     return engines
 
 
-def deadline(r: Request, limits: Limits) -> int:
+def deadline(r: Request, limits: Any) -> int:
     """When the engine learns that the client has given up; never at the tick of its arrival."""
     return max(r.sent + limits.ingest + 1, r.sent + limits.timeout - limits.delivery)
