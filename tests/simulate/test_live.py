@@ -49,6 +49,7 @@ def drive(live: LiveCluster, sent: np.ndarray, prompt: np.ndarray, output: np.nd
 def test_every_token_at_its_tick(seed, engine, replicas, router, queue_limit):
     draw = np.random.default_rng(seed)
     n = 80
+    router = router if replicas > 1 else "round-robin"
     cluster = resolve(**WORDS, engine=engine, replicas=replicas, router=router, queue_limit=queue_limit)
     arrival = np.sort(draw.gamma(0.4, 0.25, n).cumsum())
     prompt, output = draw.integers(1, 1500, n), draw.integers(1, 200, n)

@@ -1,7 +1,6 @@
 """HTTP/1.1 for thousands of streams: a raw asyncio protocol that takes requests and writes prepared bytes.
 
-A general server costs some 40 µs for every chunk of a stream (a task, a queue, an event of its own); here it is one
-write, which is what thousands of streams at tens of tokens a second need. Everything that a client can make large or
+Every token of a stream is one write of bytes made before, without a task or a queue of its own. Everything that a client can make large or
 slow has a limit: heads, bodies, the time that a request takes to come in, and what it leaves unread.
 """
 

@@ -2,16 +2,16 @@
 
 The scheduler, the blocks and the step times are those of a simulation (kernel.py), function by function; only the loop
 around them differs: it stops at a given tick, takes arrivals and cancellations as they come, and tells of every token.
+Windows are off, since nobody knows what will happen within them.
 """
 
 from heapq import heappop, heappush
-from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numba import njit
 
+from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
 from squall.simulate import kernel
 from squall.simulate.cluster import Cluster
@@ -20,63 +20,72 @@ from squall.simulate.kernel import (
     ATTEMPT,
     NEVER,
     OK,
-    PLAN,
     QUEUED,
-    REPLICA,
     RUNNING,
     SAMPLES,
+    SEQUENCE,
+    TRANSFER,
+    Clock,
+    Engines,
     Limits,
-    StepCost,
     _account,
     _enter,
     _give_up,
-    _receive_tokens,
-    _Replicas,
-    _start_steps,
+    _look,
+    _receive,
+    _set_end,
+    _start,
+    _wake,
     _widen,
 )
-from squall.simulate.step_time import step_cost
 
 TOKEN = np.dtype([("time", np.int64), ("slot", np.int32), ("index", np.int32)], align=True)
 """What happened to a request: its token number `index` (from 1) is there; or 0: it was refused on arrival."""
 REFUSED = 0
-
-
-class _World(NamedTuple):
-    """What is kept from one call to the next."""
-
-    engines: Any
-    attempts: np.ndarray
-    ends: np.ndarray  # (replicas,) when the step in flight ends
-    turn: np.ndarray
-    randoms: np.ndarray
-    no_ticks: np.ndarray  # token times are told, not kept
-    touched: np.ndarray  # (replicas,) whether an idle replica has to schedule
+_EVENTS = 1 << 14
+_MODELLED = {
+    "scheduler": "fcfs",
+    "preemption": "recompute",
+    "prefix_caching": False,
+    "fail": None,
+    "mtbf": None,
+    "autoscale": None,
+    "prefill_replicas": None,
+    "decode_replicas": None,
+}
+"""What must be as it is: other values need the whole list of requests in advance, or events of their own."""
 
 
 @njit
-def _start_touched(world: _World, limits: Limits, cost: StepCost, now: Any) -> None:
+def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Limits, now: Any) -> None:
     """Let whatever was touched at this tick schedule."""
-    for r in range(world.ends.size):
-        if world.touched[r]:
-            world.touched[r] = False
-            _account(world.engines, r, limits.blocks, now)
-            duration = _start_steps(world.engines, r, world.attempts, limits, cost, now)
-            if duration > 0:
-                world.ends[r] = now + duration
+    shared = engines.shared
+    for t in range(1, shared.touched[0] + 1):
+        r = shared.touched[t]
+        _account(engines, r, now)
+        _start(engines, r, attempts, None, None, limits, now)
+    shared.touched[0] = 0
 
 
 @njit
-def _tell_tokens(world: _World, r: int, out: np.ndarray, told: int, now: Any) -> Any:
-    """Note the tokens that the end of replica `r`'s step brings; returns how many entries `out` has then."""
-    slot = world.engines.state[r].slot
-    entries = world.engines.entries[r, slot]
-    for k in range(world.engines.plans[r, slot].size):
-        a = entries[k] >> 1
-        if entries[k] & 1 and world.attempts[a].state < OK:
+def _tell_tokens(
+    engines: Engines, r: int, attempts: np.ndarray, limits: Limits, out: np.ndarray, told: int, now: Any
+) -> Any:
+    """Note the tokens that the end of replica `r`'s step will bring; returns how many entries `out` has then."""
+    me = engines.state[r]
+    for i in range(me.running):
+        s = engines.running[r, i]
+        if (s.now if limits.asynchronous else s.next) == 3 and attempts[s.attempt].state == RUNNING:
+            out[told].time = now
+            out[told].slot = s.attempt
+            out[told].index = s.generated + 1
+            told += 1
+    for k in range(me.orphans):
+        a = engines.orphans[r, k]
+        if attempts[a].state <= TRANSFER:
             out[told].time = now
             out[told].slot = a
-            out[told].index = world.attempts[a].generated + 1
+            out[told].index = attempts[a].generated + 1
             told += 1
     return told
 
@@ -84,9 +93,10 @@ def _tell_tokens(world: _World, r: int, out: np.ndarray, told: int, now: Any) ->
 def _entries(sources: int) -> tuple[Any, Any]:
     @njit(cache=True)
     def advance(
-        world: _World,
+        engines: Engines,
+        attempts: np.ndarray,
         limits: Limits,
-        cost: StepCost,
+        affinity: np.ndarray,
         at: np.ndarray,
         slots: np.ndarray,
         until: int,
@@ -97,55 +107,63 @@ def _entries(sources: int) -> tuple[Any, Any]:
         Returns (entries of `out`, arrivals taken, whether `out` was too small to come to the end).
         """
         assert sources >= 0  # noqa: S101 - part of the cache's key
-        engines, attempts, ends = world.engines, world.attempts, world.ends
-        events = [(NEVER, np.int64(0), np.int64(0))]
+        shared = engines.shared
+        leaves = shared.ends.size // 2
         told, arrived = 0, 0
-        most = engines.running.size + 1
+        most = 2 * engines.running.size + 1
         while True:
             coming = at[arrived] if arrived < at.size else NEVER
-            now = min(coming, ends.min())
+            now = min(coming, shared.ends[1])
             if now > until:
                 return told, arrived, False
             if told + most > out.size:
                 return told, arrived, True
-            _widen(engines.samples, engines.width, now)
-            for r in range(ends.size):
-                if ends[r] == now:
-                    ends[r] = NEVER
-                    _account(engines, r, limits.blocks, now)
-                    told = _tell_tokens(world, r, out, told, now)
-                    _receive_tokens(engines, r, attempts, limits, now, world.no_ticks, world.no_ticks)
-                    world.touched[r] = True
-            while arrived < at.size and at[arrived] == now and told < out.size:
-                a = slots[arrived]
-                r = _enter(engines, attempts, a, events, limits, world.turn, world.randoms, now)
-                if r < 0:
-                    out[told].time = now
-                    out[told].slot = a
-                    out[told].index = REFUSED
-                    told += 1
-                elif not engines.state[r].busy:
-                    world.touched[r] = True
-                arrived += 1
-            _start_touched(world, limits, cost, now)
+            _widen(engines.samples, shared.width, now)
+            if limits.scrape > 0:
+                _look(engines, limits, now)
+            while True:
+                if shared.ends[1] == now:
+                    i = 1
+                    while i < leaves:
+                        i = 2 * i if shared.ends[2 * i] == now else 2 * i + 1
+                    r = i - leaves
+                    _account(engines, r, now)
+                    _set_end(engines, r, NEVER)
+                    told = _tell_tokens(engines, r, attempts, limits, out, told, now)
+                    _receive(engines, r, attempts, None, None, limits, now)
+                    _wake(engines, r, attempts, None, None, limits, now)
+                elif arrived < at.size and at[arrived] == now and told + most <= out.size:
+                    a = slots[arrived]
+                    _enter(engines, attempts, a, None, None, limits, affinity, now)
+                    if attempts[a].state >= OK:
+                        out[told].time = now
+                        out[told].slot = a
+                        out[told].index = REFUSED
+                        told += 1
+                    arrived += 1
+                else:
+                    break
+                while shared.woken[0] > 0:
+                    shared.woken[0] -= 1
+                    _wake(engines, shared.woken[shared.woken[0] + 1], attempts, None, None, limits, now)
+            _finish_tick(engines, attempts, limits, now)
 
     @njit(cache=True)
-    def cancel(world: _World, limits: Limits, cost: StepCost, a: int, now: int) -> None:
+    def cancel(engines: Engines, attempts: np.ndarray, limits: Limits, a: int, now: int) -> None:
         """The client of `a` is gone: its blocks are free at the next schedule."""
         assert sources >= 0  # noqa: S101
-        events = [(NEVER, np.int64(0), np.int64(0))]
-        _widen(world.engines.samples, world.engines.width, now)
-        r = world.attempts[a].replica
-        _give_up(world.engines, world.attempts, a, events, limits, world.randoms[1], now)
-        if not world.engines.state[r].busy:
-            world.touched[r] = True
-        _start_touched(world, limits, cost, now)
+        shared = engines.shared
+        _widen(engines.samples, shared.width, now)
+        _give_up(engines, attempts, a, None, None, limits, now)
+        while shared.woken[0] > 0:
+            shared.woken[0] -= 1
+            _wake(engines, shared.woken[shared.woken[0] + 1], attempts, None, None, limits, now)
+        _finish_tick(engines, attempts, limits, now)
 
     return advance, cancel
 
 
-_advance, _cancel = _entries(crc32(Path(kernel.__file__).read_bytes()))
-"""numba's cache looks at this file alone; what it compiles is mostly in kernel.py."""
+_advance, _cancel = _entries(kernel._fingerprint())
 
 
 class Load(NamedTuple):
@@ -161,40 +179,52 @@ class LiveCluster:
     """A cluster that is driven from outside. All times are ticks of its clock, and never go back."""
 
     def __init__(self, cluster: Cluster, *, seed: int = DEFAULT_SEED, capacity: int = 16_384) -> None:
-        """At most `capacity` requests may be in it at once."""
-        self.limits = limits = cluster.limits()._replace(retries=0, timeout=int(NEVER))
-        self._cost = step_cost(cluster.step_time, cluster.model, cluster.gpu, cluster.tp)
+        """At most `capacity` requests may be in it at once. Raises InputError for what only a simulation can do."""
+        limits = cluster.limits()._replace(windows=0, retries=0, timeout=int(NEVER))
+        if any(getattr(cluster.choices, name) != default for name, default in _MODELLED.items()):
+            raise InputError(
+                f"serve: of the cluster's policies these exist only in `squall simulate`: {', '.join(_MODELLED)}."
+            )
+        self.limits = limits
         self.now = 0
-        n = limits.replicas
-        engines = _Replicas(
-            np.zeros(n, REPLICA),
-            np.empty((n, limits.max_seqs), np.int64),
-            np.zeros((n, 2), PLAN),
-            np.empty((n, 2, limits.max_seqs), np.int64),
-            np.zeros((n, SAMPLES, 5)),
+        state, costs, points = cluster.machines()
+        most = int(state["max_seqs"].max())
+        tree = 1 << max(0, len(state) - 1).bit_length()
+        shared = Clock(
             np.array([kernel.TICKS]),
+            np.full(2 * tree, NEVER),
+            np.zeros(2 * len(state) + 2, np.int64),
+            np.zeros(2 * len(state) + 2, np.int64),
+            np.zeros(16, np.int64),
+            np.zeros(len(state), np.int64),
+            np.zeros(len(state), np.int64),
+            _kernel_seeds(seed),
+        )
+        self._engines = Engines(
+            state,
+            np.zeros((len(state), most), SEQUENCE),
+            np.empty((len(state), most), np.int64),
+            costs,
+            points,
+            np.full((len(state), most + 1), np.nan),
+            np.zeros((len(state), SAMPLES, 5)),
+            shared,
             np.empty(0, kernel.EVENT),
             np.empty(0, kernel.STEP),
-            np.zeros(2, np.int64),
-        )
-        engines.state["free"] = limits.blocks
-        engines.state["head"] = engines.state["tail"] = -1
-        self._state, self._attempts = engines.state, np.zeros(capacity, ATTEMPT)
-        self._world = _World(
-            engines,
-            self._attempts,
-            np.full(n, NEVER),
-            np.zeros(1, np.int64),
-            _kernel_seeds(seed),
             np.empty(0, np.int64),
-            np.zeros(n, np.bool_),
+            np.empty(0, np.int64),
+            np.zeros(64, kernel.TO_COME),
+            np.empty((3, max(most, limits.block_size + 2)), np.int64),
         )
+        self._engines.heap["tick"] = NEVER  # nothing is to come but what clients do
+        self._attempts = np.zeros(capacity, ATTEMPT)
+        self._affinity = np.zeros(capacity, np.uint64)
         self._free = list(range(capacity - 1, -1, -1))
-        self._leaving: list[tuple[int, int]] = []  # slots cancelled in mid-run, and the steps of their replica
+        self._leaving: list[tuple[int, int]] = []  # slots cancelled while they ran, and the steps of their replica
         self._coming: list[tuple[int, int, int]] = []  # tick, order, slot
         self._gone: set[int] = set()  # slots cancelled before they arrived
         self._order = 0
-        self._out = np.empty(max(1 << 14, 2 * engines.running.size + 2), TOKEN)
+        self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
 
     @property
     def full(self) -> bool:
@@ -209,7 +239,7 @@ class LiveCluster:
         it[:] = np.zeros(1, ATTEMPT)
         for name, value in (("request", slot), ("number", 1), ("sent", at), ("prompt", prompt), ("output", output)):
             it[name] = value
-        for name in ("first", "last", "ended", "replica", "next", "previous"):
+        for name in ("first", "last", "ended", "replica", "source", "next", "previous", "child"):
             it[name] = -1
         seen = at + self.limits.ingest + self.limits.ingest_per_token * prompt
         heappush(self._coming, (max(seen, self.now + 1), self._order, slot))
@@ -221,14 +251,18 @@ class LiveCluster:
         it = self._attempts[slot]
         if it["replica"] < 0:
             self._gone.add(slot)
-        elif it["state"] in (QUEUED, RUNNING):
-            _cancel(self._world, self.limits, self._cost, slot, self.now)
-            self._leaving.append((slot, int(self._state[it["replica"]]["steps"])))
+        elif it["state"] in (QUEUED, RUNNING, TRANSFER):
+            running = it["state"] == RUNNING
+            _cancel(self._engines, self._attempts, self.limits, slot, self.now)
+            if running or it["preemptions"] > 0:
+                self._leaving.append((slot, int(self._engines.state[it["replica"]]["steps"])))
+            else:
+                self._free.append(slot)
 
     def next(self) -> int:
         """When something happens next, if nobody comes or goes; NEVER: nothing."""
         coming = self._coming[0][0] if self._coming else int(NEVER)
-        return min(coming, int(self._world.ends.min()))
+        return min(coming, int(self._engines.shared.ends[1]))
 
     def advance(self, until: int) -> np.ndarray:
         """Run up to and with tick `until`; returns TOKEN entries in the order of time.
@@ -246,7 +280,9 @@ class LiveCluster:
         ticks, slots = np.array(due, np.int64).reshape(-1, 2).T.copy()
         parts, more = [], True
         while more:
-            told, arrived, more = _advance(self._world, self.limits, self._cost, ticks, slots, until, self._out)
+            told, arrived, more = _advance(
+                self._engines, self._attempts, self.limits, self._affinity, ticks, slots, until, self._out
+            )
             parts.append(self._out[:told].copy())
             ticks, slots = ticks[arrived:], slots[arrived:]
         self.now = max(self.now, until)
@@ -271,18 +307,21 @@ class LiveCluster:
             Load(
                 int(me["running"] - me["aborted"]),
                 int(me["waiting"]),
-                float(1 - me["free"] / self.limits.blocks),
+                float((me["blocks"] - me["free"]) / me["blocks"]),
                 int(me["preemptions"]),
             )
-            for me in self._state
+            for me in self._engines.state
         ]
 
     def _retire(self) -> None:
-        """Slots of cancelled requests that no step of the engines names any more."""
+        """Slots of cancelled requests that no step and no list of the engines names any more."""
+        if not self._leaving:
+            return
+        state = self._engines.state
         kept = []
         for slot, steps in self._leaving:
-            me = self._state[self._attempts[slot]["replica"]]
-            if me["steps"] >= steps + 3 or not (me["busy"] or me["aborted"]):
+            me = state[self._attempts[slot]["replica"]]
+            if (me["aborted"] == 0 and me["orphans"] == 0) or me["steps"] >= steps + 3:
                 self._free.append(slot)
             else:
                 kept.append((slot, steps))
