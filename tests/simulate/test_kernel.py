@@ -282,6 +282,25 @@ def test_deterministic_service_waits_as_in_an_m_d_1_queue():
     assert error < 0.05 * expected
 
 
+def test_general_service_waits_as_in_an_m_g_1_queue():
+    """The same with lengths that vary: mean wait = rate * E[S^2] / (2 * (1 - rho)) (Pollaczek-Khinchine)."""
+    cluster = resolve(kv_blocks=1000, max_num_seqs=1, engine="vllm-0.11", step_time=StepTime(a0=0.0))
+    rng = np.random.default_rng(8)
+    n = 60_000
+    prompt, output = rng.integers(1, 3000, n), 1 + rng.geometric(1 / 20, n)
+    alone = run_requests(np.arange(n) * 10.0, prompt, output, cluster).attempts
+    service = (alone["last"] - alone["sent"]) / TICKS
+    rho = 0.5
+    arrival = np.cumsum(rng.exponential(service.mean() / rho, n))
+    it = run_requests(arrival, prompt, output, cluster).attempts
+    wait = (it["last"] - it["sent"]) / TICKS - service
+    expected = rho / service.mean() * np.mean(service**2) / (2 * (1 - rho))
+    error = wait.reshape(30, -1).mean(axis=1).std(ddof=1) / np.sqrt(30)
+    assert wait.min() >= -1e-9
+    assert abs(wait.mean() - expected) < 4 * error
+    assert error < 0.1 * expected
+
+
 def test_littles_law_holds_in_the_time_series():
     rng = np.random.default_rng(1)
     n = 3000

