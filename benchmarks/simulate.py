@@ -44,7 +44,8 @@ for _ in range(int(sys.argv[5])):
     took = time.perf_counter() - began
     best = took if best is None else min(best, took)
 summary = result.summary() if callable(result.summary) else result.summary
-print(json.dumps({"seconds": best, "simulated": summary["duration_ms"] / 1e3, "completed": summary["completed_requests"]}))
+simulated, completed = summary["duration_ms"] / 1e3, summary["completed_requests"]
+print(json.dumps({"seconds": best, "simulated": simulated, "completed": completed}))
 """
 
 
