@@ -10,7 +10,6 @@ time per request is printed too. Azure and Mooncake are read from SQUALL_TRACES,
 """
 
 import argparse
-import inspect
 import json
 import os
 import resource
@@ -57,10 +56,7 @@ def workloads(folder: str | None) -> dict[str, tuple[Trace, int, bool]]:
         azure = Path(folder) / "azure-2023" / "AzureLLMInferenceTrace_conv.csv"
         found["Azure conversation"] = (open_trace(azure), 2, False)
         mooncake = Path(folder) / "mooncake" / "conversation_trace.jsonl"
-        if "prefix_caching" in inspect.signature(resolve).parameters:
-            found["Mooncake, prefix caching"] = (open_trace(mooncake), 4, True)
-        else:
-            found["Mooncake, no prefix caching"] = (open_trace(mooncake), 4, False)
+        found["Mooncake, prefix caching"] = (open_trace(mooncake), 4, True)
     return found
 
 
@@ -80,12 +76,11 @@ def write_mooncake(trace: Trace, path: Path) -> None:
 
 def ours(trace: Trace, replicas: int, caching: bool, repeats: int) -> dict[str, float]:
     """Seconds (best), steps and simulated seconds of the simulation alone."""
-    words = {"prefix_caching": caching} if "prefix_caching" in inspect.signature(resolve).parameters else {}
-    cluster = resolve(model="llama-3.1-8b", gpu="h100", replicas=replicas, **LIMITS, **words)
+    cluster = resolve(model="llama-3.1-8b", gpu="h100", replicas=replicas, prefix_caching=caching, **LIMITS)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        run = run_trace(trace, cluster)
+        run = run_trace(trace, cluster, token_times=False)
         times.append(time.perf_counter() - began)
     target = run.meta.target
     return {

@@ -78,7 +78,11 @@ def test_the_timeline_is_what_happened(told):
     )
     for _, lane in lanes.sort("ts").group_by("lane"):
         assert (lane["ts"].to_numpy()[1:] >= lane["end"].to_numpy()[:-1] - 1e-3).all()  # lanes do not overlap
-    phases = [event for event in events if event.get("name") in ("queued", "prefill", "decode", "queued again")]
+    phases = [
+        event
+        for event in events
+        if event.get("cat") == "request" and not event["name"].startswith("request ") and event["ph"] == "X"
+    ]
     assert sum(event["dur"] for event in phases) == pytest.approx(sum(event["dur"] for event in requests), rel=1e-9)
     used = [event["args"]["used"] for event in events if event.get("name") == "KV blocks"]
     assert 0 <= min(used) <= max(used) <= 399
