@@ -209,7 +209,7 @@ def test_your_own_policy(tmp_path):
     run = simulate(trace, scheduler=f"{path}:shortest")
     assert any("scheduler=" in line for line in run.meta.notes)
     for name, says in {
-        "broken": "raised",
+        "broken": "raised|finite",
         "nonsense": "finite",
         "unknown": "colour",
         "text": "compile|finite|raised",
@@ -332,9 +332,10 @@ def test_each_kind_of_gpu_has_its_own_pace():
 
 def test_overload_shows_a_plateau():
     """KV-bound: beyond saturation neither throughput nor the number of running requests depends on the load."""
-    trace = at_once([1000] * 1500, [200] * 1500)
+    rng = np.random.default_rng(3)  # lengths that vary, so that requests do not end in waves
+    trace = at_once(rng.integers(500, 1500, 4000), rng.integers(100, 300, 4000))
     seen = []
-    for n in (700, 1500):
+    for n in (2000, 4000):
         run = simulate(trace, head=n, gpu="l40s", kv_blocks=6000)
         middle = run.series.filter(
             pl.col("time").is_between(0.2 * run.series["time"][-1], 0.6 * run.series["time"][-1])
