@@ -113,7 +113,7 @@ def run_requests(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
-        limits,
+        kernel.packed(limits),
         replicas,
         costs,
         points,

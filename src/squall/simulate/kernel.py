@@ -230,6 +230,16 @@ class Limits(NamedTuple):
     debug: int  # whether to check the invariants at every step
 
 
+LIMITS = np.dtype(
+    [(name, np.float64 if kind is float else np.int64) for name, kind in Limits.__annotations__.items()], align=True
+)
+
+
+def packed(limits: Limits) -> np.ndarray:
+    """(1,) LIMITS: compiled functions pass a record as one pointer, a tuple field by field."""
+    return np.array([tuple(limits)], LIMITS)
+
+
 class StepCost(NamedTuple):
     """Constants of the roofline in seconds, see step_time.py."""
 
@@ -1674,7 +1684,7 @@ def _entry(sources: int) -> Any:
         arrival: np.ndarray,
         prompt: np.ndarray,
         output: np.ndarray,
-        limits: Limits,
+        settings: np.ndarray,
         replicas: np.ndarray,
         costs: np.ndarray,
         points: np.ndarray,
@@ -1690,6 +1700,7 @@ def _entry(sources: int) -> Any:
         log_steps: bool,
     ) -> Any:
         assert sources >= 0  # noqa: S101  # part of the cache's key
+        limits: Any = settings[0]
         n = arrival.size
         attempts = np.zeros(n, ATTEMPT)
         for a in range(n):
@@ -1779,8 +1790,8 @@ Parameters
 ----------
 arrival, prompt, output
     (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
-limits, replicas, costs, points
-    Limits; (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
+settings, replicas, costs, points
+    packed(Limits); (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
 pool, queue
     blocks.Pool for prefix caching, else None; waiting.Queue, or None for FCFS.
 affinity
