@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import oracle
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from squall.simulate import kernel
 from squall.simulate.cluster import kernel_costs, kernel_replicas, resolve
 from squall.simulate.engine import run_requests
 from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
+from squall.simulate.policies import Choices, pool_for
 from squall.simulate.step_time import StepTime
 
 NAMES = {kernel.OK: "ok", kernel.TIMEOUT: "timeout", kernel.QUEUE_FULL: "queue_full", kernel.UNSERVABLE: "unservable"}
@@ -52,18 +54,20 @@ class Setup(NamedTuple):
 def make_limits(**changes):
     base = resolve(kv_blocks=101, block_size=16, max_num_seqs=8, engine="vllm-0.11", step_time=StepTime(a0=0.0))
     limits = base.limits()._replace(full_gate=1, ingest=0, ingest_per_token=0, delivery=0, max_model_len=10**9, debug=1)
-    return Setup(limits, {"blocks": 100, "max_seqs": 8, "budget": 64, "watermark": 0}).replace(**changes)
+    return Setup(limits, {"blocks": 100, "max_seqs": 8, "budget": 64, "watermark": 0, "caching": False}).replace(
+        **changes
+    )
 
 
 def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None, queue=None, log_steps=True, **more):
     sent, prompt, output = np.array(sent, np.int64), np.array(prompt, np.int32), np.array(output, np.int32)
     ends = np.cumsum(output, dtype=np.int64)
-    replicas = kernel_replicas(setup.replicas, **setup.sizes)
+    replicas = kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"})
     result = kernel.run_cluster(
         sent,
         prompt,
         output,
-        setup.limits,
+        kernel.packed(setup.limits),
         replicas,
         *kernel_costs([cost] * setup.replicas),
         pool,
@@ -79,6 +83,20 @@ def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None,
     )
     assert result[-1] == 0
     return (*result[:-1], ends - output)
+
+
+def make_pool(setup, prompt, output, chain):
+    asked = pl.DataFrame({"request_tokens": prompt, "session": chain, "prefix": pl.Series([None] * len(prompt))})
+    pool = pool_for(
+        Choices(prefix_caching=True),
+        asked,
+        np.array(output),
+        None,
+        replicas=kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"}),
+        block_size=setup.block_size,
+        block_bytes=1.0,
+    )
+    return pool._replace(chain=np.array(chain, np.uint64))
 
 
 @st.composite
@@ -140,7 +158,9 @@ def agree(requests, engines, setup, result):
         mine = steps[steps["replica"] == number]
         assert not len(mine) or [tuple(step) for step in mine[["sequences", "tokens"]].tolist()] == e.steps, mine
         # Conservation: at the end all is free, nobody is left, and every block was counted.
-        assert it["free"] + sum(r.blocks for r in e.running) == setup.blocks
+        assert it["free"] + (0 if e.cache else sum(r.blocks for r in e.running)) == (
+            e.free if e.cache else setup.blocks
+        )
         assert it["waiting"] == len(e.waiting) == 0
 
 
@@ -158,6 +178,29 @@ def test_agrees_with_the_oracle_by_single_steps_and_in_windows(workload):
     for windows in (0, 1):
         result = run_kernel(sent, prompt, output, limits.replace(windows=windows), cost, log_steps=not windows)
         agree(requests, engines, limits, result)
+
+
+@settings(max_examples=CASES // 2, deadline=None)
+@given(workloads(), st.data())
+def test_prefix_caching_agrees_with_the_oracle(workload, data):
+    """Ref-counted blocks, hash chains and the free list, against dictionaries; few chains, so that prompts share."""
+    sent, prompt, output, limits, cost = workload
+    chain = data.draw(st.lists(st.integers(0, 3), min_size=len(prompt), max_size=len(prompt)))
+    limits = limits.replace(caching=True)
+    requests = [oracle.Request(int(s), p, o, chain=c) for s, p, o, c in zip(sent, prompt, output, chain, strict=True)]
+    engines = oracle.run(requests, limits, cost)
+    for windows in (0, 1):
+        setup = limits.replace(windows=windows)
+        pool = make_pool(setup, prompt, output, chain)
+        agree(requests, engines, setup, run_kernel(sent, prompt, output, setup, cost, pool=pool, log_steps=not windows))
+        for r, e in enumerate(engines):
+            order, b = [], pool.after[r, -1]
+            while b != setup.blocks:
+                order.append(int(b))
+                b = pool.after[r, b]
+            assert order == list(e.cache.free)
+            found = {b for b in range(setup.blocks) if pool.key[r, b]}
+            assert found == {block for blocks in e.cache.found.values() for block in blocks}
 
 
 def test_windows_are_most_of_the_steps_where_little_happens():
@@ -237,6 +280,25 @@ def test_deterministic_service_waits_as_in_an_m_d_1_queue():
     assert wait.min() >= -1e-9
     assert abs(wait.mean() - expected) < 4 * error
     assert error < 0.05 * expected
+
+
+def test_general_service_waits_as_in_an_m_g_1_queue():
+    """The same with lengths that vary: mean wait = rate * E[S^2] / (2 * (1 - rho)) (Pollaczek-Khinchine)."""
+    cluster = resolve(kv_blocks=1000, max_num_seqs=1, engine="vllm-0.11", step_time=StepTime(a0=0.0))
+    rng = np.random.default_rng(8)
+    n = 60_000
+    prompt, output = rng.integers(1, 3000, n), 1 + rng.geometric(1 / 20, n)
+    alone = run_requests(np.arange(n) * 10.0, prompt, output, cluster).attempts
+    service = (alone["last"] - alone["sent"]) / TICKS
+    rho = 0.5
+    arrival = np.cumsum(rng.exponential(service.mean() / rho, n))
+    it = run_requests(arrival, prompt, output, cluster).attempts
+    wait = (it["last"] - it["sent"]) / TICKS - service
+    expected = rho / service.mean() * np.mean(service**2) / (2 * (1 - rho))
+    error = wait.reshape(30, -1).mean(axis=1).std(ddof=1) / np.sqrt(30)
+    assert wait.min() >= -1e-9
+    assert abs(wait.mean() - expected) < 4 * error
+    assert error < 0.1 * expected
 
 
 def test_littles_law_holds_in_the_time_series():

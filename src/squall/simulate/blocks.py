@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-lean = njit(_nrt=False)
-"""For functions that allocate nothing: without counting the references to the arrays that they pass around."""
+lean = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For what only compiled functions call, and that allocates nothing: no counting of references to the arrays that are
+passed around (half of the time), no wrappers for Python (half of the compilation)."""
 
 POOL = np.dtype(
     [
@@ -259,7 +260,8 @@ def grow(pool: Pool, r: int, me: Any, sequence: Any, request: int, count: int, k
 def longest_hit(pool: Pool, r: int, request: int, prompt: int, most: int) -> Any:
     """Blocks at the beginning of the request that are found: on the GPU, of these not in use, then on the host; and
     the first key that is not found."""
-    hits, idle = 0, 0
+    hits = 0
+    idle: Any = 0
     miss = np.uint64(0)
     while hits < most:
         miss = block_key(pool, request, hits, prompt)
@@ -336,7 +338,9 @@ def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
 @lean
 def holds_invariants(pool: Pool, r: int, blocks: int, free: int) -> bool:
     """Whether free blocks and references agree, and the table finds exactly what has a key (debug builds)."""
-    unused, findable, listed = 0, 0, 0
+    unused: Any = 0
+    findable: Any = 0
+    listed: Any = 0
     for b in range(blocks):
         unused += pool.reference[r, b] == 0
         if pool.key[r, b]:
@@ -345,10 +349,11 @@ def holds_invariants(pool: Pool, r: int, blocks: int, free: int) -> bool:
                 return False
     for slot in range(pool.table.shape[1]):
         listed += pool.table[r, slot] != 0
-    linked, b = 0, np.int64(pool.after[r, -1])
-    while b != pool.after.shape[1] - 1:
+    linked = 0
+    at: Any = np.int64(pool.after[r, -1])
+    while at != pool.after.shape[1] - 1:
         linked += 1
-        if not pool.fifo and pool.reference[r, b] > 0:
+        if not pool.fifo and pool.reference[r, at] > 0:
             return False
-        b = np.int64(pool.after[r, b])
+        at = np.int64(pool.after[r, at])
     return unused == free and findable == listed and linked == (blocks if pool.fifo else free)

@@ -277,7 +277,7 @@ def resolve(
         if replicas != 1:
             raise InputError("--replicas contradicts --prefill-replicas and --decode-replicas; leave it out.")
         replicas = (chosen.prefill_replicas or 0) + (chosen.decode_replicas or 0)
-    chosen.check(replicas, queue_limit)
+    chosen.check(replicas)
     if chosen.max_replicas is not None and chosen.max_replicas <= replicas:
         raise InputError(f"--max-replicas {chosen.max_replicas}: it must be above --replicas {replicas}, the least.")
     engine = DEFAULT_ENGINE if engine is None else engine

@@ -20,8 +20,8 @@ from squall.trace.table import SCHEMA as TRACE_SCHEMA
 from squall.trace.table import Trace
 
 TOKEN_TIMES = 1_000_000
-"""Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last, unless
-it is asked to keep them."""
+"""Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last,
+unless it is asked to keep them."""
 
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
@@ -113,7 +113,7 @@ def run_requests(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
-        limits,
+        kernel.packed(limits),
         replicas,
         costs,
         points,
@@ -128,6 +128,8 @@ def run_requests(
         events,
         steps,
     )
+    if livelock < 0:
+        raise SquallError("an invariant of the simulation broke; this is a bug in squall, please report it.")
     if livelock:
         raise SquallError(
             f"request {order[attempts['request'][livelock - 1]]} was preempted over {kernel.LIVELOCK:,} times without"
@@ -276,7 +278,7 @@ def _outcomes(state: np.ndarray) -> tuple[pl.Series, pl.Series, pl.Series, pl.Se
     code = np.zeros(max(_WORDS) + 1, np.int64)
     code[list(_WORDS)] = np.arange(len(_WORDS))
     at = pl.Series(code[state])
-    types = (pl.Enum(STATUSES), pl.String, pl.Int32, pl.String)
+    types: tuple[Any, ...] = (pl.Enum(STATUSES), pl.String, pl.Int32, pl.String)
     columns = []
     for i, dtype in enumerate(types):
         values = pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype)

@@ -230,6 +230,16 @@ class Limits(NamedTuple):
     debug: int  # whether to check the invariants at every step
 
 
+LIMITS = np.dtype(
+    [(name, np.float64 if kind is float else np.int64) for name, kind in Limits.__annotations__.items()], align=True
+)
+
+
+def packed(limits: Limits) -> np.ndarray:
+    """(1,) LIMITS: compiled functions pass a record as one pointer, a tuple field by field."""
+    return np.array([tuple(limits)], LIMITS)
+
+
 class StepCost(NamedTuple):
     """Constants of the roofline in seconds, see step_time.py."""
 
@@ -260,13 +270,13 @@ class Clock(NamedTuple):
     ends: np.ndarray  # (2 * 2**k,) a tournament: the earliest step end at [1], that of replica r at [2**k + r]
     touched: np.ndarray  # (1 + replicas,) how many, then which idle replicas schedule at the end of the tick
     woken: np.ndarray  # (1 + replicas,) how many, then which busy or idle ones something was handed to
-    counters: np.ndarray  # (12,) see below
+    counters: np.ndarray  # (13,) see below
     outstanding: np.ndarray  # (replicas,) what the router saw last: requests
     used: np.ndarray  # (replicas,) and blocks
     random: np.ndarray  # (2, 1) uint64 states: of the router and of the retry jitter
 
 
-OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED = range(12)
+OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING = range(13)
 
 
 class Engines(NamedTuple):
@@ -471,9 +481,9 @@ def _fail(engines: Engines, attempts: np.ndarray, a: int, state: int, ended: Any
     it.ended = ended
     engines.shared.counters[OPEN] -= 1
     if state != UNSERVABLE and it.number <= limits.retries:
-        longest = limits.backoff_cap
+        longest = np.int64(limits.backoff_cap)
         if it.number < 20:  # beyond, the cap holds and the shift would overflow
-            longest = min(longest, limits.backoff << (it.number - 1))
+            longest = min(longest, np.int64(limits.backoff) << np.int64(it.number - 1))
         arrival = _seen(limits, ended + np.int64(_random(engines.shared.random[1]) * longest), it.prompt)
         _push(engines, max(arrival, ended + 1), RETRY, a)
         engines.shared.counters[PENDING] += 1
@@ -713,6 +723,7 @@ def _admit(
             me.free -= need
             it.blocks = need
             it.state = TRANSFER
+            engines.shared.counters[SENDING] += 1
             it.epoch = me.epoch + engines.state[it.source].epoch
             source = engines.state[it.source]
             source.link_free = (
@@ -840,22 +851,19 @@ def _price(engines: Engines, r: int, limits: Limits) -> None:
 
 
 @lean
-def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.ndarray) -> None:
-    """The invariants of a replica, after composing a step (debug builds)."""
+def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.ndarray) -> bool:
+    """Whether the invariants of a replica hold after composing a step (debug builds)."""
     me, running = engines.state[r], engines.running[r]
-    assert me.left >= 0
-    assert 0 <= me.running <= me.max_seqs
-    assert 0 <= me.free <= me.blocks
+    sound = me.left >= 0 and 0 <= me.running <= me.max_seqs and 0 <= me.free <= me.blocks
     held = 0
     for i in range(me.running):
-        assert running[i].blocks == _blocks(running[i].computed, limits.block_size)
-        assert running[i].generated < running[i].output
-        assert attempts[running[i].attempt].state == RUNNING
-        held += running[i].blocks
+        it = running[i]
+        sound &= it.blocks == _blocks(it.computed, limits.block_size)
+        sound &= it.generated < it.output and attempts[it.attempt].state == RUNNING
+        held += it.blocks
     if pool is not None:
-        assert holds_invariants(pool, r, me.blocks, me.free)
-    elif me.role == BOTH:
-        assert held + me.free == me.blocks
+        return sound and holds_invariants(pool, r, me.blocks, me.free)
+    return sound and (me.role != BOTH or held + me.free == me.blocks)
 
 
 @lean
@@ -896,8 +904,8 @@ def _compose(
     if me.preemptions > before:
         engines.samples[r, now // engines.shared.width[0], PREEMPTIONS] += me.preemptions - before
         me.closed = 0
-    if limits.debug:
-        _check(engines, r, pool, limits, attempts)
+    if limits.debug and not _check(engines, r, pool, limits, attempts):
+        engines.shared.counters[STUCK] = -1
     if me.next_size > 0:
         _price(engines, r, limits)
     return me.next_size
@@ -1325,7 +1333,7 @@ def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.nd
         if limits.router == RANDOM or limits.router == SESSION_AFFINITY:
             if place == pick:
                 return np.int64(r)
-        elif limits.router != POWER_OF_TWO or place == pick or place == other:
+        elif limits.router != POWER_OF_TWO or place in (pick, other):
             if limits.router == LEAST_KV:
                 load = _load(engines, r, limits, True) / state[r].blocks
             elif limits.router == PREFIX_AFFINITY:
@@ -1422,6 +1430,7 @@ def _end_transfer(
     """The KV cache of attempt `a` has reached its decode replica, if both still live and the client still waits."""
     it = attempts[a]
     source, r = np.int64(it.source), np.int64(it.replica)
+    engines.shared.counters[SENDING] -= 1
     me = engines.state[r]
     intact = it.epoch == me.epoch + engines.state[source].epoch
     if intact:
@@ -1594,11 +1603,11 @@ def _advance(
     leaves_of_tree = shared.ends.size // 2
     arrived = counters[ENTERED]
     coming: Any = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
-    while arrived < n or counters[OPEN] > 0 or counters[PENDING] > 0 or shared.ends[1] < NEVER:
+    while arrived < n or counters[OPEN] + counters[PENDING] + counters[SENDING] > 0 or shared.ends[1] < NEVER:
         now = np.int64(min(coming, heap[0].tick, shared.ends[1]))
         if shared.touched[0] > 0:  # interrupted within a tick
             now = counters[NOW]
-        if now == NEVER or counters[STUCK] > 0:
+        if now == NEVER or counters[STUCK] != 0:
             break
         counters[NOW] = now
         _widen(engines.samples, shared.width, now)
@@ -1675,7 +1684,7 @@ def _entry(sources: int) -> Any:
         arrival: np.ndarray,
         prompt: np.ndarray,
         output: np.ndarray,
-        limits: Limits,
+        settings: np.ndarray,
         replicas: np.ndarray,
         costs: np.ndarray,
         points: np.ndarray,
@@ -1691,6 +1700,7 @@ def _entry(sources: int) -> Any:
         log_steps: bool,
     ) -> Any:
         assert sources >= 0  # noqa: S101  # part of the cache's key
+        limits: Any = settings[0]
         n = arrival.size
         attempts = np.zeros(n, ATTEMPT)
         for a in range(n):
@@ -1705,7 +1715,7 @@ def _entry(sources: int) -> Any:
             np.full(2 * leaves_of_tree, NEVER),
             np.zeros(2 * state.size + 2, np.int64),
             np.zeros(2 * state.size + 2, np.int64),
-            np.zeros(12, np.int64),
+            np.zeros(13, np.int64),
             np.zeros(state.size, np.int64),
             np.zeros(state.size, np.int64),
             seeds.copy(),
@@ -1780,8 +1790,8 @@ Parameters
 ----------
 arrival, prompt, output
     (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
-limits, replicas, costs, points
-    Limits; (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
+settings, replicas, costs, points
+    packed(Limits); (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
 pool, queue
     blocks.Pool for prefix caching, else None; waiting.Queue, or None for FCFS.
 affinity
@@ -1802,5 +1812,6 @@ Returns
 -------
 attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
 (replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT), the steps
-(STEP), and 0 or 1 + the attempt that was preempted again and again.
+(STEP), and 0, or 1 + the attempt that was preempted again and again, or -1
+if an invariant broke (debug).
 """

@@ -120,12 +120,12 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             )
         return metric, value
 
-    def check(self, replicas: int, queue_limit: int | None) -> None:
+    def check(self, replicas: int) -> None:
         """Raise InputError for a value that cannot be, or that would change nothing."""
         self._check_names()
+        self.autoscaling()
         self._check_company(replicas)
         self._check_ranges()
-        self.autoscaling()
         self.outages(replicas, 0.0, 0)
 
     def _check_names(self) -> None:
@@ -184,13 +184,17 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"--router {self.router} changes nothing with one replica; give --replicas.")
         if self.router == "prefix-affinity" and not self.prefix_caching:
             raise InputError("--router prefix-affinity needs --prefix-caching: without it no replica has a prefix.")
-        for name, there in (("--preemption swap", self.preemption == "swap"), ("--autoscale", self.autoscale)):
-            if there and (self.disaggregated or (self.prefix_caching and name != "--autoscale")):
-                raise InputError(
-                    f"{name} cannot be combined with {'--prefill-replicas' if self.disaggregated else '--prefix-caching'}."
-                )
-        if self.disaggregated and self.prefix_caching:
-            raise InputError("--prefix-caching cannot be combined with --prefill-replicas yet.")
+        apart = (
+            ("--preemption swap", self.preemption == "swap", "--prefix-caching", self.prefix_caching),
+            ("--preemption swap", self.preemption == "swap", "--prefill-replicas", self.disaggregated),
+            ("--autoscale", self.autoscale is not None, "--prefill-replicas", self.disaggregated),
+            ("--prefix-caching", self.prefix_caching, "--prefill-replicas", self.disaggregated),
+        )
+        for one, has_one, other, has_other in apart:
+            if has_one and has_other:
+                raise InputError(f"{one} cannot be combined with {other}.")
+        if self.preemption == "swap" and self.swap_space is None:
+            raise InputError("--preemption swap needs --swap-space, the GiB of host memory per GPU.")
 
     def _check_ranges(self) -> None:
         """Numbers."""
@@ -274,7 +278,10 @@ def policy_inputs(where: str) -> tuple[str, ...]:
 
 
 def queue_for(choices: Choices, asked: pl.DataFrame, output: np.ndarray, replicas: int, seed: int) -> Queue | None:
-    """The kernel's queue for requests in the order of `asked` (columns of a trace); None for FCFS. Raises InputError."""
+    """The kernel's queue for requests in the order of `asked` (columns of a trace); None for FCFS.
+
+    Raises InputError for an order that the trace does not allow.
+    """
     name = choices.scheduler
     if name == "fcfs":
         return None
@@ -379,7 +386,7 @@ def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed:
     except NumbaError as error:
         said = str(error).strip().splitlines()
         raise InputError(f"--scheduler {where}: numba cannot compile it: {said[-1] if said else error}") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
         raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
     if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
         raise InputError(
