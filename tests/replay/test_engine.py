@@ -245,8 +245,15 @@ def test_retries_are_bounded():
 
 
 def test_a_server_that_dies_during_the_run():
-    with Mock(in_run(Behaviour(gap=0.02))) as mock:
-        threading.Timer(1.2, mock.stop).start()
+    started = []
+
+    def behave(number, seen):
+        if seen.body["max_tokens"] > 1 and not started:
+            started.append(threading.Timer(0.9, mock.stop))
+            started[0].start()
+        return Behaviour(gap=0.02)
+
+    with Mock(behave) as mock:
         run = replay(trace(60, gap=0.03, response=20), url=mock.url)
     check(run, 60)
     kinds = statuses(run)

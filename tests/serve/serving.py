@@ -8,6 +8,7 @@ from typing import Any
 
 import uvloop
 
+from squall.serve import _compile
 from squall.serve.api import Limits
 from squall.serve.http import listen
 from squall.serve.service import Service
@@ -25,6 +26,7 @@ def serving(
 ) -> Iterator[tuple[str, int, Service]]:
     """Host, port and the service; `cluster` as for `squall simulate`."""
     words = {"gpu": "a100", "model": "llama-3.1-8b", "kv_blocks": 2000, "max_num_seqs": 64, "max_model_len": 8192}
+    _compile(resolve(**(words | cluster)))  # as `squall serve` does before it listens
     ready, made = threading.Event(), {}
 
     async def run() -> None:

@@ -1,7 +1,7 @@
 """HTTP/1.1 for thousands of streams: a raw asyncio protocol that takes requests and writes prepared bytes.
 
-Every token of a stream is one write of bytes made before, without a task or a queue of its own. Everything that a client
-can make large or slow has a limit: heads, bodies, the time that a request takes to come in, and what it leaves unread.
+Every token of a stream is one write of bytes made before, without a task or a queue of its own. Everything that a
+client can make large or slow has a limit: heads, bodies, the time a request takes to come in, what it leaves unread.
 """
 
 import asyncio
