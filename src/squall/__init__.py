@@ -29,6 +29,7 @@ _VERBS = {
     "read_trace": "trace",
     "replay": "replay",
     "report": "report",
+    "serve": "serve",
     "simulate": "simulate",
     "study": "study",
     "sweep": "simulate.sweep",

@@ -55,6 +55,9 @@ LOADS = (0.3, 0.7, 1.1)
 UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 """Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
 
+STRAIGHT = 0.02
+"""How much a bend in the table counts against a relative error of the same size."""
+
 KNOTS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Tokens of a step at which a table has its points, as far as they were measured."""
 
@@ -435,8 +438,16 @@ def _first_guess(measured: list[_Measured], cluster: Cluster) -> StepTime:
     )
     rise[:, -1] = np.maximum(0, (tokens - knots[-2]) / (knots[-1] - knots[-2]))
     matrix = np.column_stack([rise, sequences, kv, pairs, first]) / took[:, None]
-    scale = matrix.max(axis=0)
-    solution = nnls(matrix / scale, np.ones(len(rows)))[0] / scale
+    # A knot is met by few measurements: between a bend of the base and the attention term, a straight base is likelier.
+    widths = np.diff(knots)
+    straight = np.zeros((max(0, len(widths) - 1), matrix.shape[1]))
+    for k in range(len(straight)):
+        straight[k, k + 1], straight[k, k + 2] = -1 / widths[k], 1 / widths[k + 1]
+        straight[k] *= STRAIGHT * widths[k + 1] / np.median(took)
+    matrix = np.concatenate([matrix, straight])
+    scale = np.abs(matrix).max(axis=0)
+    wanted = np.concatenate([np.ones(len(rows)), np.zeros(len(straight))])
+    solution = nnls(matrix / scale, wanted)[0] / scale
     base = np.cumsum(solution[: len(knots)])
     per_sequence, per_kv, per_pair, ingest = solution[len(knots) :]
     table = StepTable(

@@ -59,18 +59,19 @@ def test_json_is_alone_on_standard_output(trace, tmp_path, capsys):
     assert result["step_time"] == "uncalibrated roofline"
     assert result["target"]["kv_blocks"] == 3000
     assert result["target"]["timeout"] == 30
-    assert "Prefix caching is not modelled" in said.err
+    assert "Prefix caching is off" in said.err
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--engine", "tgi"], "--engine tgi"),
-        (["--scheduler", "vtc"], "--scheduler vtc"),
+        (["--scheduler", "lifo"], "--scheduler lifo"),
         (["--model", "missing.json"], "--model missing.json"),
         (["--gpu", "missing.json"], "--gpu missing.json"),
         (["--calibration", "missing.json"], "--calibration missing.json"),
         (["--prefill-replicas", "2"], "prefill-replicas"),
+        (["--prefix-caching"], "--shared-prefix"),
         (["--retries", "2"], "--retries 2"),
         (["--kv-blocks", "three"], "kv-blocks"),
     ],

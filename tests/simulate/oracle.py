@@ -6,10 +6,12 @@ admitted preempted when there are none, recompute. With asynchronous scheduling 
 hand. Only the duration of a step is taken from the product (it is tested on its own).
 """
 
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
-from squall.simulate.kernel import TICKS, Limits, StepCost, gpu_seconds
+from squall.simulate.kernel import TICKS, StepCost, gpu_seconds
 
 
 @dataclass(eq=False)
@@ -24,6 +26,10 @@ class Request:
     in_flight: int = 0
     blocks: int = 0
     preemptions: int = 0
+    cached: int = 0
+    chain: int = 0  # what its tokens are, with prefix caching; 0 = unknown
+    held: list[int] = field(default_factory=list)
+    registered: int = 0
     replica: int | None = None
     outcome: str | None = None
     ended: int | None = None
@@ -50,12 +56,65 @@ class Step:
         return [part[0] for part in self.parts]
 
 
+class Cache:
+    """Blocks with an identity: a freed one can be found until it is given out again, from the other end of the list."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.free = OrderedDict.fromkeys(range(blocks))
+        self.users = [0] * blocks
+        self.key: list[tuple[int, int] | None] = [None] * blocks
+        self.found: dict[tuple[int, int], list[int]] = {}
+
+    def hits(self, r: Request) -> list[int]:
+        blocks = []
+        while r.chain and len(blocks) < (r.known - 1) // self.block_size:
+            same = self.found.get((r.chain, len(blocks)))
+            if not same:
+                break
+            blocks.append(same[0])
+        return blocks
+
+    def take(self, r: Request, block: int) -> None:
+        self.free.pop(block, None)
+        self.users[block] += 1
+        r.held.append(block)
+
+    def grow(self, r: Request, count: int, computed: int) -> None:
+        for _ in range(count):
+            block = next(iter(self.free))
+            key = self.key[block]
+            if key:
+                self.found[key].remove(block)
+                self.key[block] = None
+            self.take(r, block)
+        while r.chain and (r.registered + 1) * self.block_size <= min(computed, r.known):
+            block = r.held[r.registered]
+            self.key[block] = (r.chain, r.registered)
+            self.found.setdefault(self.key[block], []).append(block)
+            r.registered += 1
+
+    def release(self, r: Request) -> None:
+        for block in reversed(r.held):
+            self.users[block] -= 1
+            if not self.users[block]:
+                self.free[block] = None
+        r.held, r.registered = [], 0
+
+    def check(self, requests: list[Request]) -> None:
+        held = Counter(block for r in requests for block in r.held)
+        assert all(held[block] == users for block, users in enumerate(self.users))
+        assert all((users == 0) == (block in self.free) for block, users in enumerate(self.users))
+        assert all(self.key[block] == key for key, blocks in self.found.items() for block in blocks)
+
+
 class Engine:
     """One replica."""
 
-    def __init__(self, limits: Limits, cost: StepCost) -> None:
+    def __init__(self, limits: Any, cost: StepCost) -> None:
         self.limits, self.cost = limits, cost
         self.free = limits.blocks
+        self.cache = Cache(limits.blocks, limits.block_size) if getattr(limits, "caching", False) else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.current: Step | None = None
@@ -64,6 +123,7 @@ class Engine:
         self.last: Step | None = None  # composed, for the cost of the one after
         self.last_gpu = 0
         self.steps: list[tuple[int, int]] = []  # (sequences, tokens)
+        self.log: list[tuple[int, str, Request]] = []
 
     def allocate(self, r: Request, new: int) -> bool:
         need = ceil((r.computed + new) / self.limits.block_size) - r.blocks
@@ -71,13 +131,19 @@ class Engine:
             return False
         self.free -= need
         r.blocks += need
+        if self.cache:
+            self.cache.grow(r, need, r.computed + new)
         return True
 
     def release(self, r: Request) -> None:
-        self.free += r.blocks
+        if self.cache:
+            self.cache.release(r)
+            self.free = len(self.cache.free)
+        else:
+            self.free += r.blocks
         r.blocks = 0
 
-    def schedule(self) -> Step | None:
+    def schedule(self, now: int) -> Step | None:
         limits = self.limits
         for r in [r for r in self.running if r.outcome]:  # given up by their clients
             self.running.remove(r)
@@ -98,6 +164,7 @@ class Engine:
                 victim.preemptions += 1
                 self.waiting.insert(0, victim)
                 preempted.append(victim)
+                self.log.append((now, "preempt", victim))
                 if victim is r:
                     break
             if r in preempted:
@@ -108,15 +175,27 @@ class Engine:
             while self.waiting and budget > 0 and len(self.running) < limits.max_seqs:
                 r = self.waiting[0]
                 assert r.computed == r.blocks == r.in_flight == 0
-                new = min(r.known, budget)
+                hits = self.cache.hits(r) if self.cache else []
+                idle = sum(not self.cache.users[block] for block in hits) if self.cache else 0
+                ready = len(hits) * limits.block_size
+                new = min(r.known - ready, budget)
                 watermark = limits.watermark if self.running else 0
-                if limits.full_gate and ceil(r.known / limits.block_size) + watermark > self.free:
+                whole = ceil(r.known / limits.block_size) - len(hits) + idle
+                if limits.full_gate and whole + watermark > self.free:
                     break
-                if ceil(new / limits.block_size) + watermark > self.free or not self.allocate(r, new):
+                if ceil((ready + new) / limits.block_size) - len(hits) + idle + watermark > self.free:
                     break
+                for block in hits:
+                    self.cache.take(r, block)
+                self.free -= idle
+                r.blocks = r.registered = len(hits)
+                r.computed = ready
+                r.cached = ready if not r.preemptions else r.cached
+                assert self.allocate(r, new)
                 self.waiting.pop(0)
                 self.running.append(r)
-                parts.append((r, 0, new, new == r.known))
+                self.log.append((now, "admit", r))
+                parts.append((r, ready, new, ready + new == r.known))
                 budget -= new
         for r, computed, new, emits in parts:
             r.computed = computed + new
@@ -131,7 +210,10 @@ class Engine:
         return step
 
     def check(self, parts: list[tuple[Request, int, int, bool]]) -> None:
-        assert self.free + sum(r.blocks for r in self.running) == self.limits.blocks
+        if self.cache:
+            self.cache.check(self.running)
+        else:
+            assert self.free + sum(r.blocks for r in self.running) == self.limits.blocks
         assert self.free >= 0
         assert len(self.running) <= self.limits.max_seqs
         assert sum(new for _, _, new, _ in parts) <= self.limits.budget
@@ -166,6 +248,7 @@ class Engine:
             r.tokens.append(now)
             if r.generated == r.output:
                 r.outcome, r.ended = "ok", now + self.limits.delivery
+                self.log.append((now, "finish", r))
                 (self.running if r in self.running else self.waiting).remove(r)
                 self.release(r)
         self.current, self.ends = None, None
@@ -174,14 +257,14 @@ class Engine:
         """Start the next step if the GPU is idle; asynchronously, compose the one after it at once."""
         if self.current:
             return
-        self.current, self.next = self.next or self.schedule(), None
+        self.current, self.next = self.next or self.schedule(now), None
         if self.current:
             self.ends = now + self.current.ticks
             if self.limits.asynchronous:
-                self.next = self.schedule()
+                self.next = self.schedule(now)
 
 
-def run(requests: list[Request], limits: Limits, cost: StepCost) -> list[Engine]:
+def run(requests: list[Request], limits: Any, cost: StepCost) -> list[Engine]:
     """All requests (ascending in `sent`) through round-robin engines; no retries."""
     engines = [Engine(limits, cost) for _ in range(limits.replicas)]
     coming = sorted(requests, key=lambda r: r.sent + limits.ingest)
@@ -218,6 +301,6 @@ def run(requests: list[Request], limits: Limits, cost: StepCost) -> list[Engine]
     return engines
 
 
-def deadline(r: Request, limits: Limits) -> int:
+def deadline(r: Request, limits: Any) -> int:
     """When the engine learns that the client has given up; never at the tick of its arrival."""
     return max(r.sent + limits.ingest + 1, r.sent + limits.timeout - limits.delivery)

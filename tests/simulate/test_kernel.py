@@ -1,15 +1,20 @@
 """The compiled step loop against the slow scheduler of oracle.py, closed forms, and laws that hold for every queue."""
 
+import os
+from typing import NamedTuple
+
 import numpy as np
 import oracle
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squall.simulate import kernel
-from squall.simulate.cluster import resolve
+from squall.simulate.cluster import kernel_costs, kernel_replicas, resolve
 from squall.simulate.engine import run_requests
 from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
+from squall.simulate.policies import Choices, pool_for
 from squall.simulate.step_time import StepTime
 
 NAMES = {kernel.OK: "ok", kernel.TIMEOUT: "timeout", kernel.QUEUE_FULL: "queue_full", kernel.UNSERVABLE: "unservable"}
@@ -28,50 +33,70 @@ COSTS = StepCost(
     host=1e-3,
     host_per_sequence=1e-5,
     gap=1e-4,
+    points=np.empty((0, 2)),
 )
 
 
-def make_limits(**changes: int) -> Limits:
-    base = Limits(
-        replicas=1,
-        blocks=100,
-        block_size=16,
-        max_seqs=8,
-        budget=64,
-        max_model_len=10**9,
-        asynchronous=0,
-        full_gate=1,
-        watermark=0,
-        router=kernel.ROUND_ROBIN,
-        queue_limit=int(NEVER),
-        timeout=int(NEVER),
-        retries=0,
-        backoff=TICKS // 2,
-        backoff_cap=8 * TICKS,
-        ingest=0,
-        ingest_per_token=0,
-        delivery=0,
+class Setup(NamedTuple):
+    """Limits of the cluster and sizes of each replica, flat, as the oracle reads them."""
+
+    limits: Limits
+    sizes: dict
+
+    def __getattr__(self, name):
+        return self.sizes[name] if name in self.sizes else getattr(self.limits, name)
+
+    def replace(self, **changes):
+        sizes = {name: changes.pop(name, value) for name, value in self.sizes.items()}
+        return Setup(self.limits._replace(**changes), sizes)
+
+
+def make_limits(**changes):
+    base = resolve(kv_blocks=101, block_size=16, max_num_seqs=8, engine="vllm-0.11", step_time=StepTime(a0=0.0))
+    limits = base.limits()._replace(full_gate=1, ingest=0, ingest_per_token=0, delivery=0, max_model_len=10**9, debug=1)
+    return Setup(limits, {"blocks": 100, "max_seqs": 8, "budget": 64, "watermark": 0, "caching": False}).replace(
+        **changes
     )
-    return base._replace(**changes)
 
 
-def run_kernel(sent, prompt, output, limits, cost=COSTS, seeds=(1, 2)):
+def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None, queue=None, log_steps=True, **more):
     sent, prompt, output = np.array(sent, np.int64), np.array(prompt, np.int32), np.array(output, np.int32)
     ends = np.cumsum(output, dtype=np.int64)
+    replicas = kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"})
     result = kernel.run_cluster(
         sent,
         prompt,
         output,
-        limits,
-        cost,
+        kernel.packed(setup.limits),
+        replicas,
+        *kernel_costs([cost] * setup.replicas),
+        pool,
+        queue,
+        more.get("affinity", np.empty(0, np.uint64)),
+        more.get("outages", np.empty((0, 3), np.int64)),
         np.array(seeds, np.uint64)[:, None],
         ends - output,
         int(ends[-1]),
         TICKS // 64,
         True,
-        True,
+        log_steps,
     )
-    return (*result, ends - output)
+    assert result[-1] == 0
+    return (*result[:-1], ends - output)
+
+
+def make_pool(setup, prompt, output, chain):
+    asked = pl.DataFrame({"request_tokens": prompt, "session": chain, "prefix": pl.Series([None] * len(prompt))})
+    pool = pool_for(
+        Choices(prefix_caching=True),
+        asked,
+        np.array(output),
+        None,
+        replicas=kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"}),
+        block_size=setup.block_size,
+        block_bytes=1.0,
+    )
+    return pool._replace(chain=np.array(chain, np.uint64))
 
 
 @st.composite
@@ -79,10 +104,12 @@ def workloads(draw):
     """Requests with gaps from none to longer than a response, lengths around block and budget edges; all limits."""
     n = draw(st.integers(1, 30))
     gap = draw(st.sampled_from([0, 1, TICKS // 200, TICKS // 20, TICKS]))
-    gaps = draw(st.lists(st.integers(0, gap), min_size=n, max_size=n))
+    coarse = draw(st.booleans())  # everything happens at multiples of a millisecond, so that ticks coincide
+    grain = TICKS // 1000 if coarse else 1
+    gaps = [grain * (gap // grain) for gap in draw(st.lists(st.integers(0, gap), min_size=n, max_size=n))]
     longest = draw(st.sampled_from([4, 40, 200]))
     prompt = draw(st.lists(st.integers(1, longest), min_size=n, max_size=n))
-    output = draw(st.lists(st.integers(1, draw(st.sampled_from([1, 3, 60]))), min_size=n, max_size=n))
+    output = draw(st.lists(st.integers(1, draw(st.sampled_from([1, 3, 60, 250]))), min_size=n, max_size=n))
     asynchronous = draw(st.integers(0, 1))
     limits = make_limits(
         replicas=draw(st.integers(1, 3)),
@@ -100,41 +127,97 @@ def workloads(draw):
         delivery=draw(st.sampled_from([0, TICKS // 1000])),
     )
     host = draw(st.sampled_from([0.0, 1e-3, 2e-2]))
-    return np.cumsum(gaps), prompt, output, limits, COSTS._replace(host=host)
+    cost = COSTS._replace(host=host, per_kv_token=draw(st.sampled_from([0.0, 4e-8, 4e-6])))
+    if coarse:
+        flat = dict.fromkeys(("per_token", "per_sequence", "per_kv_token", "per_attention_pair"), 0.0)
+        cost = cost._replace(**flat, host_per_sequence=0.0, gap=1e-3)
+    return np.cumsum(gaps), prompt, output, limits, cost
 
 
-@settings(max_examples=400, deadline=None)
-@given(workloads())
-def test_agrees_with_the_oracle_step_by_step(workload):
-    sent, prompt, output, limits, cost = workload
-    requests = [oracle.Request(int(s), p, o) for s, p, o in zip(sent, prompt, output, strict=True)]
-    engines = oracle.run(requests, limits, cost)
-    attempts, replicas, _, _, _, token_ticks, events, steps, start = run_kernel(sent, prompt, output, limits, cost)
+def agree(requests, engines, setup, result):
+    """The kernel's attempts, tokens, preemptions, steps and event log are the oracle's."""
+    attempts, replicas, _, _, _, token_ticks, events, steps, start = result
     for r, it, begin in zip(requests, attempts, start, strict=True):
         assert NAMES[it["state"]] == r.outcome
         assert it["ended"] == r.ended
         assert token_ticks[begin : begin + it["generated"]].tolist() == r.tokens
         assert it["preemptions"] == r.preemptions
-    finished = events[events["kind"] == kernel.FINISH]
-    assert sorted(finished["attempt"]) == [a for a, it in enumerate(attempts) if it["state"] == kernel.OK]
-    assert (attempts["last"][finished["attempt"]] == finished["time"]).all()
-    assert (events["kind"] == kernel.PREEMPT).sum() == attempts["preemptions"].sum()
-    for number, e in enumerate(engines):
-        mine = steps[steps["replica"] == number]
-        assert list(zip(mine["sequences"], mine["tokens"], strict=True)) == e.steps
-    for e, it in zip(engines, replicas, strict=True):
+        assert it["cached"] == r.cached
+        assert [it["first"], it["last"]] == ([r.tokens[0], r.tokens[-1]] if r.tokens else [-1, -1])
+    log = [[], []]
+    for e in events[np.argsort(events["time"], kind="stable")]:
+        if e["kind"] in (kernel.ADMIT, kernel.PREEMPT, kernel.FINISH):
+            log[0].append((int(e["time"]), int(e["kind"]), int(e["attempt"])))
+    log[1] = [(at, KINDS[kind], requests.index(r)) for e in engines for at, kind, r in e.log]
+    assert sorted(log[0]) == sorted(log[1])
+    if setup.replicas == 1:
+        assert log[0] == log[1]
+    for number, (e, it) in enumerate(zip(engines, replicas, strict=True)):
         assert it["steps"] == len(e.steps)
         assert it["computed"] == sum(tokens for _, tokens in e.steps)
+        mine = steps[steps["replica"] == number]
+        assert not len(mine) or [tuple(step) for step in mine[["sequences", "tokens"]].tolist()] == e.steps, mine
         # Conservation: at the end all is free, nobody is left, and every block was counted.
-        assert it["free"] + sum(r.blocks for r in e.running) == limits.blocks
+        assert it["free"] + (0 if e.cache else sum(r.blocks for r in e.running)) == (
+            e.free if e.cache else setup.blocks
+        )
         assert it["waiting"] == len(e.waiting) == 0
+
+
+KINDS = {"admit": kernel.ADMIT, "preempt": kernel.PREEMPT, "finish": kernel.FINISH}
+CASES = 10_000 if os.environ.get("SQUALL_NIGHTLY") else 500
+
+
+@settings(max_examples=CASES, deadline=None)
+@given(workloads())
+def test_agrees_with_the_oracle_by_single_steps_and_in_windows(workload):
+    """Windows jump over most decode steps; every tick of every token must be what single steps make it."""
+    sent, prompt, output, limits, cost = workload
+    requests = [oracle.Request(int(s), p, o) for s, p, o in zip(sent, prompt, output, strict=True)]
+    engines = oracle.run(requests, limits, cost)
+    for windows in (0, 1):
+        result = run_kernel(sent, prompt, output, limits.replace(windows=windows), cost, log_steps=not windows)
+        agree(requests, engines, limits, result)
+
+
+@settings(max_examples=CASES // 2, deadline=None)
+@given(workloads(), st.data())
+def test_prefix_caching_agrees_with_the_oracle(workload, data):
+    """Ref-counted blocks, hash chains and the free list, against dictionaries; few chains, so that prompts share."""
+    sent, prompt, output, limits, cost = workload
+    chain = data.draw(st.lists(st.integers(0, 3), min_size=len(prompt), max_size=len(prompt)))
+    limits = limits.replace(caching=True)
+    requests = [oracle.Request(int(s), p, o, chain=c) for s, p, o, c in zip(sent, prompt, output, chain, strict=True)]
+    engines = oracle.run(requests, limits, cost)
+    for windows in (0, 1):
+        setup = limits.replace(windows=windows)
+        pool = make_pool(setup, prompt, output, chain)
+        agree(requests, engines, setup, run_kernel(sent, prompt, output, setup, cost, pool=pool, log_steps=not windows))
+        for r, e in enumerate(engines):
+            order, b = [], pool.after[r, -1]
+            while b != setup.blocks:
+                order.append(int(b))
+                b = pool.after[r, b]
+            assert order == list(e.cache.free)
+            found = {b for b in range(setup.blocks) if pool.key[r, b]}
+            assert found == {block for blocks in e.cache.found.values() for block in blocks}
+
+
+def test_windows_are_most_of_the_steps_where_little_happens():
+    rng = np.random.default_rng(0)
+    n = 200
+    sent = np.cumsum(rng.exponential(TICKS / 4, n)).astype(np.int64)
+    *_, replicas = run_kernel(sent, rng.integers(1, 200, n), rng.integers(1, 200, n), make_limits(), log_steps=False)[
+        :2
+    ]
+    assert replicas["jumped"].sum() > 0.7 * replicas["steps"].sum()
 
 
 @settings(max_examples=100, deadline=None)
 @given(workloads())
 def test_tokens_are_conserved(workload):
     sent, prompt, output, limits, cost = workload
-    limits = limits._replace(timeout=int(NEVER))
+    limits = limits.replace(timeout=int(NEVER))
     attempts, replicas, *_ = run_kernel(sent, prompt, output, limits, cost)
     ok = attempts[attempts["state"] == kernel.OK]
     needed = (ok["prompt"].astype(int) + ok["output"] - 1).sum()  # the last token is never fed back
@@ -199,6 +282,25 @@ def test_deterministic_service_waits_as_in_an_m_d_1_queue():
     assert error < 0.05 * expected
 
 
+def test_general_service_waits_as_in_an_m_g_1_queue():
+    """The same with lengths that vary: mean wait = rate * E[S^2] / (2 * (1 - rho)) (Pollaczek-Khinchine)."""
+    cluster = resolve(kv_blocks=1000, max_num_seqs=1, engine="vllm-0.11", step_time=StepTime(a0=0.0))
+    rng = np.random.default_rng(8)
+    n = 60_000
+    prompt, output = rng.integers(1, 3000, n), 1 + rng.geometric(1 / 20, n)
+    alone = run_requests(np.arange(n) * 10.0, prompt, output, cluster).attempts
+    service = (alone["last"] - alone["sent"]) / TICKS
+    rho = 0.5
+    arrival = np.cumsum(rng.exponential(service.mean() / rho, n))
+    it = run_requests(arrival, prompt, output, cluster).attempts
+    wait = (it["last"] - it["sent"]) / TICKS - service
+    expected = rho / service.mean() * np.mean(service**2) / (2 * (1 - rho))
+    error = wait.reshape(30, -1).mean(axis=1).std(ddof=1) / np.sqrt(30)
+    assert wait.min() >= -1e-9
+    assert abs(wait.mean() - expected) < 4 * error
+    assert error < 0.1 * expected
+
+
 def test_littles_law_holds_in_the_time_series():
     rng = np.random.default_rng(1)
     n = 3000
@@ -239,7 +341,7 @@ def test_retries_are_new_attempts_until_they_are_used_up():
 def test_many_retries_outgrow_the_table():
     n = 50
     limits = make_limits(max_seqs=1, queue_limit=1, retries=40)
-    attempts, *_ = run_kernel(np.zeros(n, np.int64), [16] * n, [3000] * n, limits._replace(blocks=1000))
+    attempts, *_ = run_kernel(np.zeros(n, np.int64), [16] * n, [3000] * n, limits.replace(blocks=1000))
     assert len(attempts) > 4 * n
     assert np.bincount(attempts["request"]).max() <= 41
     assert (attempts["state"] >= kernel.OK).all()

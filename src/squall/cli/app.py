@@ -25,6 +25,7 @@ VERBS = {
     "capture": ("Record live traffic through a proxy: times, tokens, outcomes, no content.", "Experiments"),
     "sweep": ("Simulate a trace under every combination of settings; is the best one robust?", "Experiments"),
     "calibrate": ("Fit the simulator's step time to a recorded run or a live server.", "Experiments"),
+    "serve": ("The modelled cluster in real time behind an OpenAI-compatible port.", "Experiments"),
     "local": ("Start a real llama.cpp server with a small model on this machine.", "Experiments"),
     "metrics": ("Efficiency, stability and reliability of a run.", "Results"),
     "compare": ("Which differences between two runs are real.", "Results"),

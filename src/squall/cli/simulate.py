@@ -1,5 +1,6 @@
 """`squall simulate`: a trace through a modelled cluster, and the headline of what its users would have felt."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
@@ -18,6 +19,79 @@ CLIENT = Group("Clients", sort_key=30)
 INSIDE = Group("What happened inside", sort_key=40)
 
 
+SCHEDULING = Group("Scheduling", sort_key=22)
+CACHE = Group("KV cache", sort_key=24)
+ROUTING = Group("Routing, failures, scaling", sort_key=26)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """The fields of squall.simulate.Choices, here so that --help does not have to import the simulator."""
+
+    scheduler: Annotated[str, Parameter(group=SCHEDULING)] = "fcfs"
+    """Who is admitted next: fcfs, priority, sjf, srf, lrf, vtc, edf, or your own as FILE.py:FUNCTION."""
+    prediction_error: Annotated[float | None, Parameter(group=SCHEDULING)] = None
+    """Standard deviation of the log of the lengths that sjf predicts. [default: 0, it knows them]"""
+    priorities: Annotated[str | None, Parameter(group=SCHEDULING)] = None
+    """For priority: numbers of services or models, lower first (conversation=0,api=1)."""
+    deadlines: Annotated[str | None, Parameter(group=SCHEDULING)] = None
+    """For edf: time from arrival, by service or model (conversation=1s,api=30s)."""
+    clients: Annotated[str | None, Parameter(group=SCHEDULING)] = None
+    """For vtc: what tells clients apart: session, service or model. [default: the first that the trace has]"""
+    step_order: Annotated[str, Parameter(group=SCHEDULING)] = "mixed"
+    """Whether a step mixes prefill and decode: mixed (vLLM v1), prefill-first or decode-first."""
+    chunk_size: Annotated[int | None, Parameter(group=SCHEDULING)] = None
+    """Most tokens of one prompt in a step. [default: the step's]"""
+    preemption: Annotated[str, Parameter(group=SCHEDULING)] = "recompute"
+    """What becomes of a preempted request's KV cache: recompute, or swap to the host."""
+    swap_space: Annotated[float | None, Parameter(group=SCHEDULING)] = None
+    """For swap: GiB of host memory per GPU."""
+    swap_bandwidth: Annotated[float | None, Parameter(group=SCHEDULING)] = None
+    """For swap: GB/s per GPU. [default: 25]"""
+    watermark: Annotated[float | None, Parameter(group=CACHE)] = None
+    """Share of the blocks that an admission must leave free. [default: the engine's, 0]"""
+    prefix_caching: Annotated[bool, Parameter(negative="", group=CACHE)] = False
+    """Blocks are shared by prompts that begin alike, by the trace's prefix hashes or its sessions."""
+    eviction: Annotated[str | None, Parameter(group=CACHE)] = None
+    """Which cached block goes first: lru or fifo. [default: lru]"""
+    shared_prefix: Annotated[int | None, Parameter(group=CACHE)] = None
+    """Tokens that all prompts begin with (a system prompt)."""
+    host_cache: Annotated[float | None, Parameter(group=CACHE)] = None
+    """GiB of host memory per GPU that keep what is evicted."""
+    host_bandwidth: Annotated[float | None, Parameter(group=CACHE)] = None
+    """GB/s per GPU from there. [default: 25]"""
+    router: Annotated[str, Parameter(group=ROUTING)] = "round-robin"
+    """Who gets a request: round-robin, random, least-outstanding, least-kv, power-of-two, prefix-affinity or
+    session-affinity."""
+    scrape_interval: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """How old the router's picture of the replicas can get. [default: it always knows]"""
+    fail: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """Replicas that fail, and when: 0@90s,2@5m."""
+    mtbf: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """Mean time between failures of a replica, drawn."""
+    restart_time: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """How long a failed replica is away. [default: 60s]"""
+    autoscale: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """METRIC:TARGET per replica: queue (waiting requests), kv (share of blocks used) or rate (requests/s)."""
+    max_replicas: Annotated[int | None, Parameter(group=ROUTING)] = None
+    """For autoscale; the least are --replicas."""
+    provisioning: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """Until a new replica is ready, its cache cold. [default: 100s]"""
+    scale_down_after: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """Fewer replicas must have sufficed for so long. [default: 5m]"""
+    prefill_replicas: Annotated[int | None, Parameter(group=ROUTING)] = None
+    """Engines that only compute prompts."""
+    decode_replicas: Annotated[int | None, Parameter(group=ROUTING)] = None
+    """Engines that only generate."""
+    kv_bandwidth: Annotated[float | None, Parameter(group=ROUTING)] = None
+    """GB/s from a prefill engine to decode engines. [default: 64]"""
+    kv_latency: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """To set up a transfer. [default: 1ms]"""
+    price: Annotated[float | None, Parameter(group=ROUTING)] = None
+    """Of a replica for an hour; the result then has the cost."""
+
+
 def simulate(
     trace: TraceArgument,
     *,
@@ -26,9 +100,7 @@ def simulate(
     gpu: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     tp: Annotated[int | None, Parameter(group=CLUSTER)] = None,
     replicas: Annotated[int, Parameter(group=CLUSTER)] = 1,
-    router: Annotated[str, Parameter(group=CLUSTER)] = "round-robin",
-    scheduler: Annotated[str, Parameter(group=CLUSTER)] = "fcfs",
-    preemption: Annotated[str, Parameter(group=CLUSTER)] = "recompute",
+    fleet: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     engine: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     calibration: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     kv_blocks: Annotated[int | None, Parameter(group=LIMITS)] = None,
@@ -42,6 +114,8 @@ def simulate(
     title: str | None = None,
     timeline: Annotated[str | None, Parameter(group=INSIDE)] = None,
     explain: Annotated[int, Parameter(group=INSIDE)] = 0,
+    token_times: Annotated[bool, Parameter(negative="", group=INSIDE)] = False,
+    policies: PolicyOptions = PolicyOptions(),
     select: Select = TraceOptions(),
     output: Output = Output(),
 ) -> int:
@@ -64,12 +138,8 @@ def simulate(
         GPUs per replica (tensor parallel). [default: the calibration's, or 1]
     replicas
         How many engines.
-    router
-        Who gets a request: round-robin, random or least-outstanding.
-    scheduler
-        fcfs.
-    preemption
-        recompute.
+    fleet
+        Engines on several GPUs in place of --gpu and --replicas: h100=2,a100=4.
     engine
         vllm-0.11, vllm-0.14, vllm-0.19 or vllm-0.24. [default: the calibration's, or vllm-0.24]
     calibration
@@ -96,6 +166,8 @@ def simulate(
         Write what happened, request by request and step by step, for https://ui.perfetto.dev (.json).
     explain
         Explain the N slowest requests: queued behind what, preempted when.
+    token_times
+        Keep the time of every token, for ITL. [default: up to a million response tokens]
     """
     from squall.simulate import simulate as run_simulation
 
@@ -106,9 +178,7 @@ def simulate(
         gpu=gpu,
         tp=tp,
         replicas=replicas,
-        scheduler=scheduler,
-        preemption=preemption,
-        router=router,
+        fleet=fleet,
         kv_blocks=kv_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
@@ -122,6 +192,8 @@ def simulate(
         title=title,
         timeline=timeline,
         explain=explain,
+        token_times=True if token_times else None,
+        **vars(policies),
         **as_options(select),
     )
     from squall.run import metrics
@@ -179,5 +251,12 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         "failures": failures,
         "written": out,
     }
+    if target["unlike_vllm"]:
+        lines["not vLLM v1"] = ", ".join(target["unlike_vllm"])
+    if "prefix_cache" in target:
+        rate = target["prefix_cache"]["hit_rate"]
+        lines["prefix hits"] = "none asked" if rate is None else percent(rate)
+    if "cost" in target:
+        lines["cost"] = f"{number(target['cost'])} for {number(target['replica_seconds'] / 3600)} replica-hours"
     for name, text in lines.items():
         screen.print(f"{name:<12} {printable(text)}", markup=False)

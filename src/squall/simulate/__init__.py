@@ -19,6 +19,7 @@ from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests, run_trace
 from squall.simulate.hardware import GPU, GPUS, MODELS, Model
 from squall.simulate.kernel import TICKS
+from squall.simulate.policies import Choices
 from squall.simulate.step_time import StepTime
 from squall.simulate.timeline import Slow, check_timeline_path, write_timeline
 from squall.simulate.timeline import explain as explain_slowest
@@ -26,7 +27,18 @@ from squall.trace.table import Trace, TraceSource
 from squall.units import Duration
 from squall.verb import callable_room
 
-__all__ = ["GPU", "GPUS", "MODELS", "Calibration", "Cluster", "Model", "StepTime", "saturation_rate", "simulate"]
+__all__ = [
+    "GPU",
+    "GPUS",
+    "MODELS",
+    "Calibration",
+    "Choices",
+    "Cluster",
+    "Model",
+    "StepTime",
+    "saturation_rate",
+    "simulate",
+]
 
 
 def simulate(
@@ -37,9 +49,7 @@ def simulate(
     gpu: str | GPU | None = None,
     tp: int | None = None,
     replicas: int = 1,
-    scheduler: str = "fcfs",
-    preemption: str = "recompute",
-    router: str = "round-robin",
+    fleet: str | None = None,
     kv_blocks: int | None = None,
     block_size: int | None = None,
     max_num_seqs: int | None = None,
@@ -51,6 +61,7 @@ def simulate(
     engine: str | None = None,
     calibration: "str | Path | Calibration | None" = None,
     title: str | None = None,
+    token_times: bool | None = None,
     timeline: str | Path | None = None,
     explain: int = 0,
     **options: Any,
@@ -70,10 +81,8 @@ def simulate(
     model, gpu, tp
         A built-in name, a Hugging Face config.json or GPU JSON file, or an object; GPUs per replica. Not given:
         those of the calibration, or llama-3.1-8b on one h100.
-    replicas, router
-        How many engines, and who gets a request: `round-robin`, `random`, `least-outstanding` (from their live state).
-    scheduler, preemption
-        `fcfs` and `recompute` exist.
+    replicas, fleet
+        How many engines on `gpu`, or engines on several GPUs as `h100=2,a100=4`.
     kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len
         The engine's limits (of one replica), as the server reports them; kv_blocks is num_gpu_blocks. Not given: the
         calibration's, or else an estimate of the blocks, 16, and vLLM's defaults for the GPU.
@@ -86,6 +95,10 @@ def simulate(
         What `calibrate` made. Without it the run says "uncalibrated roofline".
     title
         A short name for reports.
+    token_times
+        Keep the time of every token (for ITL). Not given: up to a million response tokens.
+    options
+        The trace options, and the fields of `policies.Choices`: scheduler, preemption, router, prefix_caching, ….
     timeline
         Where to write what happened, request by request and step by step, as Chrome trace JSON for Perfetto.
     explain
@@ -110,9 +123,7 @@ def simulate(
         "gpu": gpu,
         "tp": tp,
         "replicas": replicas,
-        "scheduler": scheduler,
-        "preemption": preemption,
-        "router": router,
+        "fleet": fleet,
         "kv_blocks": kv_blocks,
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,
@@ -123,6 +134,8 @@ def simulate(
         "retries": retries,
         "engine": engine,
     }
+    chosen = {name: options.pop(name) for name in Choices.__struct_fields__ if name in options}
+    words |= chosen
     fitted = None if calibration is None else read_calibration(calibration)
     cluster = resolve(**words) if fitted is None else calibrated(fitted, words)
     asked = open_trace(trace, **options)
@@ -142,6 +155,7 @@ def simulate(
             cluster,
             seed=options.get("seed", DEFAULT_SEED),
             title=title,
+            token_times=token_times,
             remarks=remarks,
             observe=observe if timeline is not None or explain else None,
         )
@@ -164,7 +178,9 @@ def saturation_rate(trace: Trace, *, calibration: "str | Path | Calibration | No
     can run.
     """
     resolved = resolve(**cluster) if calibration is None else calibrated(read_calibration(calibration), cluster)
-    one = msgspec.structs.replace(resolved, replicas=1, queue_limit=None, timeout=None, retries=0)
+    one = msgspec.structs.replace(
+        resolved, replicas=1, queue_limit=None, timeout=None, retries=0, choices=Choices(), others=[]
+    )
     prompt = trace.table["request_tokens"].to_numpy().astype(np.int64)
     output = trace.table["response_tokens"].to_numpy().astype(np.int64)
     longest = min(one.max_model_len, one.usable_blocks * one.block_size)

@@ -9,18 +9,22 @@ is only an estimate: the real count depends on what the engine measured at start
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from squall.errors import InputError
+from squall.simulate import kernel
 from squall.simulate.hardware import GPU, Model, find_gpu, find_model
-from squall.simulate.kernel import LEAST_OUTSTANDING, NEVER, RANDOM, ROUND_ROBIN, TICKS, Limits
-from squall.simulate.step_time import StepTime, check_parallel, default_step_time
+from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
+from squall.simulate.policies import AUTOSCALERS, ROUTERS, SCALE_EVERY, STEP_ORDERS, Choices
+from squall.simulate.step_time import StepTime, check_parallel, default_step_time, step_cost
 from squall.units import Duration, seconds
 
 GIB = 2**30
 
-SCHEDULERS = ("fcfs",)
-PREEMPTIONS = ("recompute",)
-ROUTERS = {"round-robin": ROUND_ROBIN, "random": RANDOM, "least-outstanding": LEAST_OUTSTANDING}
+SWAP_BANDWIDTH, KV_BANDWIDTH, KV_LATENCY = 25.0, 64.0, 1e-3
+"""GB/s to the host's memory and between prefill and decode replicas, and seconds that a transfer takes to set up."""
+PROVISIONING, SCALE_DOWN_AFTER = 100.0, 300.0
+"""Seconds until a new replica is ready, and that fewer must have sufficed before one is stopped."""
 
 BACKOFF, BACKOFF_CAP = 0.5, 8.0
 """Seconds: a retry waits uniformly in [0, min(8, 0.5 * 2**(attempt - 1))] (exponential backoff, full jitter)."""
@@ -49,8 +53,19 @@ ENGINES = {
 DEFAULT_MODEL, DEFAULT_GPU, DEFAULT_ENGINE = "llama-3.1-8b", "h100", "vllm-0.24"
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Replicas of another kind than the first ones of a cluster."""
+
+    gpu: GPU
+    replicas: int
+    kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    step_time: StepTime
+
+
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
-    """A resolved cluster; every replica is the same."""
+    """A resolved cluster; its replicas are the same but for those of `others`."""
 
     model: Model
     gpu: GPU
@@ -70,6 +85,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     retries: int
     step_time: StepTime
     step_time_name: str
+    choices: Choices = Choices()
+    others: list[Machine] = []
+    """On other GPUs; `replicas` counts them too."""
 
     @property
     def profile(self) -> Engine:
@@ -81,20 +99,33 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """KV blocks of one replica that hold tokens."""
         return self.kv_blocks - 1
 
+    @property
+    def block_bytes(self) -> float:
+        """Of one KV block on one GPU."""
+        return self.model.kv_bytes(self.tp) * self.block_size
+
+    @property
+    def capacity(self) -> int:
+        """Replicas that there can be at once."""
+        return self.choices.max_replicas or self.replicas
+
     def limits(self) -> Limits:
         """The kernel's view: times in ticks, what is absent as something never reached."""
-        step = self.step_time
+        step, chosen = self.step_time, self.choices
+        scaling = chosen.autoscaling()
+        swapping = self.block_bytes / ((chosen.swap_bandwidth or SWAP_BANDWIDTH) * 1e9)
+        sending = self.model.kv_bytes(self.tp) * self.tp / ((chosen.kv_bandwidth or KV_BANDWIDTH) * 1e9)
         return Limits(
-            replicas=self.replicas,
-            blocks=self.usable_blocks,
+            replicas=self.capacity,
             block_size=self.block_size,
-            max_seqs=self.max_num_seqs,
-            budget=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             asynchronous=int(self.profile.async_scheduling),
             full_gate=int(self.profile.full_prompt_gate),
-            watermark=int(self.profile.watermark * self.kv_blocks),
+            order=STEP_ORDERS[chosen.step_order],
+            chunk=chosen.chunk_size or 0,
+            swap=max(1, ticks(swapping)) if chosen.preemption == "swap" else 0,
             router=ROUTERS[self.router],
+            scrape=ticks(chosen.time("scrape_interval", 0.0)),
             queue_limit=int(NEVER) if self.queue_limit is None else self.queue_limit,
             timeout=int(NEVER) if self.timeout is None else ticks(self.timeout),
             retries=self.retries,
@@ -103,7 +134,48 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             ingest=ticks(step.a0),
             ingest_per_token=ticks(step.a1),
             delivery=ticks(step.a2 + step.a3),
+            transfer=ticks(chosen.time("kv_latency", KV_LATENCY)),
+            transfer_per_token=ticks(sending),
+            scale_by=AUTOSCALERS[scaling[0]] if scaling else 0,
+            scale_target=scaling[1] if scaling else 1.0,
+            scale_every=ticks(SCALE_EVERY),
+            scale_down_after=ticks(chosen.time("scale_down_after", SCALE_DOWN_AFTER)),
+            provisioning=ticks(chosen.time("provisioning", PROVISIONING)),
+            least_replicas=self.replicas,
+            windows=1,
+            debug=0,
         )
+
+    def machines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The replicas as they begin, and what their steps cost, for the kernel."""
+        share = self.profile.watermark if self.choices.watermark is None else self.choices.watermark
+        first = Machine(
+            gpu=self.gpu,
+            replicas=self.capacity - sum(machine.replicas for machine in self.others),
+            kv_blocks=self.kv_blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            step_time=self.step_time,
+        )
+        replicas, costs = [], []
+        for machine in (first, *self.others):
+            replicas.append(
+                kernel_replicas(
+                    machine.replicas,
+                    blocks=machine.kv_blocks - 1,
+                    max_seqs=machine.max_num_seqs,
+                    budget=machine.max_num_batched_tokens,
+                    watermark=int(share * machine.kv_blocks),
+                    host_free=int((self.choices.swap_space or 0.0) * 2**30 // self.block_bytes),
+                )
+            )
+            costs += [step_cost(machine.step_time, self.model, machine.gpu, self.tp)] * machine.replicas
+        them = np.concatenate(replicas)
+        them["up"][self.replicas :] = kernel.OFF
+        if self.choices.disaggregated:
+            them["role"] = kernel.DECODE
+            them["role"][: self.choices.prefill_replicas] = kernel.PREFILL
+        return them, *kernel_costs(costs)
 
     def described(self) -> dict[str, Any]:
         """All of it in builtins, for the run's metadata."""
@@ -113,8 +185,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             "tp": self.tp,
             "replicas": self.replicas,
             "router": self.router,
-            "scheduler": "fcfs",
-            "preemption": "recompute",
+            "scheduler": self.choices.scheduler,
+            "preemption": self.choices.preemption,
+            "unlike_vllm": self.choices.unlike_vllm,
+            "choices": {
+                name: value
+                for name, value in msgspec.to_builtins(self.choices).items()
+                if value != getattr(Choices(), name)
+            },
+            "others": msgspec.to_builtins(self.others),
             "engine": self.engine,
             "engine_flags": msgspec.to_builtins(self.profile),
             "kv_blocks": self.kv_blocks,
@@ -134,6 +213,27 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+def kernel_replicas(count: int, **fields: int) -> np.ndarray:
+    """(count,) REPLICA, idle and ready, with these fields."""
+    replicas = np.zeros(count, kernel.REPLICA)
+    replicas["head"] = replicas["tail"] = -1
+    replicas["up"] = kernel.READY
+    for name, value in fields.items():
+        replicas[name] = value
+    replicas["free"] = replicas["blocks"]
+    return replicas
+
+
+def kernel_costs(costs: list[StepCost]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) COST and (n, k, 2) step tables."""
+    points = np.zeros((len(costs), max(len(cost.points) for cost in costs), 2))
+    rows = np.zeros(len(costs), kernel.COST)
+    for i, cost in enumerate(costs):
+        rows[i] = (*cost[:-1], len(cost.points))
+        points[i, : len(cost.points)] = cost.points
+    return rows, points
+
+
 def ticks(value: float) -> int:
     """Seconds as ticks of the kernel's clock."""
     return round(value * TICKS)
@@ -145,9 +245,7 @@ def resolve(
     gpu: str | GPU | None = None,
     tp: int | None = None,
     replicas: int = 1,
-    scheduler: str = "fcfs",
-    preemption: str = "recompute",
-    router: str = "round-robin",
+    fleet: str | None = None,
     kv_blocks: int | None = None,
     block_size: int | None = None,
     max_num_seqs: int | None = None,
@@ -159,11 +257,29 @@ def resolve(
     engine: str | None = None,
     step_time: StepTime | None = None,
     step_time_name: str = "uncalibrated roofline",
+    **choices: Any,
 ) -> Cluster:
-    """The cluster that these words describe; None takes the default. Raises InputError for what cannot be."""
-    _one_of("--scheduler", scheduler, SCHEDULERS)
-    _one_of("--preemption", preemption, PREEMPTIONS)
-    _one_of("--router", router, ROUTERS)
+    """The cluster that these words describe, with the fields of `Choices`; None takes the default.
+
+    Raises InputError for what cannot be.
+    """
+    chosen = Choices(**{name: value for name, value in choices.items() if value is not None})
+    kinds: list[tuple[str, int]] = []
+    if fleet is not None:
+        if gpu is not None or replicas != 1 or chosen.disaggregated or chosen.autoscale is not None:
+            raise InputError(
+                "--fleet says which GPUs and how many replicas there are; leave out --gpu, --replicas, --autoscale and"
+                " --prefill-replicas."
+            )
+        kinds = _read_fleet(fleet)
+        gpu, replicas = kinds[0][0], sum(count for _, count in kinds)
+    if chosen.disaggregated:
+        if replicas != 1:
+            raise InputError("--replicas contradicts --prefill-replicas and --decode-replicas; leave it out.")
+        replicas = (chosen.prefill_replicas or 0) + (chosen.decode_replicas or 0)
+    chosen.check(replicas)
+    if chosen.max_replicas is not None and chosen.max_replicas <= replicas:
+        raise InputError(f"--max-replicas {chosen.max_replicas}: it must be above --replicas {replicas}, the least.")
     engine = DEFAULT_ENGINE if engine is None else engine
     _one_of("--engine", engine, ENGINES)
     shape, device = find_model(model or DEFAULT_MODEL), find_gpu(gpu or DEFAULT_GPU)
@@ -193,44 +309,75 @@ def resolve(
     limit = None if timeout is None else seconds(timeout, "--timeout")
     if limit is not None and not 1e-3 <= limit <= 1e7:
         raise InputError(f"--timeout {timeout}: it must be at least 1 ms and at most 1e7 s.")
-    if retries and queue_limit is None and limit is None:
+    if retries and queue_limit is None and limit is None and chosen.fail is None and chosen.mtbf is None:
         raise InputError(
-            f"--retries {retries} changes nothing: without --queue-limit or --timeout no request fails that could"
-            " be retried."
+            f"--retries {retries} changes nothing: without --queue-limit, --timeout or failures of replicas no request"
+            " fails that could be retried."
         )
 
-    large = device.memory_gb >= 70 and device.family != "a100"
-    budget = max_num_batched_tokens or (8192 if large else 2048)
-    seqs = max_num_seqs or min(1024 if large else 256, budget)
-    if seqs > budget:
-        raise InputError(
-            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {seqs}: a step could not serve all it"
-            " admits (vLLM refuses this too)."
+    def sized(device: GPU) -> tuple[int, str, int, int]:
+        large = device.memory_gb >= 70 and device.family != "a100"
+        budget = max_num_batched_tokens or (8192 if large else 2048)
+        seqs = max_num_seqs or min(1024 if large else 256, budget)
+        if seqs > budget:
+            raise InputError(
+                f"--max-num-batched-tokens {budget} is less than --max-num-seqs {seqs}: a step could not serve all it"
+                " admits (vLLM refuses this too)."
+            )
+        if kv_blocks:
+            return kv_blocks, "given", seqs, budget
+        return *estimate_kv_blocks(shape, device, tp, block_size, budget, seqs, ENGINES[engine]), seqs, budget
+
+    blocks, origin, seqs, budget = sized(device)
+    others = []
+    for name, count in kinds[1:]:
+        other = find_gpu(name)
+        its_blocks, _, its_seqs, its_budget = sized(other)
+        others.append(
+            Machine(
+                gpu=other,
+                replicas=count,
+                kv_blocks=its_blocks,
+                max_num_seqs=its_seqs,
+                max_num_batched_tokens=its_budget,
+                step_time=default_step_time(other, tp),
+            )
         )
-    blocks, origin = (
-        (kv_blocks, "given")
-        if kv_blocks
-        else estimate_kv_blocks(shape, device, tp, block_size, budget, seqs, ENGINES[engine])
-    )
+    if others and step_time is not None:
+        raise InputError("--fleet with several GPUs contradicts --calibration, which is of one.")
+    roomiest = max(blocks, *(machine.kv_blocks for machine in others)) if others else blocks
     return Cluster(
         model=shape,
         gpu=device,
         tp=tp,
         replicas=replicas,
-        router=router,
+        router=chosen.router,
         engine=engine,
         kv_blocks=blocks,
         kv_blocks_from=origin,
         block_size=block_size,
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
-        max_model_len=max_model_len or min(shape.context, (blocks - 1) * block_size),
+        max_model_len=max_model_len or min(shape.context, (roomiest - 1) * block_size),
         queue_limit=queue_limit,
         timeout=limit,
         retries=retries,
         step_time=step_time or default_step_time(device, tp),
         step_time_name=step_time_name,
+        choices=chosen,
+        others=others,
     )
+
+
+def _read_fleet(text: str) -> list[tuple[str, int]]:
+    """GPUs and how many replicas are on each."""
+    kinds = []
+    for part in text.split(","):
+        name, _, count = part.strip().partition("=")
+        if not count.isdecimal() or not 1 <= int(count) <= 10_000:
+            raise InputError(f"--fleet {text}: it is GPU=REPLICAS,GPU=REPLICAS, such as h100=2,a100=4.")
+        kinds.append((name, int(count)))
+    return kinds
 
 
 def estimate_kv_blocks(

@@ -1,6 +1,7 @@
 """Requests through the kernel, and what comes out of it as a Run: attempts, token times, time series, notes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -8,16 +9,19 @@ import polars as pl
 
 from squall import __version__
 from squall.errors import InputError, SquallError
-from squall.run.table import SERIES, Run, RunMeta
+from squall.run.table import SERIES, STATUSES, TOKEN_SOURCES, Run, RunMeta
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel
+from squall.simulate.blocks import Pool
 from squall.simulate.cluster import Cluster
 from squall.simulate.kernel import TICKS
-from squall.simulate.step_time import step_cost
+from squall.simulate.policies import affinity_of, pool_for, queue_for
+from squall.trace.table import SCHEMA as TRACE_SCHEMA
 from squall.trace.table import Trace
 
-TOKEN_TIMES = 5_000_000
-"""Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last."""
+TOKEN_TIMES = 1_000_000
+"""Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last,
+unless it is asked to keep them."""
 
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
@@ -27,6 +31,8 @@ _WORDS = {
     kernel.OK: ("ok", None, 200, None),
     kernel.TIMEOUT: ("timeout", None, None, None),
     kernel.QUEUE_FULL: ("http_error", "queue_full", 429, "the replica's queue is full"),
+    kernel.REFUSED: ("refused", "no_replica", None, "no replica was up"),
+    kernel.RESET: ("reset", "replica_failed", None, "the replica failed"),
     kernel.UNSERVABLE: (
         "http_error",
         "unservable",
@@ -45,6 +51,8 @@ class Outcome(msgspec.Struct, frozen=True):
     width: int
     end: int
     token_ticks: np.ndarray
+    pool: Pool | None
+    """blocks.Pool as it ended, with prefix caching."""
     token_start: np.ndarray
     """(attempts,) where the tokens of an attempt's request begin in `token_ticks`."""
     events: np.ndarray
@@ -63,6 +71,9 @@ def run_requests(
     token_times: int = 0,
     events: bool = False,
     steps: bool = False,
+    asked: pl.DataFrame | None = None,
+    hash_tokens: int | None = None,
+    windows: bool = True,
 ) -> Outcome:
     """Run (n,) requests through the cluster: seconds at which they are sent (ascending), tokens, tokens.
 
@@ -75,18 +86,41 @@ def run_requests(
             f"arrivals from {arrival[0]:g} to {arrival[-1]:g} s: the simulator's clock runs from 0 to"
             f" {CLOCK_END:g} s; select a part with --between."
         )
-    limits = cluster.limits()
+    limits = cluster.limits()._replace(windows=int(windows and not steps))
+    replicas, costs, points = cluster.machines()
     sent = np.rint(arrival * TICKS).astype(np.int64)
     # The engines see a request after its ingestion, which may take longer for a longer prompt.
     order = np.argsort(sent + limits.ingest_per_token * prompt.astype(np.int64), kind="stable")
     ends = np.cumsum(output[order], dtype=np.int64)
     start = ends - output[order]
-    attempts, replicas, samples, width, end, token_ticks, event_log, step_log = kernel.run_cluster(
+    chosen = cluster.choices
+    pool, queue, affinity = None, None, np.empty(0, np.uint64)
+    if chosen.scheduler != "fcfs" or chosen.prefix_caching or chosen.router == "session-affinity":
+        generated = output[order].astype(np.int64)
+        asked = _described(arrival, prompt, output, asked)[order]
+        queue = queue_for(chosen, asked, generated, limits.replicas, seed)
+        affinity = affinity_of(chosen, asked)
+        pool = pool_for(
+            chosen,
+            asked,
+            generated,
+            hash_tokens,
+            replicas=replicas,
+            block_size=cluster.block_size,
+            block_bytes=cluster.block_bytes,
+        )
+    attempts, replicas, samples, width, end, token_ticks, event_log, step_log, livelock = kernel.run_cluster(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
-        limits,
-        step_cost(cluster.step_time, cluster.model, cluster.gpu, cluster.tp),
+        kernel.packed(limits),
+        replicas,
+        costs,
+        points,
+        pool,
+        queue,
+        affinity,
+        chosen.outages(limits.replicas, float(arrival[-1]), seed),
         _kernel_seeds(seed),
         start,
         int(ends[-1]) if ends[-1] <= token_times else 0,
@@ -94,6 +128,14 @@ def run_requests(
         events,
         steps,
     )
+    if livelock < 0:
+        raise SquallError("an invariant of the simulation broke; this is a bug in squall, please report it.")
+    if livelock:
+        raise SquallError(
+            f"request {order[attempts['request'][livelock - 1]]} was preempted over {kernel.LIVELOCK:,} times without"
+            " progress; this cluster cannot serve it beside the others: give it more --kv-blocks."
+        )
+    event_log = event_log[np.argsort(event_log["time"], kind="stable")]
     stuck = int((attempts["state"] < kernel.OK).sum())
     if stuck:
         raise SquallError(
@@ -102,7 +144,17 @@ def run_requests(
         )
     token_start = start[attempts["request"]]
     attempts["request"] = order[attempts["request"]]
-    return Outcome(attempts, replicas, samples, int(width), int(end), token_ticks, token_start, event_log, step_log)
+    return Outcome(
+        attempts, replicas, samples, int(width), int(end), token_ticks, pool, token_start, event_log, step_log
+    )
+
+
+def _described(arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, asked: pl.DataFrame | None) -> pl.DataFrame:
+    """The requests with the columns of a trace; what is not known of them is null."""
+    if asked is None:
+        known = pl.DataFrame({"arrival": arrival, "request_tokens": prompt, "response_tokens": output})
+        asked = pl.concat([pl.DataFrame(schema=TRACE_SCHEMA), known.cast(pl.Float64)], how="diagonal_relaxed")
+    return asked
 
 
 def run_trace(
@@ -112,6 +164,7 @@ def run_trace(
     seed: int = DEFAULT_SEED,
     title: str | None = None,
     remarks: Sequence[str] = (),
+    token_times: bool | None = None,
     observe: Callable[[Outcome, np.ndarray], object] | None = None,
 ) -> Run:
     """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run.
@@ -128,7 +181,16 @@ def run_trace(
     arrival = trace.table["arrival"].to_numpy()[rows]
     logs = observe is not None
     outcome = run_requests(
-        arrival, prompt[rows], output[rows], cluster, seed=seed, token_times=TOKEN_TIMES, events=logs, steps=logs
+        arrival,
+        prompt[rows],
+        output[rows],
+        cluster,
+        seed=seed,
+        token_times=TOKEN_TIMES if token_times is None else int(token_times) * 2**62,
+        events=logs,
+        steps=logs,
+        asked=trace.table if len(rows) == len(trace) else trace.table[rows],
+        hash_tokens=trace.meta.block_size,
     )
     if observe is not None:
         observe(outcome, rows)
@@ -139,15 +201,19 @@ def run_trace(
         kind="simulation",
         title=title or "",
         trace=trace.meta,
-        target=cluster.described() | _totals(outcome),
+        target=cluster.described() | _totals(outcome, cluster),
         step_time=cluster.step_time_name,
         offered=len(trace),
         seed=seed,
         version=__version__,
         notes=[*_notes(cluster, outcome, left_out), *remarks],
     )
-    table = pl.concat([_attempts(trace.table, rows, outcome, cluster), _left_out(left_out)], how="diagonal_relaxed")
-    return Run.of(table.sort("request", "attempt"), meta, _series(outcome, cluster))
+    table = _attempts(trace.table, rows, outcome, cluster)
+    if len(left_out) or len(table) > len(rows):
+        table = pl.concat([table, _left_out(left_out)], how="diagonal_relaxed")
+    if not table["request"].is_sorted() or table["request"].n_unique() < len(table):
+        table = table.sort("request", "attempt")
+    return Run.of(table, meta, _series(outcome, cluster))
 
 
 def _kernel_seeds(seed: int) -> np.ndarray:
@@ -161,48 +227,63 @@ def _attempts(requests: pl.DataFrame, rows: np.ndarray, outcome: Outcome, cluste
     """The rows of all attempts that were sent."""
     it, edge = outcome.attempts, cluster.step_time.a2
     request = rows[it["request"]]
-    asked = requests.select("arrival", "service", "model", "failed")[request]
-    words = pl.DataFrame(
+    first_ones = len(it) == len(requests) and bool((request == np.arange(len(it))).all())
+    asked = requests.select("arrival", "service", "model", "failed")
+    asked = asked if first_ones else asked[request]
+    state = it["state"]
+    status, reason, code, message = _outcomes(state)
+    first = _when(it["first"], edge)
+    ended = pl.Series(it["ended"] / TICKS)
+    sent = asked["arrival"]
+    if not first_ones:
+        sent = pl.Series(np.where(it["number"] == 1, sent.to_numpy(), it["sent"] / TICKS))
+    replica = pl.Series(it["replica"])
+    return pl.DataFrame(
         {
-            "state": pl.Series(list(_WORDS), dtype=pl.Int32),
-            **{
-                name: [entry[i] for entry in _WORDS.values()]
-                for i, name in enumerate(("status", "reason", "http_status", "message"))
-            },
-        }
-    )
-    frame = pl.DataFrame(
-        {
-            "request": request.astype(np.int64),
-            "attempt": it["number"],
+            "request": request.astype(np.int64, copy=False),
+            "attempt": it["number"].astype(np.int32),
             "scheduled": asked["arrival"],
-            "sent": np.where(it["number"] == 1, asked["arrival"].to_numpy(), it["sent"] / TICKS),
-            "first_token": _when(it["first"], edge),
+            "sent": sent,
+            "first_byte": first,
+            "first_token": first,
             "last_token": _when(it["last"], edge),
-            "ended": it["ended"] / TICKS,
+            "done": ended.set(pl.Series(state != kernel.OK), None),
+            "ended": ended,
+            "status": status,
+            "reason": reason,
+            "http_status": code,
+            "message": message,
             "request_tokens": it["prompt"],
             "response_tokens": it["generated"],
             "asked_request_tokens": it["prompt"],
             "asked_response_tokens": it["output"],
-            "replica": it["replica"],
+            "token_source": pl.repeat("server", len(it), dtype=pl.Enum(TOKEN_SOURCES), eager=True),
+            "chunks": _chunks(outcome),
+            "replica": replica.set(replica < 0, None),
             "preemptions": it["preemptions"],
+            "cached_tokens": it["cached"] if outcome.pool is not None else _nulls(len(it), pl.Int32),
             "service": asked["service"],
             "model": asked["model"],
             "failed": asked["failed"],
-            "state": it["state"],
-            "chunks": _chunks(outcome),
         }
     )
-    return (
-        frame.join(words, on="state", how="left", maintain_order="left")
-        .with_columns(
-            first_byte="first_token",
-            done=pl.when(pl.col("status") == "ok").then("ended"),
-            token_source=pl.lit("server"),
-            replica=pl.when(pl.col("replica") >= 0).then("replica"),
-        )
-        .drop("state")
-    )
+
+
+def _nulls(count: int, dtype: Any) -> pl.Series:
+    return pl.Series([None], dtype=dtype).new_from_index(0, count)
+
+
+def _outcomes(state: np.ndarray) -> tuple[pl.Series, pl.Series, pl.Series, pl.Series]:
+    """Status, reason, http_status and message of each attempt."""
+    code = np.zeros(max(_WORDS) + 1, np.int64)
+    code[list(_WORDS)] = np.arange(len(_WORDS))
+    at = pl.Series(code[state])
+    types: tuple[Any, ...] = (pl.Enum(STATUSES), pl.String, pl.Int32, pl.String)
+    columns = []
+    for i, dtype in enumerate(types):
+        values = pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype)
+        columns.append(values.gather(at))
+    return columns[0], columns[1], columns[2], columns[3]
 
 
 def _when(ticks: np.ndarray, edge: float) -> pl.Series:
@@ -214,7 +295,7 @@ def _chunks(outcome: Outcome) -> pl.Series:
     """Seconds from the first token to each, for the attempts that succeeded (the last ones of their requests)."""
     it = outcome.attempts
     if not outcome.token_ticks.size:
-        return pl.Series([None], dtype=pl.List(pl.Float64)).new_from_index(0, len(it))
+        return _nulls(len(it), pl.List(pl.Float64))
     tokens = np.where(it["state"] == kernel.OK, it["generated"], 0).astype(np.int64)
     begins = np.repeat(outcome.token_start, tokens)
     within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
@@ -254,7 +335,7 @@ def _series(outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
     ends = np.minimum(np.arange(1, count + 1) * outcome.width, max(outcome.end, 1))
     spans = np.diff(ends, prepend=0)
     frames = []
-    for replica in range(cluster.replicas):
+    for replica in range(cluster.capacity):
         sums = outcome.samples[replica, :count]
         frames.append(
             pl.DataFrame(
@@ -272,15 +353,33 @@ def _series(outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
     return pl.concat(frames).sort("time", "replica").select(SERIES.names())
 
 
-def _totals(outcome: Outcome) -> dict[str, float]:
+def _totals(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
     replicas = outcome.replicas
-    return {
+    totals: dict[str, Any] = {
         "simulated_seconds": outcome.end / TICKS,
         "steps": int(replicas["steps"].sum()),
+        "steps_in_windows": int(replicas["jumped"].sum()),
         "computed_tokens": int(replicas["computed"].sum()),
         "tokens_lost_to_preemption": int(replicas["lost"].sum()),
         "preemptions": int(replicas["preemptions"].sum()),
+        "replica_seconds": float(replicas["on"].sum() / TICKS),
     }
+    if outcome.pool is not None:
+        state = outcome.pool.state
+        asked = int(state["asked"].sum())
+        hits = int(state["hits"].sum()), int(state["host_hits"].sum())
+        totals["prefix_cache"] = {
+            "blocks_asked": asked,
+            "blocks_hit": hits[0],
+            "blocks_hit_on_host": hits[1],
+            "hit_rate": sum(hits) / asked if asked else None,
+            "evictions": int(state["evictions"].sum()),
+        }
+    if cluster.choices.preemption == "swap":
+        totals["blocks_swapped"] = int(replicas["swapped"].sum())
+    if cluster.choices.price is not None:
+        totals["cost"] = totals["replica_seconds"] / 3600 * cluster.choices.price
+    return totals
 
 
 def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[str]:
@@ -290,7 +389,12 @@ def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[s
             f"The KV cache of {cluster.kv_blocks:,} blocks is estimated; give --kv-blocks as the server reports"
             " it (num_gpu_blocks)."
         )
-    notes.append("Prefix caching is not modelled: every prompt is computed in full, and the real hit rate is unknown.")
+    if outcome.pool is None:
+        notes.append("Prefix caching is off: every prompt is computed in full, and the real hit rate is unknown.")
+    if cluster.choices.unlike_vllm:
+        notes.append(f"Not in vLLM v1: {', '.join(cluster.choices.unlike_vllm)}.")
+    if cluster.choices.scrape_interval is None and cluster.router not in ("round-robin", "random", "session-affinity"):
+        notes.append(f"The router {cluster.router} always knows the replicas' state; see --scrape-interval.")
     notes.append("Responses have the recorded length and end as if max_tokens had been set to it.")
     if cluster.model.experts:
         notes.append("Mixture-of-experts step times assume uniform routing and were not validated.")
@@ -310,6 +414,6 @@ def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[s
         )
     if not outcome.token_ticks.size:
         notes.append(
-            f"Over {TOKEN_TIMES:,} response tokens: the times of single tokens were not kept, so there is no ITL."
+            "The times of single tokens were not kept (there are many), so there is no ITL; see --token-times."
         )
     return notes

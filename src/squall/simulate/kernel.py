@@ -1,42 +1,71 @@
-"""The step loop of the simulated cluster, compiled: engines that schedule like vLLM v1, with KV blocks counted.
+"""The step loop of the simulated cluster, compiled: engines that schedule like vLLM v1.
 
 There is no prefill or decode mode, only `computed` chasing `prompt + generated`. A step first serves the running
-requests in the order of their admission (each takes the blocks it needs; when none is free the last admitted is
-preempted and recomputes later), then, if it preempted nobody, admits from the head of the queue. With asynchronous
-scheduling the next step is composed while one runs, so what happens during a step is seen one step later.
+requests in the order of their admission (each takes the blocks it needs; when none is free one is preempted and
+recomputes later), then, if it preempted nobody, admits from the queue (waiting.py). KV blocks are counted or, for
+prefix caching, have an identity (blocks.py). With asynchronous scheduling the next step is composed while one runs, so
+what happens during a step is seen one step later.
+
+Steps in which the same sequences each yield one more token follow one another for as long as nothing else happens, and
+each takes the same time longer than the one before: the end of the i-th is known in closed form, exactly, in integers.
+Such a *window* is entered with the step that begins it and settled when it ends, or when something happens to its
+replica; the result is that of single steps.
 
 The clock counts ticks of 10 ps in int64 (2.9 years), so sums of step times are exact and independent of their order. At
-one tick the order is: step ends, deadlines, arrivals, retries; then every idle replica that was touched schedules.
+one tick the order is: step ends, ends of KV transfers, deadlines, arrivals, retries, the autoscaler, replicas up and
+down; then every idle replica that was touched schedules, in their order.
 
-All compiled functions are in this one file, because numba's cache sees only changes of the file of the function called.
+Options that are not used are types (None for the pool of blocks or the queue), so that they cost nothing.
 """
 
-from heapq import heappop, heappush
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from squall.simulate.blocks import clear, find_hits, grow, holds_invariants, lean, longest_hit, release, take_hits
+from squall.simulate.waiting import (
+    always_asks,
+    becomes_active,
+    charge,
+    dequeue,
+    enqueue,
+    first_waiting,
+    leaves,
+    stands,
+    victim,
+)
+
 TICKS = 100_000_000_000  # per second
 NEVER: Any = np.int64(2**62)
 
-# States of an attempt; those from OK on are final.
-QUEUED, RUNNING, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE = range(6)
-ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING = range(3)
-# Kinds of events, in their order at one tick. Arrivals come from a sorted array, just before the retries.
-STEP_END, DEADLINE, RETRY = range(3)
+# States of an attempt; those from OK on are final. TRANSFER: its KV cache is on the way from prefill to decode.
+QUEUED, RUNNING, TRANSFER, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE, REFUSED, RESET = range(9)
+ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, LEAST_KV, POWER_OF_TWO, PREFIX_AFFINITY, SESSION_AFFINITY = range(7)
+# Kinds of events in the heap, in their order at one tick. Step ends come before them, arrivals just before the retries.
+KV_END, DEADLINE, RETRY, SCALE, UP, DOWN = range(6)
 # What a sample of the time series accumulates: time integrals, except KV_PEAK and PREEMPTIONS.
 RUNNING_TIME, WAITING_TIME, KV_PEAK, PREEMPTIONS, TOKENS = range(5)
-
-# Kinds of the event log. FIRST is the first token, REJECT a 429 or 400, GIVE_UP a client's timeout.
-ARRIVE, ADMIT, PREEMPT, FIRST, FINISH, REJECT, GIVE_UP = range(7)
+# Kinds of the event log. FIRST is the first token, REJECT a 429 or 400 or a refused connection, GIVE_UP a client's
+# timeout, RESERVE a decode replica's blocks for a transfer that begins, BREAK a connection lost with its replica.
+ARRIVE, ADMIT, PREEMPT, FIRST, FINISH, REJECT, GIVE_UP, RESERVE, BREAK, REPLICA_UP, REPLICA_DOWN = range(11)
+# Whether a step mixes prefill and decode (vLLM v1), is of prefills whenever there are any, or admits only when no
+# sequence decodes.
+MIXED, PREFILL_FIRST, DECODE_FIRST = range(3)
+BOTH, PREFILL, DECODE = range(3)  # roles of a replica
+OFF, STARTING, READY, DRAINING = range(4)
+BY_QUEUE, BY_KV, BY_RATE = range(1, 4)  # what the autoscaler looks at; 0 = none
+_ALL, _PREFILLS, _DECODES = range(3)
 
 SAMPLES = 512
+LONGEST_WINDOW = 1 << 20
+LIVELOCK = 10_000  # preemptions of one attempt, beyond 10 per token that it generated
 
 EVENT = np.dtype(
     [
         ("time", np.int64),  # ticks
-        ("attempt", np.int64),  # row of the attempts
+        ("attempt", np.int64),  # row of the attempts; -1 for what happens to a replica
         ("kind", np.int32),
         ("replica", np.int32),  # -1 if it reached none
     ],
@@ -58,76 +87,157 @@ STEP = np.dtype(
     align=True,
 )
 
+TO_COME = np.dtype([("tick", np.int64), ("kind", np.int64), ("who", np.int64)], align=True)
+
 ATTEMPT = np.dtype(
     [
-        ("request", np.int64),
         ("sent", np.int64),  # by the client
         ("first", np.int64),  # step end of the first token
         ("last", np.int64),  # and of the last one so far
         ("ended", np.int64),
+        ("request", np.int32),
         ("prompt", np.int32),
         ("output", np.int32),  # tokens that it will generate
-        ("computed", np.int32),  # tokens whose keys and values are in the cache (or will be after the step in flight)
-        ("generated", np.int32),
-        ("in_flight", np.int32),  # tokens scheduled but not yet received; always 0 with synchronous scheduling
-        ("blocks", np.int32),
+        ("generated", np.int32),  # up to date while it does not run
+        ("computed", np.int32),  # while it waits: tokens whose keys and values it will not have to compute again
+        ("blocks", np.int32),  # while it waits: held for it
+        ("cached", np.int32),  # prompt tokens found in the prefix cache at its first admission
         ("preemptions", np.int32),
         ("replica", np.int32),
+        ("source", np.int32),  # the prefill replica that still holds its blocks; -1
+        ("epoch", np.int32),  # of that replica, or of the decode replica during the transfer
         ("next", np.int32),  # in the queue of its replica
         ("previous", np.int32),
-        ("number", np.int32),  # of the attempt, from 1
-        ("state", np.int32),
+        ("child", np.int32),
+        ("number", np.int16),  # of the attempt, from 1
+        ("state", np.int16),
+    ],
+    align=True,
+)
+
+SEQUENCE = np.dtype(
+    [
+        ("attempt", np.int64),
+        ("last", np.int64),  # tick of the last token; -1
+        ("request", np.int32),
+        ("prompt", np.int32),
+        ("output", np.int32),  # tokens to generate here: 1 on a prefill replica
+        ("computed", np.int32),  # tokens whose keys and values are in the cache (or will be after the step in flight)
+        ("generated", np.int32),  # received
+        ("blocks", np.int32),
+        ("node", np.int32),  # blocks.py: the list of its blocks
+        ("registered", np.int32),  # how many of these can be found
+        ("new", np.int32),  # tokens of it in the last composed step
+        ("next", np.int32),  # its part in the last composed step: 0 none, 1 scheduled, 3 and yields a token
+        ("now", np.int32),  # and in the one before
     ],
     align=True,
 )
 
 REPLICA = np.dtype(
     [
+        ("blocks", np.int64),  # usable
+        ("max_seqs", np.int64),
+        ("budget", np.int64),
+        ("watermark", np.int64),
+        ("role", np.int64),
+        ("up", np.int64),
+        ("epoch", np.int64),  # how often it lost all it had
+        ("since_on", np.int64),  # paid for since
+        ("on", np.int64),  # ticks paid for before that
         ("free", np.int64),  # blocks
+        ("host_free", np.int64),  # blocks for swapping
         ("running", np.int64),  # how many
         ("waiting", np.int64),
-        ("head", np.int64),  # of the queue; -1 if empty
+        ("head", np.int64),  # of the FCFS queue; -1 if empty
         ("tail", np.int64),
         ("aborted", np.int64),  # among the running: they leave at the next schedule
+        ("orphans", np.int64),  # preempted with a token in flight
         ("busy", np.int64),  # a step is in flight
-        ("slot", np.int64),  # where the plan of the step in flight, or of the last one, lies
-        ("queued", np.int64),  # the other slot holds the next step's plan
-        ("gpu_ticks", np.int64),  # of the last composed step
-        ("decode_only", np.int64),  # was that one
+        ("queued", np.int64),  # the next step is composed
+        ("sequences", np.int64),  # of the step in flight
+        ("tokens", np.int64),
+        ("ticks", np.int64),
+        ("next_size", np.int64),  # of the last composed step
+        ("next_tokens", np.int64),
+        ("next_ticks", np.int64),
+        ("next_gpu", np.int64),  # ticks of its GPU work
+        ("next_kv", np.int64),
+        ("next_pairs", np.float64),
+        ("next_decode", np.int64),  # all its sequences decode
+        ("extra", np.int64),  # ticks for moving blocks before it
+        ("left", np.int64),  # of the budget, while composing
+        ("same", np.int64),  # how many of its sequences were in the one before too
+        ("last_size", np.int64),  # of that one
+        ("last_decode", np.int64),
+        ("emitting", np.int64),  # of its sequences, how many yield a token in the one before
+        ("least", np.int64),  # tokens that the sequence nearest to its end still has to receive
+        (
+            "closed",
+            np.int64,
+        ),  # why nobody more was admitted: 2 holds whoever arrives, 1 until somebody does, 0 may change
+        ("window", np.int64),  # steps after the one in flight that are entered already; 0 = none
+        ("first_end", np.int64),  # of the step in flight when the window began
+        ("second", np.int64),  # ticks of the step after it
+        ("slope", np.int64),  # ticks that each further one takes longer
+        ("growth", np.int64),  # the same, of the GPU's work alone
+        ("window_from", np.int64),
+        ("link_free", np.int64),  # when its link has sent all KV transfers
         ("since", np.int64),  # the time series is accounted up to here
-        ("token_rate", np.float64),  # of the step in flight, per tick
+        ("token_rate", np.float64),  # of the step or window in flight, per tick
         ("steps", np.int64),
+        ("windows", np.int64),
+        ("jumped", np.int64),  # steps that were not taken singly
         ("computed", np.int64),  # tokens computed
         ("lost", np.int64),  # tokens of these whose cache entries were given up by preemption
         ("preemptions", np.int64),
+        ("swapped", np.int64),  # blocks moved to the host and back
     ],
     align=True,
 )
 
-PLAN = np.dtype([("size", np.int64), ("tokens", np.int64), ("ticks", np.int64)], align=True)
-
 
 class Limits(NamedTuple):
-    """What bounds the engines and the client, all as int."""
+    """What holds for the whole cluster and its clients; times in ticks."""
 
     replicas: int
-    blocks: int  # usable by one replica
     block_size: int
-    max_seqs: int
-    budget: int
     max_model_len: int
     asynchronous: int
     full_gate: int
-    watermark: int
+    order: int
+    chunk: int  # most tokens of one prompt in a step; 0 = no limit
+    swap: int  # ticks to move a block to the host or back; 0 = preempted requests compute again
     router: int
+    scrape: int  # how often the router looks; 0 = it always knows
     queue_limit: int
-    timeout: int  # ticks
+    timeout: int
     retries: int
-    backoff: int  # ticks: full jitter below backoff * 2**(attempt - 1), at most backoff_cap
+    backoff: int  # full jitter below backoff * 2**(attempt - 1), at most backoff_cap
     backoff_cap: int
-    ingest: int  # ticks from sending to the queue
+    ingest: int  # from sending to the queue
     ingest_per_token: int
-    delivery: int  # ticks from the step end of the last token to the end at the client
+    delivery: int  # from the step end of the last token to the end at the client
+    transfer: int  # setup of a KV transfer
+    transfer_per_token: int
+    scale_by: int
+    scale_target: float
+    scale_every: int
+    scale_down_after: int
+    provisioning: int
+    least_replicas: int
+    windows: int  # whether to use them
+    debug: int  # whether to check the invariants at every step
+
+
+LIMITS = np.dtype(
+    [(name, np.float64 if kind is float else np.int64) for name, kind in Limits.__annotations__.items()], align=True
+)
+
+
+def packed(limits: Limits) -> np.ndarray:
+    """(1,) LIMITS: compiled functions pass a record as one pointer, a tuple field by field."""
+    return np.array([tuple(limits)], LIMITS)
 
 
 class StepCost(NamedTuple):
@@ -149,7 +259,46 @@ class StepCost(NamedTuple):
     points: np.ndarray  # (k, 2) tokens and seconds of a measured table in place of the GEMMs; (0, 2) without one
 
 
-@njit
+COST = np.dtype([(name, np.float64) for name in StepCost._fields[:-1]] + [("points", np.int64)], align=True)
+"""The same per replica, with the number of its points."""
+
+
+class Clock(NamedTuple):
+    """What the cluster shares."""
+
+    width: np.ndarray  # (1,) ticks of a sample
+    ends: np.ndarray  # (2 * 2**k,) a tournament: the earliest step end at [1], that of replica r at [2**k + r]
+    touched: np.ndarray  # (1 + replicas,) how many, then which idle replicas schedule at the end of the tick
+    woken: np.ndarray  # (1 + replicas,) how many, then which busy or idle ones something was handed to
+    counters: np.ndarray  # (13,) see below
+    outstanding: np.ndarray  # (replicas,) what the router saw last: requests
+    used: np.ndarray  # (replicas,) and blocks
+    random: np.ndarray  # (2, 1) uint64 states: of the router and of the retry jitter
+
+
+OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING = range(13)
+
+
+class Engines(NamedTuple):
+    """All that the replicas own; the first axis is the replica."""
+
+    state: np.ndarray  # REPLICA
+    running: np.ndarray  # (, max_seqs) SEQUENCE in the order of their admission
+    orphans: np.ndarray  # (, max_seqs) attempts
+    costs: np.ndarray  # COST
+    points: np.ndarray  # (, k, 2)
+    gemm: np.ndarray  # (, max_seqs + 1) seconds of a step of so many single tokens; nan = not yet known
+    samples: np.ndarray  # (, SAMPLES, 5)
+    shared: Clock
+    events: np.ndarray  # EVENT; empty unless asked for, and never full
+    steps: np.ndarray  # STEP; likewise
+    token_ticks: np.ndarray  # of every token of the requests' last attempts; empty unless asked for
+    token_start: np.ndarray  # (requests,)
+    heap: np.ndarray  # TO_COME, the earliest first; never full
+    scratch: np.ndarray  # (3, max(max_seqs, block_size + 2))
+
+
+@lean
 def _between(points: np.ndarray, tokens: float) -> float:
     """The line through the neighbouring points, drawn on beyond the first and the last, at `tokens`; at least 0."""
     at = 1
@@ -159,32 +308,38 @@ def _between(points: np.ndarray, tokens: float) -> float:
     return max(0.0, points[at - 1, 1] + rise * (tokens - points[at - 1, 0]))
 
 
-@njit(cache=True)
-def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
-    """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
-    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
+@lean
+def _gemm_seconds(cost: StepCost, tokens: float, sequences: float) -> float:
+    """The part of a step that all its tokens pass together."""
     if cost.points.shape[0] > 0:
-        return _between(cost.points, tokens) + cost.per_sequence * sequences + attention
+        return _between(cost.points, tokens) + cost.per_sequence * sequences
     memory = cost.weights
     if cost.experts > 0.0:
         memory += cost.experts * (1.0 - np.exp(tokens * cost.log_unrouted))
     compute = cost.per_token * tokens + cost.per_sequence * sequences
     low, high = min(memory, compute), max(memory, compute)
     gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
-    return gemm + attention + cost.reduce + cost.reduce_per_token * tokens
+    return gemm + cost.reduce + cost.reduce_per_token * tokens
 
 
-@njit
+@njit(cache=True)
+def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
+    """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
+    attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
+    return _gemm_seconds(cost, tokens, sequences) + attention
+
+
+@lean
 def _ticks(seconds: float) -> Any:
     return np.int64(np.rint(seconds * TICKS))
 
 
-@njit
+@lean
 def _blocks(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@njit
+@lean
 def _random(state: np.ndarray) -> Any:
     """The next of the splitmix64 stream in `state[0]`, as a float in [0, 1)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -195,292 +350,91 @@ def _random(state: np.ndarray) -> Any:
     return np.float64(z >> np.uint64(11)) * 2.0**-53
 
 
-@njit
+@lean
 def _seen(limits: Limits, sent: Any, prompt: int) -> Any:
     """When the cluster sees a request that is sent at `sent`."""
     return sent + limits.ingest + limits.ingest_per_token * prompt
 
 
-# The queue of a replica: a doubly linked list through the attempts.
-
-
-@njit
-def _append(me: Any, attempts: np.ndarray, a: int) -> None:
-    attempts[a].next = -1
-    attempts[a].previous = me.tail
-    if me.tail >= 0:
-        attempts[me.tail].next = a
-    else:
-        me.head = a
-    me.tail = a
-    me.waiting += 1
-
-
-@njit
-def _prepend(me: Any, attempts: np.ndarray, a: int) -> None:
-    attempts[a].previous = -1
-    attempts[a].next = me.head
-    if me.head >= 0:
-        attempts[me.head].previous = a
-    else:
-        me.tail = a
-    me.head = a
-    me.waiting += 1
-
-
-@njit
-def _unlink(me: Any, attempts: np.ndarray, a: int) -> None:
-    before, after = attempts[a].previous, attempts[a].next
-    if before >= 0:
-        attempts[before].next = after
-    else:
-        me.head = after
-    if after >= 0:
-        attempts[after].previous = before
-    else:
-        me.tail = before
-    me.waiting -= 1
-
-
-@njit
-def _drop_done(me: Any, attempts: np.ndarray, running: np.ndarray) -> None:
-    """Take what is in a final state out of the running, keeping their order; free the blocks it still holds."""
-    kept = 0
-    for i in range(me.running):
-        a = running[i]
-        if attempts[a].state >= OK:
-            me.free += attempts[a].blocks
-            attempts[a].blocks = 0
-        else:
-            running[kept] = a
-            kept += 1
-    me.running = kept
-    me.aborted = 0
-
-
-@njit
-def _preempt_last(me: Any, attempts: np.ndarray, running: np.ndarray) -> int:
-    """Give up the last admitted: its blocks are freed, it goes to the head of the queue and will compute all again."""
-    me.running -= 1
-    a = running[me.running]
-    it = attempts[a]
-    me.free += it.blocks
-    me.lost += it.computed
-    me.preemptions += 1
-    it.blocks = 0
-    it.computed = 0
-    it.preemptions += 1
-    it.state = QUEUED
-    _prepend(me, attempts, a)
-    return a
-
-
-class _Replicas(NamedTuple):
-    """All that the replicas own; the first axis is the replica."""
-
-    state: np.ndarray  # REPLICA
-    running: np.ndarray  # (, max_seqs) attempts in the order of their admission
-    plans: np.ndarray  # (, 2) PLAN: of the step in flight and of the next or the last one
-    entries: np.ndarray  # (, 2, max_seqs) their sequences: `attempt << 1 | emits`, whether the step yields a new token
-    samples: np.ndarray  # (, SAMPLES, 5)
-    width: np.ndarray  # (1,) ticks of a sample
-    events: np.ndarray  # EVENT; empty unless asked for, and never full
-    steps: np.ndarray  # STEP; likewise
-    logged: np.ndarray  # (2,) how many events and steps were
-
-
-@njit
-def _log(engines: _Replicas, now: Any, kind: int, attempt: int, replica: int) -> None:
+@lean
+def _log(engines: Engines, now: Any, kind: int, attempt: int, replica: int) -> None:
     if engines.events.size > 0:
-        it = engines.events[engines.logged[0]]
+        it = engines.events[engines.shared.counters[LOGGED]]
         it.time = now
         it.kind = kind
         it.attempt = attempt
         it.replica = replica
-        engines.logged[0] += 1
+        engines.shared.counters[LOGGED] += 1
 
 
-@njit
-def _compose(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost, now: Any) -> Any:
-    """Schedule a step of replica `r` into the slot that is not in flight; returns the number of its sequences."""
-    me = engines.state[r]
-    running = engines.running[r]
-    before = engines.plans[r, me.slot]
-    before_entries = engines.entries[r, me.slot]
-    entries = engines.entries[r, 1 - me.slot]
-    if me.aborted > 0:
-        _drop_done(me, attempts, running)
-    budget = limits.budget
-    size = 0
-    kv_tokens = 0
-    pairs = 0.0
-    decode_only = True
-    same = True
-    preempted = False
+@lean
+def _earlier(heap: np.ndarray, i: int, j: int) -> bool:
+    a, b = heap[i], heap[j]
+    if a.tick != b.tick:
+        return a.tick < b.tick
+    if a.kind != b.kind:
+        return a.kind < b.kind
+    return a.who < b.who
 
-    i = 0
-    while i < me.running and budget > 0:
-        a = running[i]
-        it = attempts[a]
-        if it.in_flight > 0 and it.computed + 2 - it.in_flight >= it.prompt + it.output:
-            i += 1  # the step in flight already yields its last token
-            continue
-        target = it.prompt + it.generated + it.in_flight
-        new = min(target - it.computed, budget)
-        need = _blocks(it.computed + new, limits.block_size) - it.blocks
-        victim = -1
-        while need > me.free and victim != a:
-            victim = _preempt_last(me, attempts, running)
-            _log(engines, now, PREEMPT, victim, r)
-            preempted = True
-        if victim == a:
+
+@lean
+def _swap(heap: np.ndarray, i: int, j: int) -> None:
+    a, b = heap[i], heap[j]
+    a.tick, b.tick = b.tick, a.tick
+    a.kind, b.kind = b.kind, a.kind
+    a.who, b.who = b.who, a.who
+
+
+@lean
+def _push(engines: Engines, tick: Any, kind: int, who: int) -> None:
+    heap = engines.heap
+    i = engines.shared.counters[HEAPED]
+    engines.shared.counters[HEAPED] += 1
+    heap[i].tick, heap[i].kind, heap[i].who = tick, kind, who
+    while i > 0 and _earlier(heap, i, (i - 1) // 2):
+        _swap(heap, i, (i - 1) // 2)
+        i = (i - 1) // 2
+
+
+@lean
+def _pop(engines: Engines) -> None:
+    """Take the first out; what lies beyond the others is never due."""
+    heap = engines.heap
+    engines.shared.counters[HEAPED] -= 1
+    count = engines.shared.counters[HEAPED]
+    _swap(heap, 0, count)
+    heap[count].tick = NEVER
+    i = np.int64(0)
+    while True:
+        child = 2 * i + 1
+        if child >= count:
             break
-        me.free -= need
-        it.blocks += need
-        if new == 1 and it.computed >= it.prompt:
-            kv_tokens += it.computed + 1
-        else:
-            decode_only = False
-            kv_tokens += it.computed
-            pairs += new * (it.computed + new / 2)
-        it.computed += new
-        emits = it.computed == target
-        if emits:
-            it.in_flight += limits.asynchronous
-        entry = (a << 1) | np.int64(emits)
-        same = same and size < before.size and before_entries[size] == entry
-        entries[size] = entry
-        size += 1
-        budget -= new
-        i += 1
-
-    if not preempted:
-        while me.head >= 0 and budget > 0 and me.running < limits.max_seqs:
-            a = me.head
-            it = attempts[a]
-            known = it.prompt + it.generated
-            new = min(known, budget)
-            watermark = limits.watermark if me.running > 0 else 0
-            need = _blocks(new, limits.block_size)
-            if (_blocks(known, limits.block_size) if limits.full_gate else need) + watermark > me.free:
-                break  # the head of the queue blocks all behind it, and never preempts
-            _unlink(me, attempts, a)
-            running[me.running] = a
-            me.running += 1
-            it.state = RUNNING
-            _log(engines, now, ADMIT, a, r)
-            me.free -= need
-            it.blocks = need
-            pairs += new * (new / 2)
-            decode_only = False
-            it.computed = new
-            emits = new == known
-            if emits:
-                it.in_flight += limits.asynchronous
-            entries[size] = (a << 1) | np.int64(emits)
-            size += 1
-            budget -= new
-
-    if size > 0:
-        tokens = limits.budget - budget
-        if decode_only and same and size == before.size and me.decode_only:
-            # The same sequences, each one token longer: an exact arithmetic progression in ticks.
-            me.gpu_ticks += _ticks(cost.per_kv_token * size)
-        else:
-            me.gpu_ticks = _ticks(gpu_seconds(cost, float(tokens), float(size), float(kv_tokens), pairs))
-        me.decode_only = decode_only
-        host = _ticks(cost.host + cost.host_per_sequence * size)
-        duration = max(me.gpu_ticks, host) + _ticks(cost.gap) if limits.asynchronous else me.gpu_ticks + host
-        plan = engines.plans[r, 1 - me.slot]
-        plan.size = size
-        plan.tokens = tokens
-        plan.ticks = max(1, duration)
-    return size
+        if child + 1 < count and _earlier(heap, child + 1, child):
+            child += 1
+        if not _earlier(heap, child, i):
+            break
+        _swap(heap, i, child)
+        i = child
 
 
-@njit
-def _receive_tokens(
-    engines: _Replicas,
-    r: int,
-    attempts: np.ndarray,
-    limits: Limits,
-    now: Any,
-    token_ticks: np.ndarray,
-    token_start: np.ndarray,
-) -> None:
-    """The step in flight has ended: what emits gets one more token; the finished leave and free their blocks."""
-    me = engines.state[r]
-    entries = engines.entries[r, me.slot]
-    finished = False
-    for k in range(engines.plans[r, me.slot].size):
-        if not entries[k] & 1:
-            continue
-        a = entries[k] >> 1
-        it = attempts[a]
-        if it.state >= OK:
-            continue  # timed out while the step ran: its token is dropped
-        if it.generated == 0:
-            it.first = now
-            _log(engines, now, FIRST, a, r)
-        it.last = now
-        if token_ticks.size > 0:
-            token_ticks[token_start[it.request] + it.generated] = now
-        it.generated += 1
-        it.in_flight -= limits.asynchronous
-        if it.generated == it.output:
-            if it.state == QUEUED:
-                _unlink(me, attempts, a)  # preempted with its last token in flight: nothing has to be computed again
-                me.lost -= it.prompt + it.output - 1
-            else:
-                finished = True
-            _log(engines, now, FINISH, a, r)
-            it.state = OK
-            it.ended = now + limits.delivery
-    if finished:
-        _drop_done(me, attempts, engines.running[r])
-    me.busy = 0
+@lean
+def _set_end(engines: Engines, r: int, end: Any) -> None:
+    ends = engines.shared.ends
+    i = ends.size // 2 + r
+    ends[i] = end
+    while i > 1:
+        i //= 2
+        ends[i] = min(ends[2 * i], ends[2 * i + 1])
 
 
-@njit
-def _start_steps(engines: _Replicas, r: int, attempts: np.ndarray, limits: Limits, cost: StepCost, now: Any) -> Any:
-    """Let an idle replica start its next step, if there is one; returns the ticks that it takes, or 0."""
-    me = engines.state[r]
-    preemptions = me.preemptions
-    if me.queued or _compose(engines, r, attempts, limits, cost, now) > 0:
-        me.queued = 0
-        me.slot = 1 - me.slot
-        me.busy = 1
-        if limits.asynchronous:
-            me.queued = _compose(engines, r, attempts, limits, cost, now) > 0
-    engines.samples[r, now // engines.width[0], PREEMPTIONS] += me.preemptions - preemptions
-    if not me.busy:
-        me.token_rate = 0.0
-        return 0
-    plan = engines.plans[r, me.slot]
-    me.token_rate = plan.tokens / plan.ticks
-    me.steps += 1
-    me.computed += plan.tokens
-    if engines.steps.size > 0:
-        it = engines.steps[engines.logged[1]]
-        it.start = now
-        it.ticks = plan.ticks
-        it.replica = r
-        it.sequences = plan.size
-        it.tokens = plan.tokens
-        it.running = me.running
-        it.waiting = me.waiting
-        it.free = me.free
-        it.preemptions = me.preemptions
-        engines.logged[1] += 1
-    return plan.ticks
-
-
-@njit
-def _account(engines: _Replicas, r: int, blocks: int, now: Any) -> None:
+@lean
+def _account(engines: Engines, r: int, now: Any) -> None:
     """Add the state that held since the last call to the samples."""
     me = engines.state[r]
-    width = engines.width[0]
     start = me.since
+    if start >= now:
+        return
+    width = engines.shared.width[0]
     me.since = now
     while start < now:
         at = start // width
@@ -489,11 +443,11 @@ def _account(engines: _Replicas, r: int, blocks: int, now: Any) -> None:
         sums[RUNNING_TIME] += me.running * (end - start)
         sums[WAITING_TIME] += me.waiting * (end - start)
         sums[TOKENS] += me.token_rate * (end - start)
-        sums[KV_PEAK] = max(sums[KV_PEAK], (blocks - me.free) / blocks)
+        sums[KV_PEAK] = max(sums[KV_PEAK], (me.blocks - me.free) / me.blocks)
         start = end
 
 
-@njit
+@lean
 def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
     """Merge neighbouring samples until `now` lies in the last one or before."""
     while now >= width[0] * SAMPLES:
@@ -506,252 +460,1358 @@ def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
         width[0] *= 2
 
 
-@njit
-def _route(replicas: np.ndarray, limits: Limits, turn: np.ndarray, random: np.ndarray) -> Any:
-    """The replica for the next arrival; `turn` counts them."""
-    if limits.router == RANDOM:
-        return np.int64(_random(random) * limits.replicas)
-    if limits.router == ROUND_ROBIN:
-        turn[0] += 1
-        return (turn[0] - 1) % limits.replicas
-    best, least, ties = 0, NEVER, 0
-    for r in range(limits.replicas):
-        load = replicas[r].running + replicas[r].waiting - replicas[r].aborted
-        if load < least:
-            best, least, ties = r, load, 1
-        elif load == least:
-            ties += 1
-            if _random(random) * ties < 1.0:
-                best = r
-    return best
+# The life of an attempt
 
 
-@njit
-def _fail(
-    events: list, attempts: np.ndarray, a: int, state: int, ended: Any, limits: Limits, jitter: np.ndarray
-) -> None:
-    """Attempt `a` is over; its client tries again later, unless no retry is left or the request can never fit."""
-    it = attempts[a]
-    it.state = state
-    it.ended = ended
-    if state != UNSERVABLE and it.number <= limits.retries:
-        longest = limits.backoff_cap
-        if it.number < 20:  # beyond, the cap holds and the shift would overflow
-            longest = min(longest, limits.backoff << (it.number - 1))
-        arrival = _seen(limits, ended + np.int64(_random(jitter) * longest), it.prompt)
-        heappush(events, (max(arrival, ended + 1), np.int64(RETRY), np.int64(a)))
-
-
-@njit
+@lean
 def _new_attempt(it: Any, request: int, number: int, sent: Any, prompt: int, output: int) -> None:
     it.request = request
     it.number = number
     it.sent = sent
     it.prompt = prompt
     it.output = output
-    it.first = it.last = it.ended = it.replica = -1
+    it.first = it.last = it.ended = it.replica = it.source = it.next = it.previous = it.child = -1
 
 
-@njit
-def _enter(
-    engines: _Replicas,
+@lean
+def _fail(engines: Engines, attempts: np.ndarray, a: int, state: int, ended: Any, limits: Limits) -> None:
+    """Attempt `a` is over; its client tries again later, unless no retry is left or the request can never fit."""
+    it = attempts[a]
+    it.state = state
+    it.ended = ended
+    engines.shared.counters[OPEN] -= 1
+    if state != UNSERVABLE and it.number <= limits.retries:
+        longest = np.int64(limits.backoff_cap)
+        if it.number < 20:  # beyond, the cap holds and the shift would overflow
+            longest = min(longest, np.int64(limits.backoff) << np.int64(it.number - 1))
+        arrival = _seen(limits, ended + np.int64(_random(engines.shared.random[1]) * longest), it.prompt)
+        _push(engines, max(arrival, ended + 1), RETRY, a)
+        engines.shared.counters[PENDING] += 1
+
+
+@lean
+def _hand_something_to(engines: Engines, r: int) -> None:
+    """Replica `r` is woken after the event at hand."""
+    woken = engines.shared.woken
+    for k in range(1, woken[0] + 1):
+        if woken[k] == r:
+            return
+    woken[0] += 1
+    woken[woken[0]] = r
+
+
+@lean
+def _let_go(engines: Engines, attempts: np.ndarray, a: int, limits: Limits) -> None:
+    """Give up what is held for an attempt that does not run: blocks at a prefill replica, here, or on the host."""
+    it = attempts[a]
+    me = engines.state[it.replica]
+    if it.source >= 0:
+        source = engines.state[it.source]
+        if source.epoch == it.epoch:
+            source.free += _blocks(it.prompt, limits.block_size)
+            _hand_something_to(engines, it.source)
+        it.source = -1
+    elif limits.swap > 0 and it.computed > 0:
+        me.host_free += _blocks(it.computed, limits.block_size)
+    me.free += it.blocks
+    it.blocks = 0
+    it.computed = 0
+
+
+@lean
+def _write_back(attempts: np.ndarray, sequence: Any) -> None:
+    it = attempts[sequence.attempt]
+    it.generated = sequence.generated
+    it.last = sequence.last
+
+
+@lean
+def _free_blocks(engines: Engines, r: int, pool: Any, sequence: Any) -> None:
+    me = engines.state[r]
+    if pool is None:
+        me.free += sequence.blocks
+        sequence.blocks = 0
+    else:
+        release(pool, r, me, sequence)
+
+
+@lean
+def _drop_gone(engines: Engines, r: int, attempts: np.ndarray, pool: Any) -> None:
+    """Take what has left out of the running, keeping their order; free the blocks it still holds."""
+    me, running = engines.state[r], engines.running[r]
+    kept = 0
+    for i in range(me.running):
+        if attempts[running[i].attempt].state != RUNNING:
+            _free_blocks(engines, r, pool, running[i])
+        else:
+            if kept < i:
+                running[kept] = running[i]
+            kept += 1
+    me.running = kept
+    me.aborted = 0
+
+
+@lean
+def _preempt(
+    engines: Engines,
+    r: int,
     attempts: np.ndarray,
-    a: int,
-    events: list,
+    pool: Any,
+    queue: Any,
     limits: Limits,
-    turn: np.ndarray,
-    randoms: np.ndarray,
+    at: int,
+    yields: bool,
+    now: Any,
+) -> None:
+    """Give up the sequence at place `at`: it waits again and will compute all again, or come back from the host.
+
+    `yields` says whether the step in flight yields a token of it, which will still be received.
+    """
+    me, running = engines.state[r], engines.running[r]
+    sequence = running[at]
+    a = sequence.attempt
+    it = attempts[a]
+    _write_back(attempts, sequence)
+    blocks = sequence.blocks
+    if limits.swap > 0 and me.host_free >= blocks:
+        it.computed = sequence.computed
+        me.host_free -= _blocks(sequence.computed, limits.block_size)
+        me.extra += limits.swap * blocks
+        me.swapped += blocks
+    else:
+        it.computed = 0
+        me.lost += sequence.computed
+    _free_blocks(engines, r, pool, sequence)
+    for i in range(at, me.running - 1):
+        running[i] = running[i + 1]
+    me.running -= 1
+    if yields:
+        engines.orphans[r, me.orphans] = a
+        me.orphans += 1
+    me.preemptions += 1
+    it.preemptions += 1
+    it.state = QUEUED
+    if it.preemptions > LIVELOCK + 10 * it.generated:
+        engines.shared.counters[STUCK] = a + 1
+    enqueue(queue, me, r, attempts, a, True)
+    _log(engines, now, PREEMPT, a, r)
+
+
+# Composing a step
+
+
+@lean
+def _serve_running(
+    engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, which: int, now: Any
+) -> bool:
+    """Schedule those of the running that are wanted, as far as the budget goes; returns whether any was preempted."""
+    me, running = engines.state[r], engines.running[r]
+    block_size = limits.block_size
+    preempted, over = False, False
+    i = 0
+    while i < me.running:
+        s = running[i]
+        if which != _DECODES:
+            s.now = s.next
+            s.next = 0
+        in_flight = limits.asynchronous & (s.now >> 1)
+        # With only one token in flight missing, nothing is left to schedule.
+        if over or me.left <= 0 or (in_flight and s.computed + 1 >= s.prompt + s.output):
+            i += 1
+            continue
+        whole = s.prompt + s.generated + in_flight - s.computed
+        decode = whole == 1 and s.computed >= s.prompt
+        if (which == _PREFILLS and decode) or (which == _DECODES and not decode):
+            i += 1
+            continue
+        new = min(whole, me.left)
+        if limits.chunk > 0:
+            new = min(new, limits.chunk)
+        need = 0
+        if s.computed + new > s.blocks * block_size:
+            need = _blocks(s.computed + new, block_size) - s.blocks
+        gone = False
+        while need > me.free and not gone:
+            preempted = True
+            v = victim(queue, running, me.running, attempts)
+            if v < i:
+                other = running[v]
+                if other.next:  # it leaves the step too
+                    me.left += other.new
+                    me.next_size -= 1
+                    me.same -= other.now & 1
+                    me.emitting -= other.now >> 1
+                    before = other.computed - other.new
+                    if other.new == 1 and before >= other.prompt:
+                        me.next_kv -= before + 1
+                    else:
+                        me.next_kv -= before
+                        me.next_pairs -= other.new * (before + other.new / 2)
+                    other.computed = before
+                _preempt(engines, r, attempts, pool, queue, limits, v, limits.asynchronous & (other.now >> 1), now)
+                i -= 1
+                s = running[i]
+            else:
+                held = running[v]
+                flag = held.now if v == i else held.next
+                _preempt(engines, r, attempts, pool, queue, limits, v, limits.asynchronous & (flag >> 1), now)
+                gone = v == i
+        if gone:
+            over = True
+            continue
+        if decode:
+            me.next_kv += s.computed + 1
+        else:
+            me.next_decode = 0
+            me.next_kv += s.computed
+            me.next_pairs += new * (s.computed + new / 2)
+        s.computed += new
+        if pool is None:
+            me.free -= need
+            s.blocks += need
+        else:
+            known = s.prompt + s.generated
+            if need > 0 or min(s.computed, known) >= (s.registered + 1) * block_size:
+                grow(pool, r, me, s, s.request, need, known)
+        s.new = new
+        s.next = 3 if new == whole else 1
+        me.same += s.now & 1
+        me.emitting += s.now >> 1
+        me.least = min(me.least, s.output - s.generated)
+        me.next_size += 1
+        me.left -= new
+        i += 1
+    return preempted
+
+
+@lean
+def _admit(
+    engines: Engines,
+    r: int,
+    attempts: np.ndarray,
+    pool: Any,
+    queue: Any,
+    limits: Limits,
+    now: Any,
+) -> None:
+    """Admit from the queue as long as the next one fits; it blocks all behind it, and never preempts."""
+    me, running = engines.state[r], engines.running[r]
+    block_size = limits.block_size
+    me.closed = 2
+    while me.left > 0 and me.running < me.max_seqs:
+        a = first_waiting(queue, me, r, attempts)
+        if a < 0:
+            me.closed = 0
+            return
+        it = attempts[a]
+        known = it.prompt + it.generated
+        watermark = me.watermark if me.running > 0 else 0
+        if it.source >= 0:  # its prompt was computed elsewhere: reserve the blocks, then fetch them
+            if engines.state[it.source].epoch != it.epoch:
+                dequeue(queue, me, r, attempts, a)
+                it.source = -1
+                it.computed = 0
+                leaves(queue, r, it.request)
+                _log(engines, now, BREAK, a, r)
+                _fail(engines, attempts, a, RESET, now, limits)
+                continue
+            need = _blocks(known, block_size)
+            if need + watermark > me.free:
+                me.closed = stands(queue)
+                return
+            dequeue(queue, me, r, attempts, a)
+            me.free -= need
+            it.blocks = need
+            it.state = TRANSFER
+            engines.shared.counters[SENDING] += 1
+            it.epoch = me.epoch + engines.state[it.source].epoch
+            source = engines.state[it.source]
+            source.link_free = (
+                max(source.link_free, now) + limits.transfer + limits.transfer_per_token * np.int64(it.prompt)
+            )
+            _push(engines, source.link_free, KV_END, a)
+            _log(engines, now, RESERVE, a, r)
+            continue
+        hits, idle, host = 0, 0, 0
+        held = np.int64(it.computed)
+        if pool is not None:
+            state = pool.state[r]
+            if state.stuck == a and not state.wake:
+                me.closed = 0
+                return
+            hits, idle, host, state.miss = longest_hit(pool, r, it.request, it.prompt, (known - 1) // block_size)
+            held = np.int64((hits + host) * block_size)
+        whole = known - held
+        new = min(whole, me.left)
+        if limits.chunk > 0:
+            new = min(new, limits.chunk)
+        need = _blocks(held + new, block_size) - it.blocks - hits
+        asked = _blocks(known, block_size) - it.blocks - hits if limits.full_gate else need
+        if max(asked, need) + idle + watermark > me.free:
+            if pool is not None:
+                pool.state[r].stuck = a
+                pool.state[r].wake = 0
+                me.closed = 0
+            else:
+                me.closed = stands(queue)
+            return
+        dequeue(queue, me, r, attempts, a)
+        s = running[me.running]
+        me.running += 1
+        s.attempt = a
+        s.last = it.last
+        s.request = it.request
+        s.prompt = it.prompt
+        s.output = 1 if me.role == PREFILL else it.output
+        s.generated = it.generated
+        s.blocks = it.blocks
+        s.node = -1
+        s.registered = 0
+        s.now = 0
+        s.new = new
+        s.computed = held
+        it.state = RUNNING
+        if it.preemptions == 0:
+            charge(queue, r, it.request, it.prompt, 0)
+            it.cached = (hits + host) * block_size
+        if limits.swap > 0 and it.computed > 0:
+            back = _blocks(it.computed, block_size)
+            me.host_free += back
+            me.swapped += back
+            me.extra += limits.swap * back
+        it.computed = 0
+        it.blocks = 0
+        if pool is None:
+            s.computed += new
+            me.free -= need
+            s.blocks += need
+        else:
+            pool.state[r].stuck = -1
+            pool.state[r].asked += (known - 1) // block_size
+            if hits + host > 0:
+                take_hits(pool, r, me, s, s.request, hits, host)
+                me.extra += pool.host_ticks * host
+            s.computed += new
+            grow(pool, r, me, s, s.request, need - host, known)
+        if new == 1 and held >= s.prompt:
+            me.next_kv += held + 1
+            me.least = min(me.least, s.output - s.generated)
+        else:
+            me.next_decode = 0
+            me.next_kv += held
+            me.next_pairs += new * (held + new / 2)
+        s.next = 3 if new == whole else 1
+        me.next_size += 1
+        me.left -= new
+        _log(engines, now, ADMIT, a, r)
+
+
+@lean
+def _duration(cost: Any, gpu: Any, size: int, asynchronous: int) -> Any:
+    """Ticks of a step whose GPU work takes `gpu` ticks."""
+    host = _ticks(cost.host + cost.host_per_sequence * size)
+    return max(gpu, host) + _ticks(cost.gap) if asynchronous else gpu + host
+
+
+@lean
+def _price(engines: Engines, r: int, limits: Limits) -> None:
+    """How long the composed step takes."""
+    me = engines.state[r]
+    cost = engines.costs[r]
+    size = me.next_size
+    me.next_tokens = me.budget - me.left
+    if me.next_decode and me.last_decode and me.same == size and me.last_size == size:
+        # The same sequences, each one token longer: an exact arithmetic progression in ticks.
+        me.next_gpu += _ticks(cost.per_kv_token * size)
+    else:
+        gemm = engines.gemm[r, size] if me.next_tokens == size else np.nan
+        if np.isnan(gemm):
+            full = StepCost(
+                cost.weights,
+                cost.experts,
+                cost.log_unrouted,
+                cost.per_token,
+                cost.per_sequence,
+                cost.knee,
+                cost.per_kv_token,
+                cost.per_attention_pair,
+                cost.reduce,
+                cost.reduce_per_token,
+                cost.host,
+                cost.host_per_sequence,
+                cost.gap,
+                engines.points[r, : cost.points],
+            )
+            gemm = _gemm_seconds(full, float(me.next_tokens), float(size))
+            if me.next_tokens == size:
+                engines.gemm[r, size] = gemm
+        attention = cost.per_kv_token * float(me.next_kv) + cost.per_attention_pair * me.next_pairs
+        me.next_gpu = _ticks(gemm + attention)
+    me.next_ticks = max(1, _duration(cost, me.next_gpu, size, limits.asynchronous)) + me.extra
+
+
+@lean
+def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.ndarray) -> bool:
+    """Whether the invariants of a replica hold after composing a step (debug builds)."""
+    me, running = engines.state[r], engines.running[r]
+    sound = me.left >= 0 and 0 <= me.running <= me.max_seqs and 0 <= me.free <= me.blocks
+    held = 0
+    for i in range(me.running):
+        it = running[i]
+        sound &= it.blocks == _blocks(it.computed, limits.block_size)
+        sound &= it.generated < it.output and attempts[it.attempt].state == RUNNING
+        held += it.blocks
+    if pool is not None:
+        return sound and holds_invariants(pool, r, me.blocks, me.free)
+    return sound and (me.role != BOTH or held + me.free == me.blocks)
+
+
+@lean
+def _compose(
+    engines: Engines,
+    r: int,
+    attempts: np.ndarray,
+    pool: Any,
+    queue: Any,
+    limits: Limits,
     now: Any,
 ) -> Any:
-    """Attempt `a` reaches the cluster: refused, or queued at a replica, whose number is returned (else -1)."""
+    """Schedule the next step of replica `r`; returns the number of its sequences."""
+    me = engines.state[r]
+    if me.aborted > 0:
+        _drop_gone(engines, r, attempts, pool)
+    me.last_size = me.next_size
+    me.last_decode = me.next_decode
+    me.left = me.budget
+    me.next_size = me.next_kv = me.same = me.emitting = me.closed = me.extra = 0
+    me.next_pairs = 0.0
+    me.next_decode = 1
+    me.least = NEVER
+    before = me.preemptions
+    if limits.order == PREFILL_FIRST:
+        preempted = _serve_running(engines, r, attempts, pool, queue, limits, _PREFILLS, now)
+        if not preempted:
+            _admit(engines, r, attempts, pool, queue, limits, now)
+        if me.next_size == 0:
+            _serve_running(engines, r, attempts, pool, queue, limits, _DECODES, now)
+    else:
+        preempted = _serve_running(engines, r, attempts, pool, queue, limits, _ALL, now)
+        if not preempted:
+            if limits.order == DECODE_FIRST and me.next_size > 0 and me.next_decode:
+                me.closed = 2
+            elif me.waiting > 0:
+                _admit(engines, r, attempts, pool, queue, limits, now)
+    if me.preemptions > before:
+        engines.samples[r, now // engines.shared.width[0], PREEMPTIONS] += me.preemptions - before
+        me.closed = 0
+    if limits.debug and not _check(engines, r, pool, limits, attempts):
+        engines.shared.counters[STUCK] = -1
+    if me.next_size > 0:
+        _price(engines, r, limits)
+    return me.next_size
+
+
+# Windows of decode steps
+
+
+@lean
+def _window_end(me: Any, i: Any) -> Any:
+    """The end of the i-th step of the window, from 1."""
+    return me.first_end + (i - 1) * me.second + me.slope * ((i - 1) * (i - 2) // 2)
+
+
+@lean
+def _steps_before(me: Any, now: Any) -> Any:
+    """How many steps of the window ended before `now`; 0 without one."""
+    low, high = np.int64(0), np.int64(me.window)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _window_end(me, middle) < now:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@lean
+def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
+    """After a step was started: enter as many as possible of those that must follow it.
+
+    With m further steps, each of the running receives m tokens before the last of them is the one in flight. That is
+    what single steps would do if nobody finishes (nor, asynchronously, is known to finish with what is in flight), if
+    there are blocks, and if the queue stays as it is; whatever happens from outside settles the window early.
+    """
+    me = engines.state[r]
+    b = me.running
+    if me.next_size != b or not me.next_decode or me.aborted or me.orphans or me.extra:
+        return
+    if me.waiting > 0 and me.closed == 0:
+        return
+    if limits.asynchronous and (not me.queued or me.emitting != b):
+        return
+    m = min(me.least - 1 - limits.asynchronous, me.free // b * limits.block_size, LONGEST_WINDOW)
+    if m < 2:
+        return
+    cost = engines.costs[r]
+    growth = _ticks(cost.per_kv_token * b)
+    second = _duration(cost, me.next_gpu + (0 if limits.asynchronous else growth), b, limits.asynchronous)
+    slope = growth
+    if limits.asynchronous:
+        host = _ticks(cost.host + cost.host_per_sequence * b)
+        if me.next_gpu < host:  # the host sets the pace, until the GPU takes longer
+            slope = 0
+            if growth > 0:
+                m = min(m, (host - me.next_gpu) // growth)
+                if m < 2:
+                    return
+    if second < 1:
+        return
+    me.window = m
+    me.first_end = now + me.ticks
+    me.second = second
+    me.slope = slope
+    me.growth = growth
+    me.window_from = now
+    me.windows += 1
+    end = _window_end(me, m + 1)
+    me.token_rate = (me.tokens + m * b) / (end - now)
+    _set_end(engines, r, end)
+
+
+@lean
+def _settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, j: Any) -> None:
+    """Bring the running to where they are after the first `j` steps of the window; it is over then."""
+    me, running = engines.state[r], engines.running[r]
+    block_size = limits.block_size
+    me.window = 0
+    if j == 0:
+        return
+    last = _window_end(me, j)
+    ticks = engines.token_ticks
+    for i in range(me.running):
+        s = running[i]
+        if s.generated == 0:
+            attempts[s.attempt].first = me.first_end
+            _log(engines, me.first_end, FIRST, s.attempt, r)
+        if ticks.size > 0:
+            begin = engines.token_start[s.request] + s.generated
+            for k in range(j):
+                ticks[begin + k] = _window_end(me, k + 1)
+        s.last = last
+        s.generated += j
+        if pool is None:
+            s.computed += j
+            if s.computed > s.blocks * block_size:
+                need = _blocks(s.computed, block_size) - s.blocks
+                s.blocks += need
+                me.free -= need
+        charge(queue, r, s.request, 0, j)
+    if pool is not None:
+        _grow_in_turn(engines, r, pool, limits, j)
+    me.next_gpu += j * me.growth
+    me.steps += j
+    me.jumped += j
+    me.computed += j * me.running
+    me.tokens = me.running
+    me.ticks = _window_end(me, j + 1) - last
+    me.next_ticks = me.ticks if not limits.asynchronous else me.second + me.slope * j
+
+
+@lean
+def _grow_in_turn(engines: Engines, r: int, pool: Any, limits: Limits, j: Any) -> None:
+    """Take the blocks of `j` decode steps in the order in which single steps would: by step, then by place."""
+    me, running = engines.state[r], engines.running[r]
+    block_size = limits.block_size
+    # by[d] are the sequences that need a block at step d, d + block_size, …; a sequence's last block is full by then.
+    count, fill, by = engines.scratch[0], engines.scratch[1], engines.scratch[2]
+    count[: block_size + 2] = 0
+    for i in range(me.running):
+        count[(-running[i].computed) % block_size + 2] += 1
+    for d in range(1, block_size + 2):
+        count[d] += count[d - 1]
+    for d in range(block_size + 2):
+        fill[d] = count[d]
+    for i in range(me.running):
+        d = (-running[i].computed) % block_size + 1
+        by[fill[d]] = i
+        fill[d] += 1
+    for step in range(1, j + 1):
+        d = (step - 1) % block_size + 1
+        for k in range(count[d], fill[d]):
+            s = running[by[k]]
+            before = s.computed
+            s.computed += step
+            grow(pool, r, me, s, s.request, 1, s.prompt + s.generated - j + step)
+            s.computed = before
+    for i in range(me.running):
+        running[i].computed += j
+    if not limits.asynchronous:
+        d = j % block_size + 1
+        for k in range(count[d], fill[d]):
+            s = running[by[k]]
+            grow(pool, r, me, s, s.request, 0, s.prompt + s.generated)
+
+
+@lean
+def _interrupt(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> bool:
+    """Something happens to replica `r` within its window: settle it; returns whether a step of it ends just now."""
+    me = engines.state[r]
+    _account(engines, r, now)
+    low = _steps_before(me, now)
+    # The time series took the mean rate of the window; now it is known better.
+    guessed = me.token_rate * (now - me.window_from)
+    begun, done = me.window_from, 0.0
+    if low > 0:
+        begun = _window_end(me, low)
+        done = me.tokens + (low - 1) * me.running
+    end = _window_end(me, low + 1)
+    _settle(engines, r, attempts, pool, queue, limits, low)
+    me.token_rate = me.tokens / me.ticks
+    engines.samples[r, now // engines.shared.width[0], TOKENS] += done + me.token_rate * (now - begun) - guessed
+    _set_end(engines, r, end)
+    return end == now
+
+
+# Steps begin and end
+
+
+@lean
+def _finish(engines: Engines, r: int, attempts: np.ndarray, queue: Any, limits: Limits, a: int, now: Any) -> None:
     it = attempts[a]
-    total = np.int64(it.prompt) + it.output
-    if total > limits.max_model_len or _blocks(total, limits.block_size) > limits.blocks:
+    it.state = OK
+    it.ended = now + limits.delivery
+    engines.shared.counters[OPEN] -= 1
+    leaves(queue, r, it.request)
+    _log(engines, now, FINISH, a, r)
+
+
+@lean
+def _hand_over(engines: Engines, r: int, attempts: np.ndarray, queue: Any, a: int, now: Any) -> None:
+    """The prompt is computed: attempt `a` queues at the decode replica with the fewest requests, as this one keeps its
+    blocks until they are there."""
+    best, least = -1, NEVER
+    for d in range(engines.state.size):
+        other = engines.state[d]
+        if other.role == DECODE and other.up == READY and other.running + other.waiting - other.aborted < least:
+            best, least = d, other.running + other.waiting - other.aborted
+    it = attempts[a]
+    it.state = QUEUED
+    it.source = r
+    it.epoch = engines.state[r].epoch
+    it.computed = it.prompt - 1
+    if best < 0:  # no decode replica is up: it is lost when this one is next asked
+        it.epoch = -1
+        best = r
+    it.replica = best
+    _account(engines, best, now)
+    enqueue(queue, engines.state[best], best, attempts, a, False)
+    _hand_something_to(engines, best)
+
+
+@lean
+def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
+    """The step in flight has ended: what yields gets one more token; the finished leave and free their blocks."""
+    me, running = engines.state[r], engines.running[r]
+    ticks = engines.token_ticks
+    kept = 0
+    for i in range(me.running):
+        s = running[i]
+        gone = False
+        if (s.now if limits.asynchronous else s.next) == 3 and not (
+            me.aborted > 0 and attempts[s.attempt].state != RUNNING  # timed out while the step ran
+        ):
+            if me.role == PREFILL:
+                gone = True
+                me.free -= s.blocks  # held until they are sent
+                _hand_over(engines, r, attempts, queue, s.attempt, now)
+            else:
+                if s.generated == 0:
+                    attempts[s.attempt].first = now
+                    _log(engines, now, FIRST, s.attempt, r)
+                if ticks.size > 0:
+                    ticks[engines.token_start[s.request] + s.generated] = now
+                s.last = now
+                s.generated += 1
+                charge(queue, r, s.request, 0, 1)
+                if s.generated == s.output:
+                    gone = True
+                    _write_back(attempts, s)
+                    _finish(engines, r, attempts, queue, limits, s.attempt, now)
+        if gone:
+            _free_blocks(engines, r, pool, s)
+        else:
+            if kept < i:
+                running[kept] = running[i]
+            kept += 1
+    me.running = kept
+    for k in range(me.orphans):
+        a = engines.orphans[r, k]
+        it = attempts[a]
+        if it.state > TRANSFER:
+            continue
+        if it.generated == 0:
+            it.first = now
+            _log(engines, now, FIRST, a, r)
+        if ticks.size > 0:
+            ticks[engines.token_start[it.request] + it.generated] = now
+        it.last = now
+        it.generated += 1
+        charge(queue, r, it.request, 0, 1)
+        if it.generated == it.output:
+            # It was preempted with its last token in flight: nothing has to be computed again.
+            dequeue(queue, me, r, attempts, a)
+            if it.computed == 0:
+                me.lost -= it.prompt + it.output - 1
+            _let_go(engines, attempts, a, limits)
+            _finish(engines, r, attempts, queue, limits, a, now)
+    me.orphans = 0
+    me.busy = 0
+    if me.up == DRAINING and me.running == 0 and me.waiting == 0:
+        _switch_off(engines, r, pool, now)
+
+
+@lean
+def _switch_off(engines: Engines, r: int, pool: Any, now: Any) -> None:
+    me = engines.state[r]
+    me.up = OFF
+    me.on += now - me.since_on
+    me.epoch += 1
+    if pool is not None:
+        clear(pool, r, me.blocks)
+    _log(engines, now, REPLICA_DOWN, -1, r)
+
+
+@lean
+def _start(
+    engines: Engines,
+    r: int,
+    attempts: np.ndarray,
+    pool: Any,
+    queue: Any,
+    limits: Limits,
+    now: Any,
+) -> None:
+    """Let an idle replica start its next step, if there is one, and the window that follows."""
+    me = engines.state[r]
+    if not me.queued and _compose(engines, r, attempts, pool, queue, limits, now) == 0:
+        me.token_rate = 0.0
+        return
+    me.queued = 0
+    me.busy = 1
+    me.sequences = me.next_size
+    me.tokens = me.next_tokens
+    me.ticks = me.next_ticks
+    me.steps += 1
+    me.computed += me.tokens
+    me.token_rate = me.tokens / me.ticks
+    if limits.asynchronous:
+        me.queued = _compose(engines, r, attempts, pool, queue, limits, now) > 0
+    if engines.steps.size > 0:
+        it = engines.steps[engines.shared.counters[STEPPED]]
+        it.start = now
+        it.ticks = me.ticks
+        it.replica = r
+        it.sequences = me.sequences
+        it.tokens = me.tokens
+        it.running = me.running
+        it.waiting = me.waiting
+        it.free = me.free
+        it.preemptions = me.preemptions
+        engines.shared.counters[STEPPED] += 1
+    _set_end(engines, r, now + me.ticks)
+    if limits.windows:
+        _open_window(engines, r, limits, now)
+
+
+@lean
+def _wake(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
+    """Replica `r` has to look again: its window is over; if it is idle it schedules at the end of the tick."""
+    me = engines.state[r]
+    if me.window > 0 and _interrupt(engines, r, attempts, pool, queue, limits, now):
+        _set_end(engines, r, NEVER)
+        _receive(engines, r, attempts, pool, queue, limits, now)
+    if not me.busy:
+        touched = engines.shared.touched
+        at = touched[0]
+        for k in range(1, touched[0] + 1):
+            if touched[k] == r:
+                return
+        while at > 0 and touched[at] > r:
+            touched[at + 1] = touched[at]
+            at -= 1
+        touched[at + 1] = r
+        touched[0] += 1
+
+
+# The cluster
+
+
+@lean
+def _load(engines: Engines, r: int, limits: Limits, by_blocks: bool) -> Any:
+    """What the router knows of replica `r`: its requests, or its used blocks."""
+    if limits.scrape > 0:
+        return engines.shared.used[r] if by_blocks else engines.shared.outstanding[r]
+    me = engines.state[r]
+    return me.blocks - me.free if by_blocks else me.running + me.waiting - me.aborted
+
+
+@lean
+def _look(engines: Engines, limits: Limits, now: Any) -> None:
+    """The router's picture is of the last multiple of its scrape interval, before what happens at that tick."""
+    if now // limits.scrape > engines.shared.counters[LOOKED]:
+        engines.shared.counters[LOOKED] = now // limits.scrape
+        at = now // limits.scrape * limits.scrape
+        for r in range(engines.state.size):
+            me = engines.state[r]
+            engines.shared.outstanding[r] = me.running + me.waiting - me.aborted
+            engines.shared.used[r] = me.blocks - me.free
+            j = _steps_before(me, at)
+            if j > 0:
+                for i in range(me.running):
+                    s = engines.running[r, i]
+                    engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
+
+
+@lean
+def _can_take(engines: Engines, r: int, limits: Limits, prompt: int, output: int) -> bool:
+    """Whether a request could ever run on replica `r`."""
+    me = engines.state[r]
+    tokens = prompt if me.role == PREFILL else prompt + output
+    return _blocks(tokens, limits.block_size) <= me.blocks
+
+
+@lean
+def _fits(engines: Engines, limits: Limits, prompt: int, output: int) -> bool:
+    """Whether a request could ever run in the cluster."""
+    total = np.int64(prompt) + output
+    if total > limits.max_model_len:
+        return False
+    enters, runs = False, False
+    for r in range(engines.state.size):
+        fits = _can_take(engines, r, limits, prompt, output)
+        enters |= fits and engines.state[r].role != DECODE
+        runs |= fits and engines.state[r].role != PREFILL
+    return enters and runs
+
+
+@lean
+def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.ndarray) -> Any:
+    """The replica for attempt `it`, among those that are ready and large enough; -1 if there is none."""
+    state, shared = engines.state, engines.shared
+    n = state.size
+    eligible = 0
+    for r in range(n):
+        if state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output):
+            eligible += 1
+    if eligible == 0:
+        return np.int64(-1)
+    pick = np.int64(-1)
+    other = np.int64(-1)
+    if limits.router == ROUND_ROBIN:
+        r = shared.counters[TURN] % n
+        while not (
+            state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output)
+        ):
+            r = (r + 1) % n
+        shared.counters[TURN] = r + 1
+        return np.int64(r)
+    if limits.router == RANDOM:
+        pick = np.int64(_random(shared.random[0]) * eligible)
+    elif limits.router == SESSION_AFFINITY:
+        pick = np.int64(affinity[it.request] % np.uint64(eligible))
+    elif limits.router == POWER_OF_TWO:
+        pick = np.int64(_random(shared.random[0]) * eligible)
+        if eligible > 1:
+            other = np.int64(_random(shared.random[0]) * (eligible - 1))
+            other += other >= pick
+    best, least, ties, place = np.int64(-1), np.float64(np.inf), 0, np.int64(0)
+    for r in range(n):
+        if not (
+            state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output)
+        ):
+            continue
+        if limits.router == RANDOM or limits.router == SESSION_AFFINITY:
+            if place == pick:
+                return np.int64(r)
+        elif limits.router != POWER_OF_TWO or place in (pick, other):
+            if limits.router == LEAST_KV:
+                load = _load(engines, r, limits, True) / state[r].blocks
+            elif limits.router == PREFIX_AFFINITY:
+                load = float(_load(engines, r, limits, True))
+                if pool is not None:
+                    load -= find_hits(pool, r, it.request, it.prompt)
+            else:
+                load = float(_load(engines, r, limits, False))
+            if load < least:
+                best, least, ties = np.int64(r), load, 1
+            elif load == least:
+                ties += 1
+                if _random(shared.random[0]) * ties < 1.0:
+                    best = np.int64(r)
+        place += 1
+    return best
+
+
+@lean
+def _enter(
+    engines: Engines,
+    attempts: np.ndarray,
+    a: int,
+    pool: Any,
+    queue: Any,
+    limits: Limits,
+    affinity: np.ndarray,
+    now: Any,
+) -> None:
+    """Attempt `a` reaches the cluster: refused, or queued at a replica."""
+    it = attempts[a]
+    engines.shared.counters[OPEN] += 1
+    engines.shared.counters[ARRIVED] += 1
+    if not _fits(engines, limits, it.prompt, it.output):
         _log(engines, now, REJECT, a, -1)
-        _fail(events, attempts, a, UNSERVABLE, now, limits, randoms[1])
-        return -1
-    r = _route(engines.state, limits, turn, randoms[0])
+        _fail(engines, attempts, a, UNSERVABLE, now, limits)
+        return
+    if limits.scrape == 0 and (limits.router == LEAST_KV or limits.router == PREFIX_AFFINITY):
+        for other in range(engines.state.size):
+            if engines.state[other].window > 0:
+                _wake(engines, other, attempts, pool, queue, limits, now)
+    r = _route(engines, limits, it, pool, affinity)
+    if r < 0:
+        _log(engines, now, REJECT, a, -1)
+        _fail(engines, attempts, a, REFUSED, now, limits)
+        return
     it.replica = r
     me = engines.state[r]
     if me.waiting >= limits.queue_limit:
         _log(engines, now, REJECT, a, r)
-        _fail(events, attempts, a, QUEUE_FULL, now, limits, randoms[1])
-        return -1
-    _account(engines, r, limits.blocks, now)
-    _append(me, attempts, a)
+        _fail(engines, attempts, a, QUEUE_FULL, now, limits)
+        return
+    _account(engines, r, now)
+    becomes_active(queue, r, it.request)
+    enqueue(queue, me, r, attempts, a, False)
     _log(engines, now, ARRIVE, a, r)
     if limits.timeout < NEVER:
         deadline = it.sent + limits.timeout - limits.delivery
-        heappush(events, (max(now + 1, deadline), np.int64(DEADLINE), np.int64(a)))
-    return r
+        _push(engines, max(now + 1, deadline), DEADLINE, a)
+    if me.window == 0 or me.closed < 2 or always_asks(queue):
+        _wake(engines, r, attempts, pool, queue, limits, now)
 
 
-@njit
-def _give_up(
-    engines: _Replicas, attempts: np.ndarray, a: int, events: list, limits: Limits, jitter: np.ndarray, now: Any
-) -> None:
+@lean
+def _give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
     """The client of attempt `a` has waited long enough: what waits leaves at once, what runs at the next schedule."""
     it = attempts[a]
     if it.state >= OK:
         return
-    me = engines.state[it.replica]
-    _account(engines, it.replica, limits.blocks, now)
+    r = np.int64(it.replica)
+    me = engines.state[r]
+    if me.window > 0:
+        _wake(engines, r, attempts, pool, queue, limits, now)
+    _account(engines, r, now)
     if it.state == QUEUED:
-        _unlink(me, attempts, a)
-    else:
+        dequeue(queue, me, r, attempts, a)
+        _let_go(engines, attempts, a, limits)
+    elif it.state == RUNNING:
         me.aborted += 1
-    _log(engines, now, GIVE_UP, a, it.replica)
-    _fail(events, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits, jitter)
+        for i in range(me.running):
+            if engines.running[r, i].attempt == a:
+                _write_back(attempts, engines.running[r, i])
+    leaves(queue, r, it.request)
+    _log(engines, now, GIVE_UP, a, r)
+    _fail(engines, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits)
+    if me.up == DRAINING and me.running == 0 and me.waiting == 0 and not me.busy:
+        _switch_off(engines, r, pool, now)
+
+
+@lean
+def _end_transfer(
+    engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: Any, limits: Limits, now: Any
+) -> None:
+    """The KV cache of attempt `a` has reached its decode replica, if both still live and the client still waits."""
+    it = attempts[a]
+    source, r = np.int64(it.source), np.int64(it.replica)
+    engines.shared.counters[SENDING] -= 1
+    me = engines.state[r]
+    intact = it.epoch == me.epoch + engines.state[source].epoch
+    if intact:
+        _account(engines, source, now)
+        engines.state[source].free += _blocks(it.prompt, limits.block_size)
+    it.source = -1
+    if it.state == TRANSFER and intact:
+        _account(engines, r, now)
+        it.state = QUEUED
+        enqueue(queue, me, r, attempts, a, True)
+    else:
+        if intact:
+            _account(engines, r, now)
+            me.free += it.blocks
+        it.blocks = 0
+        it.computed = 0
+        if it.state == TRANSFER:
+            _log(engines, now, BREAK, a, r)
+            leaves(queue, r, it.request)
+            _fail(engines, attempts, a, RESET, now, limits)
+    _wake(engines, source, attempts, pool, queue, limits, now)
+    _wake(engines, r, attempts, pool, queue, limits, now)
+
+
+@lean
+def _crash(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
+    """Replica `r` fails: all its connections break, its cache is lost."""
+    me = engines.state[r]
+    if me.window > 0:
+        _wake(engines, r, attempts, pool, queue, limits, now)
+    _account(engines, r, now)
+    for i in range(me.running):
+        s = engines.running[r, i]
+        if attempts[s.attempt].state == RUNNING:
+            _write_back(attempts, s)
+            leaves(queue, r, s.request)
+            _log(engines, now, BREAK, s.attempt, r)
+            _fail(engines, attempts, s.attempt, RESET, now, limits)
+    me.running = me.aborted = me.orphans = me.busy = me.queued = me.window = me.next_size = 0
+    me.token_rate = 0.0
+    a = first_waiting(queue, me, r, attempts)
+    while a >= 0:
+        it = attempts[a]
+        dequeue(queue, me, r, attempts, a)
+        it.blocks = 0
+        _let_go(engines, attempts, a, limits)
+        leaves(queue, r, it.request)
+        _log(engines, now, BREAK, a, r)
+        _fail(engines, attempts, a, RESET, now, limits)
+        a = first_waiting(queue, me, r, attempts)
+    me.free = me.blocks
+    me.link_free = 0
+    _switch_off(engines, r, pool, now)
+    _set_end(engines, r, NEVER)
+
+
+@lean
+def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wanted: np.ndarray, now: Any) -> None:
+    """Target tracking: as many replicas as bring the metric to its target; fewer only if that held for a while."""
+    state = engines.state
+    ready, paid = 0, 0
+    total = 0.0
+    for r in range(state.size):
+        me = state[r]
+        paid += me.up == READY or me.up == STARTING
+        if me.up == READY:
+            ready += 1
+            if limits.scale_by == BY_QUEUE:
+                total += me.waiting
+            elif limits.scale_by == BY_KV:
+                total += (me.blocks - me.free) / me.blocks
+    if limits.scale_by == BY_RATE:
+        total = engines.shared.counters[ARRIVED] / (limits.scale_every / TICKS)
+    engines.shared.counters[ARRIVED] = 0
+    ratio = total / max(ready, 1) / limits.scale_target
+    desired = paid if abs(ratio - 1.0) <= 0.1 else np.int64(np.ceil(max(ready, 1) * ratio - 1e-9))
+    desired = min(max(desired, limits.least_replicas), state.size)
+    for k in range(wanted.size - 1, 0, -1):
+        wanted[k] = wanted[k - 1]
+    wanted[0] = desired
+    desired = max(desired, min(paid, wanted.max()))
+    for r in range(state.size):
+        me = state[r]
+        if paid < desired and me.up == DRAINING:
+            me.up = READY
+            paid += 1
+    for r in range(state.size):
+        me = state[r]
+        if paid < desired and me.up == OFF:
+            me.up = STARTING
+            me.since_on = now
+            _push(engines, now + limits.provisioning, UP, r)
+            paid += 1
+    for r in range(state.size - 1, -1, -1):
+        me = state[r]
+        if paid > desired and me.up == READY:
+            me.up = DRAINING
+            paid -= 1
+            if me.running == 0 and me.waiting == 0 and not me.busy:
+                _switch_off(engines, r, pool, now)
 
 
 @njit
-def _with_room(engines: _Replicas) -> _Replicas:
-    """The same, with room in the logs for whatever one arrival or one tick of all replicas can write."""
-    events, steps = engines.events, engines.steps
-    room = 4 * engines.running.size
-    if events.size and engines.logged[0] + room > events.size:
+def _with_room(engines: Engines) -> Engines:
+    """The same, with room in the heap and the logs for whatever one event, or one tick of all replicas, can write."""
+    counters = engines.shared.counters
+    events, steps, heap = engines.events, engines.steps, engines.heap
+    logged, stepped, heaped = counters[LOGGED], counters[STEPPED], counters[HEAPED]
+    room = 4 * engines.running.size + 2 * counters[OPEN] + 16
+    if heaped + 2 * counters[OPEN] + 16 > heap.size:
+        wider = np.empty(2 * heap.size + 4 * counters[OPEN] + 32, TO_COME)
+        wider["tick"][:] = NEVER
+        wider[:heaped] = heap[:heaped]
+        heap = wider
+    if events.size > 0 and logged + room > events.size:
         more = np.empty(2 * events.size + room, EVENT)
-        more[: engines.logged[0]] = events[: engines.logged[0]]
+        more[:logged] = events[:logged]
         events = more
-    if steps.size and engines.logged[1] + 2 * engines.state.size > steps.size:
+    if steps.size > 0 and stepped + 2 * engines.state.size > steps.size:
         longer = np.empty(2 * steps.size + 2 * engines.state.size, STEP)
-        longer[: engines.logged[1]] = steps[: engines.logged[1]]
+        longer[:stepped] = steps[:stepped]
         steps = longer
-    return _Replicas(
+    return Engines(
         engines.state,
         engines.running,
-        engines.plans,
-        engines.entries,
+        engines.orphans,
+        engines.costs,
+        engines.points,
+        engines.gemm,
         engines.samples,
-        engines.width,
+        engines.shared,
         events,
         steps,
-        engines.logged,
+        engines.token_ticks,
+        engines.token_start,
+        heap,
+        engines.scratch,
     )
 
 
-@njit(cache=True, nogil=True)
-def run_cluster(
+@lean
+def _needs_room(engines: Engines) -> bool:
+    """Whether one more event could overrun the heap or a log."""
+    counters = engines.shared.counters
+    room = 4 * engines.running.size + 2 * counters[OPEN] + 16
+    return (
+        counters[HEAPED] + 2 * counters[OPEN] + 16 > engines.heap.size
+        or (engines.events.size > 0 and counters[LOGGED] + room > engines.events.size)
+        or (engines.steps.size > 0 and counters[STEPPED] + 2 * engines.state.size > engines.steps.size)
+    )
+
+
+@lean
+def _advance(
+    engines: Engines,
+    attempts: np.ndarray,
     arrival: np.ndarray,
     prompt: np.ndarray,
-    output: np.ndarray,
+    pool: Any,
+    queue: Any,
     limits: Limits,
-    cost: StepCost,
-    seeds: np.ndarray,
-    token_start: np.ndarray,
-    token_total: int,
-    width: int,
-    log_events: bool,
-    log_steps: bool,
-) -> Any:
-    """Run requests through the cluster until none is left.
-
-    Parameters
-    ----------
-    arrival, prompt, output
-        (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
-    seeds
-        (2, 1) uint64: of the router and of the retry jitter.
-    token_start, token_total
-        (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
-    width
-        Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
-    log_events, log_steps
-        Whether to keep a row of every event in a request's life, and of every step.
-
-    Returns
-    -------
-    attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
-    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT) and the steps
-    (STEP).
-    """
+    affinity: np.ndarray,
+    outages: np.ndarray,
+    wanted: np.ndarray,
+) -> bool:
+    """Run until all is done (or stuck), or until something has to be made larger first; returns whether it is done."""
+    shared, heap, state = engines.shared, engines.heap, engines.state
+    counters = shared.counters
     n = arrival.size
-    attempts = np.zeros(n, ATTEMPT)
-    used = n
-    for a in range(n):
-        _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
-    engines = _Replicas(
-        np.zeros(limits.replicas, REPLICA),
-        np.empty((limits.replicas, limits.max_seqs), np.int64),
-        np.zeros((limits.replicas, 2), PLAN),
-        np.empty((limits.replicas, 2, limits.max_seqs), np.int64),
-        np.zeros((limits.replicas, SAMPLES, 5)),
-        np.array([width]),
-        np.empty(4 * limits.replicas * limits.max_seqs + n if log_events else 0, EVENT),
-        np.empty(2 * limits.replicas + n if log_steps else 0, STEP),
-        np.zeros(2, np.int64),
-    )
-    engines.state["free"][:] = limits.blocks
-    engines.state["head"][:] = -1
-    engines.state["tail"][:] = -1
-    turn = np.zeros(1, np.int64)
-    randoms = seeds.copy()
-    token_ticks = np.full(token_total, np.int64(-1))
-    touched = np.empty(limits.replicas, np.int64)
-    is_touched = np.zeros(limits.replicas, np.bool_)
-    events = [(NEVER, np.int64(STEP_END), np.int64(0))]  # the sentinel gives the type, and is never reached
-    now: Any = np.int64(0)
-    arrived = 0
-    coming: Any = _seen(limits, arrival[0], prompt[0])
-
-    while True:
-        if min(coming, events[0][0]) == NEVER:
+    leaves_of_tree = shared.ends.size // 2
+    arrived = counters[ENTERED]
+    coming: Any = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
+    while arrived < n or counters[OPEN] + counters[PENDING] + counters[SENDING] > 0 or shared.ends[1] < NEVER:
+        now = np.int64(min(coming, heap[0].tick, shared.ends[1]))
+        if shared.touched[0] > 0:  # interrupted within a tick
+            now = counters[NOW]
+        if now == NEVER or counters[STUCK] != 0:
             break
-        now = min(coming, events[0][0])
-        _widen(engines.samples, engines.width, now)
-        if log_events or log_steps:
-            engines = _with_room(engines)
-        touches = 0
-
-        while min(coming, events[0][0]) == now:
-            if events[0][0] == now and (events[0][1] < RETRY or coming > now):
-                _, kind, who = heappop(events)
+        counters[NOW] = now
+        _widen(engines.samples, shared.width, now)
+        if limits.scrape > 0:
+            _look(engines, limits, now)
+        while True:
+            if _needs_room(engines) or (counters[USED] == attempts.size and counters[PENDING] > 0):
+                return False
+            if shared.ends[1] == now:
+                i = 1
+                while i < leaves_of_tree:
+                    i = 2 * i if shared.ends[2 * i] == now else 2 * i + 1
+                r = i - leaves_of_tree
+                _account(engines, r, now)
+                if state[r].window > 0:
+                    _settle(engines, r, attempts, pool, queue, limits, state[r].window)
+                _set_end(engines, r, NEVER)
+                _receive(engines, r, attempts, pool, queue, limits, now)
+                _wake(engines, r, attempts, pool, queue, limits, now)
+            elif coming == now and not (heap[0].tick == now and heap[0].kind < RETRY):
+                arrived += 1
+                counters[ENTERED] = arrived
+                coming = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
+                _enter(engines, attempts, arrived - 1, pool, queue, limits, affinity, now)
+            elif heap[0].tick == now:
+                kind, who = heap[0].kind, heap[0].who
+                _pop(engines)
                 if kind == DEADLINE:
-                    _give_up(engines, attempts, who, events, limits, randoms[1], now)
-                    continue
-                if kind == STEP_END:
-                    r = who
-                    _account(engines, r, limits.blocks, now)
-                    _receive_tokens(engines, r, attempts, limits, now, token_ticks, token_start)
-                else:
-                    if used == attempts.size:
-                        larger = np.zeros(2 * used, ATTEMPT)
-                        larger[:used] = attempts
-                        attempts = larger
-                    old = attempts[who]
+                    _give_up(engines, attempts, who, pool, queue, limits, now)
+                elif kind == KV_END:
+                    _end_transfer(engines, attempts, who, pool, queue, limits, now)
+                elif kind == RETRY:
+                    old, used = attempts[who], counters[USED]
                     sent = now - _seen(limits, 0, old.prompt)
                     _new_attempt(attempts[used], old.request, old.number + 1, sent, old.prompt, old.output)
-                    r = _enter(engines, attempts, used, events, limits, turn, randoms, now)
-                    used += 1
+                    counters[PENDING] -= 1
+                    counters[USED] += 1
+                    _enter(engines, attempts, used, pool, queue, limits, affinity, now)
+                elif kind == SCALE:
+                    if limits.scale_by == BY_KV:
+                        for r in range(state.size):
+                            if state[r].window > 0:
+                                _wake(engines, r, attempts, pool, queue, limits, now)
+                    _scale(engines, attempts, pool, limits, wanted, now)
+                    _push(engines, now + limits.scale_every, SCALE, 0)
+                elif kind == UP:
+                    if state[who].up == STARTING:
+                        state[who].up = READY
+                        state[who].since = now
+                        _log(engines, now, REPLICA_UP, -1, who)
+                else:
+                    r = outages[who, 1]
+                    if state[r].up == READY or state[r].up == DRAINING:
+                        _crash(engines, r, attempts, pool, queue, limits, now)
+                        state[r].up = STARTING
+                        state[r].since_on = now
+                        _push(engines, now + outages[who, 2], UP, r)
             else:
-                r = _enter(engines, attempts, arrived, events, limits, turn, randoms, now)
-                arrived += 1
-                coming = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
-                if log_events:
-                    engines = _with_room(engines)
-            if r >= 0 and not engines.state[r].busy and not is_touched[r]:
-                is_touched[r] = True
-                touched[touches] = r
-                touches += 1
+                break
+            while shared.woken[0] > 0:
+                shared.woken[0] -= 1
+                _wake(engines, shared.woken[shared.woken[0] + 1], attempts, pool, queue, limits, now)
+        for t in range(1, shared.touched[0] + 1):
+            r = shared.touched[t]
+            _account(engines, r, now)
+            _start(engines, r, attempts, pool, queue, limits, now)
+        shared.touched[0] = 0
+    return True
 
-        for t in range(touches):
-            r = touched[t]
-            is_touched[r] = False
-            _account(engines, r, limits.blocks, now)
-            duration = _start_steps(engines, r, attempts, limits, cost, now)
-            if duration > 0:
-                heappush(events, (now + duration, np.int64(STEP_END), np.int64(r)))
 
-    for last in range(limits.replicas):
-        _account(engines, last, limits.blocks, now)
-    events_kept, steps_kept = engines.events[: engines.logged[0]], engines.steps[: engines.logged[1]]
-    return (
-        attempts[:used],
-        engines.state,
-        engines.samples,
-        engines.width[0],
-        now,
-        token_ticks,
-        events_kept,
-        steps_kept,
-    )
+def _entry(sources: int) -> Any:
+    @njit(cache=True, nogil=True)
+    def run_cluster(
+        arrival: np.ndarray,
+        prompt: np.ndarray,
+        output: np.ndarray,
+        settings: np.ndarray,
+        replicas: np.ndarray,
+        costs: np.ndarray,
+        points: np.ndarray,
+        pool: Any,
+        queue: Any,
+        affinity: np.ndarray,
+        outages: np.ndarray,
+        seeds: np.ndarray,
+        token_start: np.ndarray,
+        token_total: int,
+        width: int,
+        log_events: bool,
+        log_steps: bool,
+    ) -> Any:
+        assert sources >= 0  # noqa: S101  # part of the cache's key
+        limits: Any = settings[0]
+        n = arrival.size
+        attempts = np.zeros(n, ATTEMPT)
+        for a in range(n):
+            _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
+        state = replicas.copy()
+        leaves_of_tree = 1
+        while leaves_of_tree < state.size:
+            leaves_of_tree *= 2
+        most = state["max_seqs"].max()
+        shared = Clock(
+            np.array([width]),
+            np.full(2 * leaves_of_tree, NEVER),
+            np.zeros(2 * state.size + 2, np.int64),
+            np.zeros(2 * state.size + 2, np.int64),
+            np.zeros(13, np.int64),
+            np.zeros(state.size, np.int64),
+            np.zeros(state.size, np.int64),
+            seeds.copy(),
+        )
+        engines = Engines(
+            state,
+            np.zeros((state.size, most), SEQUENCE),
+            np.empty((state.size, most), np.int64),
+            costs,
+            points,
+            np.full((state.size, most + 1), np.nan),
+            np.zeros((state.size, SAMPLES, 5)),
+            shared,
+            np.empty(4 * state.size * most + n if log_events else 0, EVENT),
+            np.empty(2 * state.size + n if log_steps else 0, STEP),
+            np.full(token_total, np.int64(-1)),
+            token_start,
+            np.empty(2 * outages.shape[0] + 64, TO_COME),
+            np.empty((3, max(most, limits.block_size + 2)), np.int64),
+        )
+        engines.heap["tick"][:] = NEVER
+        counters = shared.counters
+        counters[USED] = n
+        if pool is not None:
+            for r in range(state.size):
+                clear(pool, r, state[r].blocks)
+        for k in range(outages.shape[0]):
+            _push(engines, outages[k, 0], DOWN, k)
+        wanted = np.zeros(1, np.int64)
+        if limits.scale_by > 0:
+            wanted = np.zeros(max(1, limits.scale_down_after // limits.scale_every), np.int64)
+            _push(engines, limits.scale_every, SCALE, 0)
+        while not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, wanted):
+            if _needs_room(engines):
+                engines = _with_room(engines)
+            if counters[USED] == attempts.size:
+                larger = np.zeros(2 * attempts.size, ATTEMPT)
+                larger[: attempts.size] = attempts
+                attempts = larger
+        now = counters[NOW]
+        for r in range(state.size):
+            _account(engines, r, now)
+            if state[r].up != OFF:
+                state[r].on += now - state[r].since_on
+        return (
+            attempts[: counters[USED]],
+            state,
+            engines.samples,
+            shared.width[0],
+            now,
+            engines.token_ticks,
+            engines.events[: counters[LOGGED]],
+            engines.steps[: counters[STEPPED]],
+            counters[STUCK],
+        )
+
+    return run_cluster
+
+
+def _fingerprint() -> int:
+    """Of the compiled files together: numba's cache itself looks only at the one of the function that is called."""
+    from zlib import crc32
+
+    here = Path(__file__).parent
+    return crc32(b"".join((here / name).read_bytes() for name in ("kernel.py", "blocks.py", "waiting.py")))
+
+
+run_cluster = _entry(_fingerprint())
+"""Run requests through the cluster until none is left.
+
+Parameters
+----------
+arrival, prompt, output
+    (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
+settings, replicas, costs, points
+    packed(Limits); (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
+pool, queue
+    blocks.Pool for prefix caching, else None; waiting.Queue, or None for FCFS.
+affinity
+    (n,) uint64 for the router by session, else empty.
+outages
+    (k, 3) int64: tick, replica, ticks until it is back.
+seeds
+    (2, 1) uint64: of the router and of the retry jitter.
+token_start, token_total
+    (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
+width
+    Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
+log_events, log_steps
+    Whether to keep a row of every event in a request's life (not in the order of time), and of every step. With
+    windows, steps within them are not logged.
+
+Returns
+-------
+attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
+(replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT), the steps
+(STEP), and 0, or 1 + the attempt that was preempted again and again, or -1
+if an invariant broke (debug).
+"""

@@ -24,6 +24,7 @@ from squall.seeds import DEFAULT_SEED
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import run_trace
+from squall.simulate.policies import Choices
 from squall.simulate.step_time import StepTable, StepTime
 from squall.trace.table import Trace, TraceSource
 
@@ -117,7 +118,7 @@ def sweep(
     traces, tasks = _tasks(trace, combinations, words, fitted, seed)
     variants = ["nominal", *(_moved(tasks[0][0].step_time) if stability else [])]
     work = [
-        (index, name, msgspec.structs.replace(cluster, step_time=_variant(cluster.step_time, name)), which)
+        (index, name, _in_world(cluster, name), which)
         for index, (cluster, which) in enumerate(tasks)
         for name in variants
     ]
@@ -136,7 +137,7 @@ def sweep(
 
 def _settings(given: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, list[Any]]:
     """Setting -> its values, checked and in the types that `resolve` wants."""
-    known = inspect.signature(resolve).parameters
+    known = _known()
     if not isinstance(given, Mapping):
         pairs = [text.partition("=") for text in ([given] if isinstance(given, str) else given)]
         wrong = next((name for name, equals, values in pairs if not equals or not values), None)
@@ -146,9 +147,8 @@ def _settings(given: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, l
     settings: dict[str, list[Any]] = {}
     for name, values in given.items():
         word = name.strip().replace("-", "_")
-        fixed = ("step_time", "step_time_name")
-        if word in fixed or (word not in known and word not in TRACE_SETTINGS):
-            names = [each.replace("_", "-") for each in (*known, *TRACE_SETTINGS) if each not in fixed]
+        if word not in known and word not in TRACE_SETTINGS:
+            names = [each.replace("_", "-") for each in (*known, *TRACE_SETTINGS)]
             raise InputError(f"--sweep {name}: there is no such setting; there are {', '.join(names)}.")
         if word in settings or not values:
             raise InputError(f"--sweep {name}: give each setting once, with at least one value.")
@@ -158,11 +158,20 @@ def _settings(given: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, l
     return settings
 
 
-def _typed(word: str, value: Any, known: Mapping[str, inspect.Parameter]) -> Any:
+def _known() -> dict[str, str]:
+    """What describes a cluster: keyword of `resolve` or choice -> its type, as text."""
+    fixed = ("step_time", "step_time_name", "choices")
+    words = {
+        name: str(each.annotation) for name, each in inspect.signature(resolve).parameters.items() if name not in fixed
+    }
+    return words | {field.name: str(field.type) for field in msgspec.structs.fields(Choices)}
+
+
+def _typed(word: str, value: Any, known: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    kind = str(known[word].annotation) if word in known else "int" if word == "head" else "float"
+    kind = known.get(word, "int" if word == "head" else "float")
     if text.lower() in ("true", "false") and "bool" in kind:
         return text.lower() == "true"
     for convert in (int, float):
@@ -186,7 +195,7 @@ def _tasks(
     """The traces that are needed, and for each combination its cluster and which trace."""
     from squall.trace.files import open_trace
 
-    known = set(inspect.signature(resolve).parameters)
+    known = _known()
     traces: list[Trace] = []
     opened: dict[tuple, int] = {}
     tasks = []
@@ -226,6 +235,15 @@ def _variant(step: StepTime, variant: str) -> StepTime:
         return msgspec.structs.replace(step, table=msgspec.structs.replace(step.table, **{name: moved}))
     value = factor * getattr(step, name)
     return msgspec.structs.replace(step, **{name: min(value, 1.0) if name.startswith("e_") else value})
+
+
+def _in_world(cluster: Cluster, variant: str) -> Cluster:
+    """`cluster` with the step times of all its kinds of replicas moved."""
+    return msgspec.structs.replace(
+        cluster,
+        step_time=_variant(cluster.step_time, variant),
+        others=[msgspec.structs.replace(it, step_time=_variant(it.step_time, variant)) for it in cluster.others],
+    )
 
 
 _shared: dict[str, Any] = {}

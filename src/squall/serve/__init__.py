@@ -1,0 +1,221 @@
+"""The modelled cluster of `squall simulate` behind a real port: an OpenAI server that needs no GPU.
+
+Gateways, load balancers, autoscalers, dashboards and load generators can be tried on it: its queues, batches, KV cache
+and preemptions are those of the simulator, in real time or faster.
+"""
+
+import asyncio
+import gc
+import ipaddress
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import msgspec
+import numpy as np
+import uvloop
+
+from squall.errors import InputError, SquallError
+from squall.progress import note
+from squall.seeds import DEFAULT_SEED
+from squall.serve.api import Limits
+from squall.serve.http import listen
+from squall.serve.service import Service
+from squall.simulate.calibrate import Calibration, calibrated, read_calibration
+from squall.simulate.cluster import Cluster, resolve
+from squall.simulate.hardware import GPU, Model
+from squall.simulate.kernel import TICKS
+from squall.simulate.live import LiveCluster
+from squall.trace import TraceSource, open_trace
+from squall.units import Duration, seconds
+from squall.verb import callable_room
+
+__all__ = ["serve"]
+
+BODY_LIMIT = 32 << 20
+CONNECTION_LIMIT = 20_000
+FAILURE_BIN = 10.0
+"""Seconds of a recorded trace that share one share of failures."""
+
+
+def serve(
+    *,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    speed: float = 1.0,
+    ports_per_replica: bool = False,
+    served_model_name: str | None = None,
+    default_tokens: int = 128,
+    fail_rate: float = 0.0,
+    failures: TraceSource | None = None,
+    model: str | Model | None = None,
+    gpu: str | GPU | None = None,
+    tp: int | None = None,
+    replicas: int = 1,
+    router: str = "round-robin",
+    kv_blocks: int | None = None,
+    block_size: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    max_model_len: int | None = None,
+    queue_limit: int | None = None,
+    timeout: Duration | None = None,
+    engine: str | None = None,
+    calibration: "str | Path | Calibration | None" = None,
+    seed: int = DEFAULT_SEED,
+) -> None:
+    """Serve until interrupted, at `host`:`port` (0: any free port); prints one JSON line with the URLs when ready.
+
+    `speed` runs the modelled clock so many times faster than the real one. The cluster is described as for `simulate`;
+    its replicas stand behind one port and its router, or with `ports_per_replica` each behind a port of its own, from
+    `port` on. `timeout` (of the modelled clock) ends a request with an error 504. A request without `max_tokens` gets
+    `default_tokens`. `fail_rate` is the share of requests that get an error 500; `failures` is a trace whose recorded
+    failures, in bins of 10 s and again and again, say the share instead.
+
+    Raises InputError for values that cannot be used, SquallError if a port is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: a port is 0 to 65535.")
+    if not 0.01 <= speed <= 1000:
+        raise InputError(f"--speed {speed:g}: give 0.01 to 1000.")
+    if not 0 <= fail_rate <= 1:
+        raise InputError(f"--fail-rate {fail_rate:g}: give a share from 0 to 1.")
+    if fail_rate and failures is not None:
+        raise InputError("--fail-rate and --failures both say how many requests fail; give one of them.")
+    if default_tokens < 1:
+        raise InputError(f"--default-tokens {default_tokens}: an answer has at least 1 token.")
+    if ports_per_replica and router != "round-robin":
+        raise InputError(f"--router {router} changes nothing with --ports-per-replica: the clients choose the replica.")
+    limit = None if timeout is None else seconds(timeout, "--timeout")
+    if limit is not None and limit <= 0:
+        raise InputError(f"--timeout {timeout}: no request can be answered in no time; leave it out for none.")
+    words: dict[str, Any] = {
+        "model": model,
+        "gpu": gpu,
+        "tp": tp,
+        "replicas": replicas,
+        "router": router,
+        "kv_blocks": kv_blocks,
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+        "queue_limit": queue_limit,
+        "engine": engine,
+    }
+    cluster = resolve(**words) if calibration is None else calibrated(read_calibration(calibration), words)
+    failing = (lambda at: fail_rate) if fail_rate else None if failures is None else _recorded(failures)
+    if not _is_loopback(host):
+        note(f"serve: WARNING: {host} can be reached from other machines, without any key; use it in closed networks.")
+    _compile(cluster)
+    clusters = [cluster]
+    if ports_per_replica:
+        clusters = [msgspec.structs.replace(cluster, replicas=1) for _ in range(cluster.replicas)]
+    limits = Limits(served_model_name or cluster.model.name, cluster.max_model_len, default_tokens)
+
+    async def run() -> None:
+        services = []
+        for k, one in enumerate(clusters):
+            name = f" (replica {k})" if ports_per_replica else ""
+            services.append(Service(one, limits, speed=speed, seed=seed + k, timeout=limit, failing=failing, name=name))
+        await _until_stopped(services, host, port, limits)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+async def _until_stopped(services: list[Service], host: str, port: int, limits: Limits) -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    open_ports, urls = [], []
+    where = f"[{host}]" if ":" in host else host
+    for k, service in enumerate(services):
+        try:
+            listening = await listen(
+                service.handle,
+                host,
+                port + k if port else 0,
+                body_limit=BODY_LIMIT,
+                connection_limit=CONNECTION_LIMIT,
+            )
+        except OSError as error:
+            raise SquallError(
+                f"serve: cannot listen at {host}:{port + k} ({error.strerror or error}); give another --port or --host."
+            ) from error
+        open_ports.append(listening)
+        urls.append(f"http://{where}:{listening[2]}")
+    print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
+    with _rare_collections():
+        while not stopped.is_set():
+            for _, connections, _ in open_ports:
+                now = monotonic_ns()
+                for connection in list(connections):
+                    connection.close_if_slow(now)
+            try:
+                await asyncio.wait_for(stopped.wait(), 2.0)
+            except TimeoutError:
+                continue
+    for server, connections, _ in open_ports:
+        server.close()
+        for connection in list(connections):
+            connection.abort()
+    for service in services:
+        service.close()
+    sys.stdout.flush()
+
+
+def _recorded(source: TraceSource) -> Callable[[float], float]:
+    """The share of failed requests by time, from a trace's recorded failures, repeated for ever."""
+    table = open_trace(source).table
+    if table.is_empty() or not table["failed"].any():
+        raise InputError("--failures: no request in this trace failed, so there is nothing to repeat.")
+    arrival = table["arrival"].to_numpy()
+    bins = ((arrival - arrival.min()) // FAILURE_BIN).astype(np.int64)
+    failed = np.bincount(bins, table["failed"].to_numpy().astype(float))
+    shares = failed / np.maximum(np.bincount(bins), 1)
+
+    def share(at: float) -> float:
+        return float(shares[int(at / FAILURE_BIN) % len(shares)])
+
+    return share
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _compile(cluster: Cluster) -> None:
+    """Have everything compiled before the first client comes."""
+    live = LiveCluster(cluster, capacity=4)
+    live.submit(0, 1, 2)
+    gone = live.submit(0, 1, 1)
+    live.advance(live.limits.ingest * 2 + 2)
+    live.cancel(gone)
+    while live.next() < 1000 * TICKS:
+        live.advance(live.next())
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """A full collection would hold every stream up."""
+    gc.collect()
+    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 100, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+callable_room(__name__)

@@ -1,0 +1,265 @@
+"""The modelled cluster in (scaled) real time: a clock that drives it, and the streams that it feeds.
+
+The cluster's tick t lies at the moment  start + t / (TICKS * speed)  of the machine's clock. A request enters the
+cluster at the tick of its last byte, and every token is written at the moment of its tick; how much later it really is,
+is measured, and said aloud when it is more than `LATE`.
+"""
+
+import asyncio
+import random
+import time
+from array import array
+from collections.abc import Callable
+from time import monotonic_ns
+
+import numpy as np
+
+from squall.progress import note
+from squall.replay.pacer import Alarm
+from squall.serve import api, exposition
+from squall.serve.http import Request, error_body
+from squall.simulate.cluster import Cluster
+from squall.simulate.kernel import NEVER, QUEUE_FULL, TICKS, UNSERVABLE
+from squall.simulate.live import REFUSED, LiveCluster
+
+LATE = 0.005
+"""Seconds after its moment at which a token is late: the limit of the p99."""
+LOOK = 1.0
+"""Seconds between looks at lateness and at requests that have taken too long."""
+TELL = 10.0
+"""Seconds between sentences about not keeping up."""
+
+_REFUSALS = {
+    QUEUE_FULL: (429, "the queue is full"),
+    UNSERVABLE: (400, "prompt and answer together can never fit into the KV cache of this server"),
+}
+
+
+class Stream:
+    """A request in the cluster."""
+
+    __slots__ = ("ask", "last", "prefix", "reply", "request", "slot", "write")
+
+    def __init__(self, request: Request, ask: api.Ask, reply: api.Reply, slot: int) -> None:
+        self.request, self.ask, self.reply, self.slot = request, ask, reply, slot
+        self.prefix = b""
+        """The event of one token as it goes over the wire; empty if the answer is not streamed."""
+        self.write: Callable[[bytes], None] = request.write
+        self.last = 0
+        """When the last token was written, ns."""
+
+
+class Service:
+    """One port: a cluster and its clients. Use within a running event loop."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        limits: api.Limits,
+        *,
+        speed: float,
+        seed: int,
+        timeout: float | None,
+        failing: Callable[[float], float] | None,
+        name: str = "",
+    ) -> None:
+        """`failing` gives the share of requests that fail, by the cluster's time in seconds."""
+        self.live = LiveCluster(cluster, seed=seed)
+        self._cluster, self._limits, self._speed = cluster, limits, speed
+        self._timeout, self._failing, self._name = timeout, failing, name
+        self._random = random.Random(f"{seed} serve {name}")
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[int, Stream] = {}
+        self._number = 0
+        self._alarm = Alarm(self._loop, self._ring)
+        self._set_for = int(NEVER)
+        self._late = array("f")
+        self._late_looks = 0
+        self._told = -TELL
+        self.late_tokens = 0
+        self.behind = 0.0
+        """P99 of the lateness of the tokens in the last look, seconds."""
+        self.tally = exposition.Tally()
+        self._start = monotonic_ns()
+        self._started = time.time()
+        self._ns_per_tick = 1e9 / (TICKS * speed)
+        self._look = self._loop.call_later(LOOK, self._look_after)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def handle(self, request: Request) -> None:
+        """Answer a request, now or when the cluster has its tokens."""
+        try:
+            self._route(request)
+        except api.ApiError as error:
+            self.tally.refused(error.status)
+            request.answer(error.status, error_body(error.status, error.message, error.param))
+
+    def _route(self, request: Request) -> None:
+        path = request.path.rstrip("/") or "/"
+        if path in api.PATHS:
+            if request.method != "POST":
+                raise api.ApiError(405, f"{path} takes POST")
+            self._ask(request, api.read(api.PATHS[path], request.body, self._limits))
+        elif path == "/tokenize" and request.method == "POST":
+            request.answer(200, api.tokenize(request.body, self._limits))
+        elif request.method not in ("GET", "HEAD"):
+            raise api.ApiError(404, "there is nothing here")
+        elif path in ("/health", "/ping"):
+            request.answer(200, b"")
+        elif path == "/v1/models":
+            request.answer(200, api.models(self._limits, int(self._started)))
+        elif path == "/version":
+            request.answer(200, b'{"version":"squall"}')
+        elif path == "/metrics":
+            self._advance()
+            page = exposition.page(
+                self.tally, self.live.loads(), self._limits.model, self._cluster, self._started, self.behind
+            )
+            request.answer(200, page, "text/plain; version=0.0.4; charset=utf-8")
+        else:
+            raise api.ApiError(404, "there is nothing here")
+
+    def _ask(self, request: Request, ask: api.Ask) -> None:
+        now = self._now(request.arrived)
+        if self._failing is not None and self._random.random() < self._failing(now / TICKS):
+            raise api.ApiError(500, "a failure that was asked for (injected)")
+        if self.live.full:
+            raise api.ApiError(503, "too many requests at once")
+        self._number += 1
+        slot = self.live.submit(now, ask.prompt, ask.output)
+        stream = Stream(request, ask, api.Reply(ask, self._number, self._limits.model), slot)
+        if ask.stream:
+            stream.prefix = request.frame(stream.reply.event)
+        self._streams[slot] = stream
+        request.on_gone = lambda: self._gone(slot)
+        self._set()
+
+    def _gone(self, slot: int) -> None:
+        """The client went away."""
+        if self._streams.pop(slot, None) is not None:
+            self._advance()
+            self.live.cancel(slot)
+            self.tally.cancelled()
+            self._set()
+
+    # --- the clock ---------------------------------------------------------------------------------------------------
+
+    def _now(self, at: int) -> int:
+        """The cluster's tick at the monotonic time `at` (ns)."""
+        return int((at - self._start) / self._ns_per_tick)
+
+    def _moment(self, tick: int) -> int:
+        """The monotonic time (ns) of a tick."""
+        return self._start + int(tick * self._ns_per_tick)
+
+    def _ring(self) -> None:
+        self._set_for = int(NEVER)
+        self._advance()
+        self._set()
+
+    def _set(self) -> None:
+        """Set the alarm for what happens next."""
+        due = self.live.next()
+        if due < self._set_for:
+            self._set_for = due
+            self._alarm.set(self._moment(due) + 1000)
+
+    def _advance(self) -> None:
+        """Let the cluster come up to now, and tell its clients."""
+        told = self.live.advance(self._now(monotonic_ns()))
+        if not len(told):
+            return
+        streams, get = self._streams, self._streams.get
+        now, gaps = monotonic_ns(), []
+        for _tick, slot, index in told.tolist():
+            stream = get(slot)
+            if index == REFUSED:
+                self._refuse(slot)
+            elif stream is None:
+                continue  # a client that is gone: its slot was given back when it went
+            elif index == stream.ask.output:
+                del streams[slot]
+                if index == 1:
+                    self._first(stream)
+                else:
+                    gaps.append(now - stream.last)
+                self._finish(stream, index)
+            elif index == 1:
+                self._first(stream)
+            else:
+                if stream.prefix:
+                    stream.write(stream.prefix)
+                gaps.append(now - stream.last)
+                stream.last = now
+        self.tally.gaps(gaps)
+        now, moments = monotonic_ns(), told["time"] * self._ns_per_tick + self._start
+        late = (now - moments) / 1e9
+        self._late.extend(late.astype(np.float32)[:: max(1, len(late) // 256)].tolist())
+
+    def _first(self, stream: Stream) -> None:
+        request, ask = stream.request, stream.ask
+        if ask.stream and ask.output > 1:
+            request.events(request.frame(stream.reply.first()))
+        now = stream.last = monotonic_ns()
+        self.tally.first((now - request.arrived) / 1e9, ask.prompt)
+
+    def _finish(self, stream: Stream, generated: int) -> None:
+        request, reply = stream.request, stream.reply
+        self.tally.finish((monotonic_ns() - request.arrived) / 1e9)
+        self.live.release(stream.slot)
+        if stream.ask.stream:
+            token = reply.first() if generated == 1 else reply.event
+            request.events(request.frame(token + reply.last(generated)), last=True)
+        else:
+            request.answer(200, reply.whole(generated))
+
+    def _refuse(self, slot: int) -> None:
+        state = self.live.state(slot)
+        self.live.release(slot)
+        stream = self._streams.pop(slot, None)
+        if stream is not None:
+            status, message = _REFUSALS.get(state, (503, "no replica can take this request"))
+            self.tally.refused(status)
+            stream.request.answer(
+                status, error_body(status, message), **({"retry_after": "1"} if status == 429 else {})
+            )
+
+    # --- once a second -----------------------------------------------------------------------------------------------
+
+    def _look_after(self) -> None:
+        self._look = self._loop.call_later(LOOK, self._look_after)
+        late = np.frombuffer(self._late, np.float32)
+        self.behind = float(np.quantile(late, 0.99)) if late.size else 0.0
+        del late
+        self._late = array("f")
+        self._late_looks = self._late_looks + 1 if self.behind > LATE else 0
+        now = time.monotonic()
+        if self._late_looks >= 3 and now - self._told > TELL:
+            self._told = now
+            note(
+                f"serve: cannot keep up{self._name}: 1 % of the tokens leave {1e3 * self.behind:.0f} ms late or more "
+                f"(limit {1e3 * LATE:g} ms), so latencies are not those of the model; lower --speed or the load."
+            )
+        if self._timeout is not None:
+            self._time_out(monotonic_ns() - round(self._timeout / self._speed * 1e9))
+
+    def _time_out(self, arrived: int) -> None:
+        """Give up what arrived before; the oldest stand first."""
+        while self._streams:
+            slot, stream = next(iter(self._streams.items()))
+            if stream.request.arrived > arrived:
+                return
+            del self._streams[slot]
+            self.live.cancel(slot)
+            self.tally.refused(504)
+            body = error_body(504, f"no complete answer in {self._timeout:g} s")
+            if stream.request.begun:
+                stream.request.events(stream.request.frame(b"data: " + body + b"\n\n"), last=True)
+            else:
+                stream.request.answer(504, body)
+
+    def close(self) -> None:
+        """Stop the clock."""
+        self._look.cancel()
+        self._alarm.close()
