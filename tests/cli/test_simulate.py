@@ -107,9 +107,6 @@ def test_calibrate_then_simulate(trace, tmp_path, capsys):
     assert call("simulate", trace, "-o", tmp_path / "x.csv", "--calibration", tmp_path / "c.json", "--gpu", "h100") == 2
 
 
-def test_calibrate_needs_a_block_count(tmp_path, capsys):
-    assert (
-        call("calibrate", "--run", "run.csv", "-o", tmp_path / "c.json", "--model", "llama-3.1-8b", "--gpu", "h100")
-        == 2
-    )
-    assert "kv-blocks" in capsys.readouterr().err
+def test_calibrate_needs_to_know_what_ran(tmp_path, capsys):
+    assert call("calibrate", "--run", "run.csv", "-o", tmp_path / "c.json", "--gpu", "h100") == 2
+    assert "--model is missing" in capsys.readouterr().err

@@ -8,7 +8,10 @@ from squall.cli.common import Output, Seed, print_json
 from squall.progress import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from squall.simulate import Calibration
+    from squall.simulate.calibrate import Errors
 
 MEASURED = Group("What was measured", sort_key=10)
 LIVE = Group("A live server", sort_key=20)
@@ -112,31 +115,23 @@ def _show(result: "Calibration", out: str) -> None:
     for name, (low, high) in result.fitted.items():
         row(shown, name, f"{low:.3g} to {high:.3g}", f"{result.informed.get(name, 1.0):.0%}")
     screen.print(shown)
-    shown = table(
-        "Simulated against recorded",
-        "",
-        "requests",
-        "TTFT mean",
-        "TTFT p50",
-        "TTFT p99",
-        "TPOT mean",
-        "E2E mean",
-        "E2E p50",
-        "E2E p99",
-        "E2E |error|",
-        "preemptions",
-    )
-    rows = list(result.errors.items()) + [(f"{name}, real again", each) for name, each in result.repeats.items()]
-    for name, errors in rows:
-        cells = [errors.mean.get("ttft"), errors.p50.get("ttft"), errors.p99.get("ttft"), errors.mean.get("tpot")]
-        cells += [errors.mean.get("e2e"), errors.p50.get("e2e"), errors.p99.get("e2e")]
-        row(
-            shown,
-            name.replace("_", " "),
-            errors.requests,
-            *("-" if cell is None else f"{cell:+.1%}" for cell in cells),
-            f"{errors.mean_absolute['e2e']:.1%}",
-            "-" if errors.preemptions is None else " / ".join("?" if n is None else f"{n}" for n in errors.preemptions),
-        )
+    shown = table("Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "preempted")
+    for name, errors in result.errors.items():
+        _row(shown, name.replace("_", " "), errors)
+        if name in result.repeats:
+            _row(shown, "real again", result.repeats[name])
     screen.print(shown)
     screen.print(f"{'written':<12} {printable(out)}", markup=False)
+
+
+def _row(shown: "Table", name: str, errors: "Errors") -> None:
+    from squall.report.terminal import row
+
+    parts = (errors.mean, errors.p50, errors.p99)
+    cells = [
+        "/".join(f"{100 * part[kind]:+.1f}" for part in parts) if kind in errors.mean else "-"
+        for kind in ("ttft", "tpot", "e2e")
+    ]
+    counts = errors.preemptions or (None, None)
+    preempted = "/".join("?" if count is None else str(count) for count in counts)
+    row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", preempted)
