@@ -102,6 +102,8 @@ def test_every_chart_is_drawn(page: Path, tmp_path: Path, dark: bool) -> None:
     assert f'data-charts="{len(charts)}"' in root[0]
     drawn = {chart.partition('"')[0]: chart.partition("<figcaption>")[0] for chart in charts}
     assert set(drawn) == {
+        "ttft-time",
+        "ttft-waiting",
         *("cdf-ttft", "cdf-e2e", "cdf-tpot", "run-arrivals", "run-dispersion", "in-flight", "waiting", "running"),
         *("kv-used", "failures", "rate", "dispersion", "alpha", "request-tokens", "response-tokens", "hours"),
         *("boxes-requests", "boxes-request-tokens", "boxes-response-tokens", "bursts", "failed-share", "failed-alpha"),
