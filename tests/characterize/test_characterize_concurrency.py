@@ -148,3 +148,10 @@ def test_bins_lose_nothing(arrivals: np.ndarray, width: float) -> None:
     series = rate_series(arrivals, arrivals[0], arrivals[-1])
     assert sum(series.counts) == arrivals.size
     assert len(series.counts) <= 500
+
+
+@given(st.sampled_from([0.1, 0.3, 0.7, 1.1, 60.1]), st.integers(3, 400))
+def test_an_arrival_on_the_border_of_a_window_is_in_a_window(window, windows):
+    arrivals = np.linspace(0, windows * window, 50)
+    result = gamma_windows(arrivals, window)
+    assert result.count.sum() == 50

@@ -195,8 +195,9 @@ def gamma_windows(
     if tick:
         arrivals = despread(arrivals, tick, seed)
     arrivals = np.asarray(arrivals, dtype=float)
-    first = int((arrivals[0] + phase) // window)
-    windows = int((arrivals[-1] + phase) // window) - first + 1
+    # Divided as in _whole_windows: `//` may round the other way where an arrival lies on a border.
+    first, last = (int(np.floor((arrivals[end] + phase) / window)) for end in (0, -1))
+    windows = last - first + 1
     if windows > MAXIMUM_WINDOWS:
         raise InputError(
             f"window: {in_words(window)} cuts {in_words(arrivals[-1] - arrivals[0])} into {windows:,} windows; "
