@@ -373,3 +373,15 @@ def test_a_million_attempts_take_seconds() -> None:
     begun = time.process_time()
     assert metrics(run, slo="ttft=1s").requests == n
     assert time.process_time() - begun < 6  # CPU seconds of all cores; measured 0.6 s of wall clock
+
+
+def test_a_run_of_months_has_windows_of_minutes():
+    def of(days: float) -> Metrics:
+        due = [0.0, days * 86400.0]
+        table = {"request": [0, 1], "attempt": [1, 1], "scheduled": due, "sent": due, "first_token": due}
+        ends = {"last_token": due, "done": due, "ended": due, "status": ["ok", "ok"]}
+        return metrics(Run.of({**table, **ends}, RunMeta(kind="simulation", offered=2)))
+
+    assert of(5).window == 60
+    assert of(500).window % 60 == 0
+    assert 5000 < len(of(500).windows) <= 10_001

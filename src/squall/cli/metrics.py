@@ -19,7 +19,7 @@ def metrics(
     *,
     slo: str | None = None,
     min_goodput: Annotated[float | None, Parameter(name="--min-goodput")] = None,
-    window: str = "60s",
+    window: str | None = None,
     export: Annotated[Literal["vllm", "aiperf", "br02", "csv", "parquet"] | None, Parameter(name="--export")] = None,
     out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
     seed: Seed = Seed(),
@@ -39,7 +39,7 @@ def metrics(
     min_goodput
         Exit with 4 if less than this share (0 to 1) of the requests offered met the SLO; needs --slo.
     window
-        Length of the windows of the per-window series.
+        Length of the windows of the per-window series. [default: 60s, or more minutes for a run of many days]
     export
         Also write the run in another tool's format: vllm (bench serve JSON), aiperf (a directory), br02 (llm-d's
         benchmark report 0.2), csv or parquet (a row per attempt with its latencies); needs --out.

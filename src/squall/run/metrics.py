@@ -15,6 +15,7 @@ never answered. The names efficiency, stability and reliability are the BurstGPT
 no formulas, these are ours.
 """
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -175,15 +176,15 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
-def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s") -> Metrics:
+def metrics(run: RunSource, *, slo: str | None = None, window: Duration | None = None) -> Metrics:
     """Efficiency, stability and reliability of `run`, and its goodput under `slo` (like `ttft=1s,tpot=100ms,e2e=30s`).
 
-    `window` is the length of the windows of the per-window series. An empty run or one in which all requests failed
+    `window` is the length of the windows of the per-window series; by default 60 s, or as many whole minutes as make at
+    most 10,000 of them. An empty run or one in which all requests failed
     gives nulls. Raises InputError if the run cannot be read, or the SLO or the window make no sense.
     """
     run = read_run(run)
     limits = parse_slo(slo) if slo is not None else None
-    width = seconds(window, "--window")
     requests = per_request(run.table)
     offered = max(run.meta.offered, len(requests))
     latency = latencies(requests)
@@ -192,6 +193,7 @@ def metrics(run: RunSource, *, slo: str | None = None, window: Duration = "60s")
     ends = np.fmax(latency["ended"], latency["end"])
     scheduled = latency["scheduled"]
     duration = _positive(np.nanmax(ends) - np.nanmin(scheduled)) if np.isfinite(ends).any() else None
+    width = seconds(window, "--window") if window is not None else 60.0 * math.ceil((duration or 60.0) / 600_000.0)
     met, met_from_send = (
         _met(latency, limits, ttft, e2e) for ttft, e2e in (("ttft", "e2e"), ("sent_ttft", "sent_e2e"))
     )
