@@ -12,6 +12,7 @@ the answer is the highest rate below which nothing failed.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -204,7 +205,7 @@ def _servable(trace: Trace) -> tuple[Trace, list[str]]:
 # --------------------------------------------------------------------------------------------------------- experiments
 
 
-class _Experiment:
+class _Experiment(ABC):
     """Runs the trace at a rate."""
 
     def __init__(self, trace: Trace, method: str) -> None:
@@ -213,8 +214,9 @@ class _Experiment:
     def scaled(self, rate: float, seed: int) -> Trace:
         return open_trace(self.trace, rate=rate, scale_method=self.method, seed=seed)
 
+    @abstractmethod
     def run(self, rate: float, seed: int) -> Run:
-        raise NotImplementedError
+        """The trace at `rate` requests/s, on the target."""
 
     def expected(self, rate: float) -> float:
         """Seconds that a step is expected to take at least."""

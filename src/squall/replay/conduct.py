@@ -184,7 +184,7 @@ def replay(
     watch = Watch(view=view, endpoint=endpoint)
     try:
         found = _run(ask)
-    except BaseException:
+    except BaseException:  # an interrupt too: the watching process must not outlive this one
         watch.close(0.0)
         raise
     notes = [*limit.notes, *found.notes, *_notes_on(schedule, history)]
