@@ -263,3 +263,11 @@ def test_a_broken_file_is_named(model, tmp_path, change):
     file.write_bytes(msgspec.json.encode(plain))
     with pytest.raises(InputError, match="length class"):
         read_workload(file)
+
+
+def test_a_part_may_begin_at_a_time_that_the_model_has_rounded_down():
+    course = Episodes(
+        span=20.0, period=20.0, freedom=0.5, tick=None, requests=3, cell=1, time=[1.0, 5.0, 9.0], last=[], lengths=None
+    )
+    part = course.part(slice(1, 3), 5.0 + 1e-7, 12.0)
+    assert part.time == [0.0, pytest.approx(4.0, abs=1e-6)]

@@ -173,7 +173,8 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
         lengths = self.lengths
         if lengths is not None:
             lengths = msgspec.structs.replace(lengths, code=lengths.code[rows])
-        times = np.minimum(self._times()[rows] - begin, np.nextafter(end - begin, 0))
+        # The model's times are rounded, or at ticks: they may lie a little before `begin`.
+        times = np.clip(self._times()[rows] - begin, 0.0, np.nextafter(end - begin, 0))
         return msgspec.structs.replace(
             self, span=end - begin, period=end - begin, requests=times.size, cell=1, time=times.tolist(), last=[],
             lengths=lengths,
