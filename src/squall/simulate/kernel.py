@@ -6,6 +6,11 @@ recomputes later), then, if it preempted nobody, admits from the queue (waiting.
 prefix caching, have an identity (blocks.py). With asynchronous scheduling the next step is composed while one runs, so
 what happens during a step is seen one step later.
 
+A sequence whose prompt is computed takes one token in every step from then on, until its last one in a step whose
+number is known (`finals`). Such *steady* sequences are not touched in a step: their tokens and blocks follow from the
+number of the step, how many there are and how many of them fill a block in it (`phases`). Where that is not so (blocks
+or budget run out, a client gives up), all are written out and looked at one by one.
+
 Steps in which the same sequences each yield one more token follow one another for as long as nothing else happens, and
 each takes the same time longer than the one before: the end of the i-th is known in closed form, exactly, in integers.
 Such a *window* is entered with the step that begins it and settled when it ends, or when something happens to its
@@ -171,7 +176,15 @@ REPLICA = np.dtype(
         ("last_size", np.int64),  # of that one
         ("last_decode", np.int64),
         ("emitting", np.int64),  # of its sequences, how many yield a token in the one before
-        ("least", np.int64),  # tokens that the sequence nearest to its end still has to receive
+        ("least", np.int64),  # tokens that the one nearest to its end still has to receive; of those not steady
+        ("composed", np.int64),  # number of the last composed step, of the one in flight, and of the last received
+        ("flying", np.int64),
+        ("received", np.int64),
+        ("received_at", np.int64),
+        ("steady", np.int64),  # how many of the running are
+        ("final", np.int64),  # the least of their finals
+        ("base", np.int64),  # their tokens in the cache once they have the one of step n, less n for each
+        ("young", np.int64),  # all running before this place are steady and have their first token
         (
             "closed",
             np.int64,
@@ -284,6 +297,8 @@ class Engines(NamedTuple):
 
     state: np.ndarray  # REPLICA
     running: np.ndarray  # (, max_seqs) SEQUENCE in the order of their admission
+    finals: np.ndarray  # (, max_seqs) the number of a steady sequence's last step; 0 if it is not steady
+    phases: np.ndarray  # (, block_size) how many of the steady need a block in the steps of this remainder
     orphans: np.ndarray  # (, max_seqs) attempts
     costs: np.ndarray  # COST
     points: np.ndarray  # (, k, 2)
@@ -597,6 +612,147 @@ def _preempt(
     _log(engines, now, PREEMPT, a, r)
 
 
+# Steady sequences
+
+
+@lean
+def _first_need(s: Any, final: Any, block_size: int) -> Any:
+    """The remainder of the steps in which a steady sequence needs a block."""
+    return (final - (s.prompt + s.output - 2)) % block_size
+
+
+@lean
+def _steady_tokens(s: Any, final: Any, received: Any) -> Any:
+    """How many tokens a steady sequence has when step `received` was the last one received."""
+    return max(np.int64(s.generated), s.output - (final - received))
+
+
+@lean
+def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
+    """Whoever got its prompt computed, or its next token, in the step just composed goes on like that by itself."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    young = me.running
+    for i in range(me.young, me.running):
+        s = running[i]
+        if finals[i] == 0:
+            if s.next != 3:
+                young = min(young, i)
+                continue
+            coming = 1 + (limits.asynchronous & (s.now >> 1))
+            final = me.composed + s.output - s.generated - coming
+            finals[i] = final
+            me.final = min(me.final, final)
+            me.steady += 1
+            me.base += s.prompt + s.output - 1 - final
+            engines.phases[r, _first_need(s, final, limits.block_size)] += 1
+        if s.generated == 0:
+            young = min(young, i)
+    me.young = young
+
+
+@lean
+def _forget(engines: Engines, r: int, s: Any, final: Any, limits: Limits) -> None:
+    me = engines.state[r]
+    me.steady -= 1
+    me.base -= s.prompt + s.output - 1 - final
+    engines.phases[r, _first_need(s, final, limits.block_size)] -= 1
+
+
+@lean
+def _write_out(engines: Engines, r: int, limits: Limits, composing: bool) -> None:
+    """Make the steady sequences ordinary ones, with everything about them written down."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    in_last = composing or not limits.asynchronous or me.queued or not me.busy  # else the last composed step was empty
+    for i in range(me.running):
+        final = finals[i]
+        if final == 0:
+            continue
+        s = running[i]
+        _forget(engines, r, s, final, limits)
+        finals[i] = 0
+        if limits.asynchronous and final >= me.flying and s.output - (final - me.flying) > s.generated:
+            s.now = 3
+        tokens = _steady_tokens(s, final, me.received)
+        if tokens > s.generated:
+            s.generated = tokens
+            s.last = me.received_at
+        s.next = 3 if in_last and final >= me.composed else 0
+        s.computed = s.prompt + s.output - 1 - (final - min(me.composed, final))
+        s.blocks = _blocks(s.computed, limits.block_size)
+    me.final = NEVER
+    me.young = 0
+
+
+@lean
+def _blocks_taken(engines: Engines, r: int, limits: Limits, steps: Any) -> Any:
+    """How many blocks the steady sequences take in the next `steps` steps to be composed."""
+    size = np.int64(limits.block_size)
+    phases = engines.phases[r]
+    me = engines.state[r]
+    taken = steps // size * me.steady
+    for k in range(1, steps % size + 1):
+        taken += phases[(me.composed + k) % size]
+    return taken
+
+
+@lean
+def _steps_with_blocks(engines: Engines, r: int, limits: Limits) -> Any:
+    """For how many steps to be composed the free blocks suffice, at most a round more than that takes all."""
+    size = np.int64(limits.block_size)
+    phases = engines.phases[r]
+    me = engines.state[r]
+    rounds = me.free // me.steady
+    left = me.free - rounds * me.steady
+    steps = rounds * size
+    for k in range(1, size):
+        left -= phases[(me.composed + k) % size]
+        if left < 0:
+            break
+        steps += 1
+    return steps
+
+
+@lean
+def _serve_steady(engines: Engines, r: int, limits: Limits) -> bool:
+    """Schedule the steady sequences all at once; returns False, and does nothing, if anybody would fall short."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    block_size = limits.block_size
+    step = me.composed + 1
+    size, base, need = me.steady, me.base, engines.phases[r, step % block_size]
+    if me.final < step:  # some will have ended with what is in flight
+        for i in range(me.running):
+            final = finals[i]
+            if 0 < final < step:
+                s = running[i]
+                size -= 1
+                base -= s.prompt + s.output - 1 - final
+                need -= _first_need(s, final, block_size) == step % block_size
+    left, free = me.left - size, me.free - need
+    if left < 0 or free < 0:
+        return False
+    for i in range(me.young, me.running):
+        if finals[i] == 0:
+            s = running[i]
+            in_flight = limits.asynchronous & (s.next >> 1)
+            wanted = s.prompt + s.generated + in_flight - s.computed
+            if limits.chunk > 0:
+                wanted = min(wanted, limits.chunk)
+            if wanted > left and i < me.running - 1:
+                return False
+            wanted = min(wanted, left)
+            left -= wanted
+            free -= max(0, _blocks(s.computed + wanted, block_size) - s.blocks)
+            if free < 0:
+                return False
+    me.left -= size
+    me.free -= need
+    me.next_size += size
+    me.same += size
+    me.emitting += size
+    me.next_kv += base + size * step
+    return True
+
+
 # Composing a step
 
 
@@ -604,12 +760,16 @@ def _preempt(
 def _serve_running(
     engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, which: int, now: Any
 ) -> bool:
-    """Schedule those of the running that are wanted, as far as the budget goes; returns whether any was preempted."""
-    me, running = engines.state[r], engines.running[r]
+    """Schedule those of the running that are wanted and not steady, as far as the budget goes; returns whether any was
+    preempted."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
     block_size = limits.block_size
     preempted, over = False, False
-    i = 0
+    i = np.int64(me.young)
     while i < me.running:
+        if finals[i] > 0:
+            i += 1
+            continue
         s = running[i]
         if which != _DECODES:
             s.now = s.next
@@ -757,6 +917,7 @@ def _admit(
             return
         dequeue(queue, me, r, attempts, a)
         s = running[me.running]
+        engines.finals[r, me.running] = 0
         me.running += 1
         s.attempt = a
         s.last = it.last
@@ -858,9 +1019,14 @@ def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.nda
     held = 0
     for i in range(me.running):
         it = running[i]
-        sound &= it.blocks == _blocks(it.computed, limits.block_size)
+        final = engines.finals[r, i]
+        if final > 0:
+            sound &= final > me.received
+            held += _blocks(it.prompt + it.output - 1 - max(0, final - me.composed - 1), limits.block_size)
+        else:
+            sound &= it.blocks == _blocks(it.computed, limits.block_size)
+            held += it.blocks
         sound &= it.generated < it.output and attempts[it.attempt].state == RUNNING
-        held += it.blocks
     if pool is not None:
         return sound and holds_invariants(pool, r, me.blocks, me.free)
     return sound and (me.role != BOTH or held + me.free == me.blocks)
@@ -888,6 +1054,8 @@ def _compose(
     me.next_decode = 1
     me.least = NEVER
     before = me.preemptions
+    if me.steady > 0 and not _serve_steady(engines, r, limits):
+        _write_out(engines, r, limits, True)
     if limits.order == PREFILL_FIRST:
         preempted = _serve_running(engines, r, attempts, pool, queue, limits, _PREFILLS, now)
         if not preempted:
@@ -907,7 +1075,11 @@ def _compose(
     if limits.debug and not _check(engines, r, pool, limits, attempts):
         engines.shared.counters[STUCK] = -1
     if me.next_size > 0:
+        me.composed += 1
         _price(engines, r, limits)
+        if limits.windows and pool is None and not always_asks(queue):
+            if limits.order != PREFILL_FIRST and me.role != PREFILL:
+                _settle_in(engines, r, limits)
     return me.next_size
 
 
@@ -949,7 +1121,11 @@ def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
         return
     if limits.asynchronous and (not me.queued or me.emitting != b):
         return
-    m = min(me.least - 1 - limits.asynchronous, me.free // b * limits.block_size, LONGEST_WINDOW)
+    m = min(min(me.least, me.final - me.received) - 1 - limits.asynchronous, LONGEST_WINDOW)
+    if me.steady == b:
+        m = min(m, _steps_with_blocks(engines, r, limits))
+    else:
+        m = min(m, me.free // b * limits.block_size)
     if m < 2:
         return
     cost = engines.costs[r]
@@ -981,22 +1157,28 @@ def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
 @lean
 def _settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, j: Any) -> None:
     """Bring the running to where they are after the first `j` steps of the window; it is over then."""
-    me, running = engines.state[r], engines.running[r]
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
     block_size = limits.block_size
     me.window = 0
     if j == 0:
         return
     last = _window_end(me, j)
     ticks = engines.token_ticks
-    for i in range(me.running):
+    for i in range(0 if ticks.size > 0 else me.young, me.running):
         s = running[i]
+        if ticks.size > 0:
+            had = _steady_tokens(s, finals[i], me.received) if finals[i] > 0 else np.int64(s.generated)
+            begin = engines.token_start[s.request] + had
+            for k in range(j):
+                ticks[begin + k] = _window_end(me, k + 1)
         if s.generated == 0:
             attempts[s.attempt].first = me.first_end
             _log(engines, me.first_end, FIRST, s.attempt, r)
-        if ticks.size > 0:
-            begin = engines.token_start[s.request] + s.generated
-            for k in range(j):
-                ticks[begin + k] = _window_end(me, k + 1)
+            if finals[i] > 0:
+                s.generated = 1
+                s.last = me.first_end
+        if finals[i] > 0:
+            continue
         s.last = last
         s.generated += j
         if pool is None:
@@ -1008,6 +1190,14 @@ def _settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
         charge(queue, r, s.request, 0, j)
     if pool is not None:
         _grow_in_turn(engines, r, pool, limits, j)
+    if me.steady > 0:
+        me.free -= _blocks_taken(engines, r, limits, j)
+        if me.steady == me.running:
+            me.young = me.running
+    me.composed += j
+    me.flying += j
+    me.received += j
+    me.received_at = last
     me.next_gpu += j * me.growth
     me.steps += j
     me.jumped += j
@@ -1111,13 +1301,39 @@ def _hand_over(engines: Engines, r: int, attempts: np.ndarray, queue: Any, a: in
 @lean
 def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
     """The step in flight has ended: what yields gets one more token; the finished leave and free their blocks."""
-    me, running = engines.state[r], engines.running[r]
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
     ticks = engines.token_ticks
-    kept = 0
-    for i in range(me.running):
+    me.received = me.flying
+    me.received_at = now
+    ending = me.final == me.received
+    begin = np.int64(0) if ending or ticks.size > 0 else me.young
+    least, young = np.int64(NEVER) if ending or ticks.size > 0 else me.final, np.int64(-1)
+    kept = begin
+    for i in range(begin, me.running):
         s = running[i]
+        final = finals[i]
         gone = False
-        if (s.now if limits.asynchronous else s.next) == 3 and not (
+        if final > 0:
+            tokens = s.output - (final - me.received)
+            if tokens > s.generated:
+                if ticks.size > 0:
+                    ticks[engines.token_start[s.request] + tokens - 1] = now
+                if s.generated == 0:
+                    attempts[s.attempt].first = now
+                    _log(engines, now, FIRST, s.attempt, r)
+                    s.generated = 1
+                    s.last = now
+            if final == me.received:
+                gone = True
+                s.generated = s.output
+                s.last = now
+                s.blocks = _blocks(s.prompt + s.output - 1, limits.block_size)
+                _forget(engines, r, s, final, limits)
+                _write_back(attempts, s)
+                _finish(engines, r, attempts, queue, limits, s.attempt, now)
+            else:
+                least = min(least, final)
+        elif (s.now if limits.asynchronous else s.next) == 3 and not (
             me.aborted > 0 and attempts[s.attempt].state != RUNNING  # timed out while the step ran
         ):
             if me.role == PREFILL:
@@ -1140,10 +1356,15 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
         if gone:
             _free_blocks(engines, r, pool, s)
         else:
+            if young < 0 and (final == 0 or s.generated == 0):
+                young = kept
             if kept < i:
                 running[kept] = running[i]
+                finals[kept] = final
             kept += 1
     me.running = kept
+    me.young = young if young >= 0 else kept
+    me.final = least
     for k in range(me.orphans):
         a = engines.orphans[r, k]
         it = attempts[a]
@@ -1198,6 +1419,7 @@ def _start(
         return
     me.queued = 0
     me.busy = 1
+    me.flying = me.composed
     me.sequences = me.next_size
     me.tokens = me.next_tokens
     me.ticks = me.next_ticks
@@ -1267,9 +1489,12 @@ def _look(engines: Engines, limits: Limits, now: Any) -> None:
             engines.shared.used[r] = me.blocks - me.free
             j = _steps_before(me, at)
             if j > 0:
-                for i in range(me.running):
-                    s = engines.running[r, i]
-                    engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
+                if me.steady > 0:
+                    engines.shared.used[r] += _blocks_taken(engines, r, limits, j)
+                for i in range(me.young, me.running):
+                    if engines.finals[r, i] == 0:
+                        s = engines.running[r, i]
+                        engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
 
 
 @lean
@@ -1412,6 +1637,8 @@ def _give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: A
         dequeue(queue, me, r, attempts, a)
         _let_go(engines, attempts, a, limits)
     elif it.state == RUNNING:
+        if me.steady > 0:
+            _write_out(engines, r, limits, False)
         me.aborted += 1
         for i in range(me.running):
             if engines.running[r, i].attempt == a:
@@ -1462,6 +1689,8 @@ def _crash(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
     if me.window > 0:
         _wake(engines, r, attempts, pool, queue, limits, now)
     _account(engines, r, now)
+    if me.steady > 0:
+        _write_out(engines, r, limits, False)
     for i in range(me.running):
         s = engines.running[r, i]
         if attempts[s.attempt].state == RUNNING:
@@ -1556,6 +1785,8 @@ def _with_room(engines: Engines) -> Engines:
     return Engines(
         engines.state,
         engines.running,
+        engines.finals,
+        engines.phases,
         engines.orphans,
         engines.costs,
         engines.points,
@@ -1706,6 +1937,7 @@ def _entry(sources: int) -> Any:
         for a in range(n):
             _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
         state = replicas.copy()
+        state["final"][:] = NEVER
         leaves_of_tree = 1
         while leaves_of_tree < state.size:
             leaves_of_tree *= 2
@@ -1723,6 +1955,8 @@ def _entry(sources: int) -> Any:
         engines = Engines(
             state,
             np.zeros((state.size, most), SEQUENCE),
+            np.zeros((state.size, most), np.int64),
+            np.zeros((state.size, limits.block_size), np.int64),
             np.empty((state.size, most), np.int64),
             costs,
             points,

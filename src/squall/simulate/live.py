@@ -188,6 +188,7 @@ class LiveCluster:
         self.limits = limits
         self.now = 0
         state, costs, points = cluster.machines()
+        state["final"] = NEVER  # without windows no sequence is steady
         most = int(state["max_seqs"].max())
         tree = 1 << max(0, len(state) - 1).bit_length()
         shared = Clock(
@@ -203,6 +204,8 @@ class LiveCluster:
         self._engines = Engines(
             state,
             np.zeros((len(state), most), SEQUENCE),
+            np.zeros((len(state), most), np.int64),
+            np.zeros((len(state), limits.block_size), np.int64),
             np.empty((len(state), most), np.int64),
             costs,
             points,
