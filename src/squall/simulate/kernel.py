@@ -30,6 +30,7 @@ import numpy as np
 from numba import njit
 
 from squall.simulate.blocks import clear, find_hits, grow, holds_invariants, lean, longest_hit, release, take_hits
+from squall.simulate.bundle import bundled
 from squall.simulate.waiting import (
     always_asks,
     becomes_active,
@@ -182,7 +183,10 @@ REPLICA = np.dtype(
         ("received", np.int64),
         ("received_at", np.int64),
         ("steady", np.int64),  # how many of the running are
-        ("final", np.int64),  # the least of their finals
+        ("final", np.int64),  # the least of their finals; how many have it, their part of `base`, and how many of them
+        ("leaving", np.int64),  # would need a block in the step after it
+        ("leaving_base", np.int64),
+        ("leaving_need", np.int64),
         ("base", np.int64),  # their tokens in the cache once they have the one of step n, less n for each
         ("young", np.int64),  # all running before this place are steady and have their first token
         (
@@ -628,9 +632,23 @@ def _steady_tokens(s: Any, final: Any, received: Any) -> Any:
 
 
 @lean
+def _leaves_with(me: Any, s: Any, final: Any, block_size: int) -> None:
+    """Take the steady sequence into account of who ends first."""
+    if final < me.final:
+        me.final = final
+        me.leaving = me.leaving_base = me.leaving_need = 0
+    if final == me.final:
+        me.leaving += 1
+        me.leaving_base += s.prompt + s.output - 1 - final
+        me.leaving_need += (s.prompt + s.output - 1) % block_size == 0
+
+
+@lean
 def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
     """Whoever got its prompt computed, or its next token, in the step just composed goes on like that by itself."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    if me.role == PREFILL:  # nothing goes on there
+        return
     young = me.running
     for i in range(me.young, me.running):
         s = running[i]
@@ -641,7 +659,7 @@ def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
             coming = 1 + (limits.asynchronous & (s.now >> 1))
             final = me.composed + s.output - s.generated - coming
             finals[i] = final
-            me.final = min(me.final, final)
+            _leaves_with(me, s, final, limits.block_size)
             me.steady += 1
             me.base += s.prompt + s.output - 1 - final
             engines.phases[r, _first_need(s, final, limits.block_size)] += 1
@@ -719,14 +737,10 @@ def _serve_steady(engines: Engines, r: int, limits: Limits) -> bool:
     block_size = limits.block_size
     step = me.composed + 1
     size, base, need = me.steady, me.base, engines.phases[r, step % block_size]
-    if me.final < step:  # some will have ended with what is in flight
-        for i in range(me.running):
-            final = finals[i]
-            if 0 < final < step:
-                s = running[i]
-                size -= 1
-                base -= s.prompt + s.output - 1 - final
-                need -= _first_need(s, final, block_size) == step % block_size
+    if me.final < step:  # these will have ended with what is in flight
+        size -= me.leaving
+        base -= me.leaving_base
+        need -= me.leaving_need
     left, free = me.left - size, me.free - need
     if left < 0 or free < 0:
         return False
@@ -1077,9 +1091,8 @@ def _compose(
     if me.next_size > 0:
         me.composed += 1
         _price(engines, r, limits)
-        if limits.windows and pool is None and not always_asks(queue):
-            if limits.order != PREFILL_FIRST and me.role != PREFILL:
-                _settle_in(engines, r, limits)
+        if limits.windows and pool is None and not always_asks(queue) and limits.order != PREFILL_FIRST:
+            _settle_in(engines, r, limits)
     return me.next_size
 
 
@@ -1121,11 +1134,8 @@ def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
         return
     if limits.asynchronous and (not me.queued or me.emitting != b):
         return
-    m = min(min(me.least, me.final - me.received) - 1 - limits.asynchronous, LONGEST_WINDOW)
-    if me.steady == b:
-        m = min(m, _steps_with_blocks(engines, r, limits))
-    else:
-        m = min(m, me.free // b * limits.block_size)
+    fits = _steps_with_blocks(engines, r, limits) if me.steady == b else me.free // b * limits.block_size
+    m = min(min(me.least, me.final - me.received) - 1 - limits.asynchronous, fits, LONGEST_WINDOW)
     if m < 2:
         return
     cost = engines.costs[r]
@@ -1307,11 +1317,22 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
     me.received_at = now
     ending = me.final == me.received
     begin = np.int64(0) if ending or ticks.size > 0 else me.young
-    least, young = np.int64(NEVER) if ending or ticks.size > 0 else me.final, np.int64(-1)
+    known = me.young if ticks.size == 0 else np.int64(0)
+    if ending:
+        me.final = NEVER
+    young = np.int64(-1)
     kept = begin
     for i in range(begin, me.running):
-        s = running[i]
         final = finals[i]
+        s = running[i]
+        if i < known and final > me.received:
+            if final <= me.final:
+                _leaves_with(me, s, final, limits.block_size)
+            if kept < i:
+                running[kept] = s
+                finals[kept] = final
+            kept += 1
+            continue
         gone = False
         if final > 0:
             tokens = s.output - (final - me.received)
@@ -1331,8 +1352,8 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
                 _forget(engines, r, s, final, limits)
                 _write_back(attempts, s)
                 _finish(engines, r, attempts, queue, limits, s.attempt, now)
-            else:
-                least = min(least, final)
+            elif ending:
+                _leaves_with(me, s, final, limits.block_size)
         elif (s.now if limits.asynchronous else s.next) == 3 and not (
             me.aborted > 0 and attempts[s.attempt].state != RUNNING  # timed out while the step ran
         ):
@@ -1364,7 +1385,6 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
             kept += 1
     me.running = kept
     me.young = young if young >= 0 else kept
-    me.final = least
     for k in range(me.orphans):
         a = engines.orphans[r, k]
         it = attempts[a]
@@ -1502,7 +1522,7 @@ def _can_take(engines: Engines, r: int, limits: Limits, prompt: int, output: int
     """Whether a request could ever run on replica `r`."""
     me = engines.state[r]
     tokens = prompt if me.role == PREFILL else prompt + output
-    return _blocks(tokens, limits.block_size) <= me.blocks
+    return tokens <= me.blocks * limits.block_size
 
 
 @lean
@@ -1740,7 +1760,10 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
     for k in range(wanted.size - 1, 0, -1):
         wanted[k] = wanted[k - 1]
     wanted[0] = desired
-    desired = max(desired, min(paid, wanted.max()))
+    most = np.int64(0)
+    for k in range(wanted.size):
+        most = max(most, wanted[k])
+    desired = max(desired, min(paid, most))
     for r in range(state.size):
         me = state[r]
         if paid < desired and me.up == DRAINING:
@@ -1760,46 +1783,6 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
             paid -= 1
             if me.running == 0 and me.waiting == 0 and not me.busy:
                 _switch_off(engines, r, pool, now)
-
-
-@njit
-def _with_room(engines: Engines) -> Engines:
-    """The same, with room in the heap and the logs for whatever one event, or one tick of all replicas, can write."""
-    counters = engines.shared.counters
-    events, steps, heap = engines.events, engines.steps, engines.heap
-    logged, stepped, heaped = counters[LOGGED], counters[STEPPED], counters[HEAPED]
-    room = 4 * engines.running.size + 2 * counters[OPEN] + 16
-    if heaped + 2 * counters[OPEN] + 16 > heap.size:
-        wider = np.empty(2 * heap.size + 4 * counters[OPEN] + 32, TO_COME)
-        wider["tick"][:] = NEVER
-        wider[:heaped] = heap[:heaped]
-        heap = wider
-    if events.size > 0 and logged + room > events.size:
-        more = np.empty(2 * events.size + room, EVENT)
-        more[:logged] = events[:logged]
-        events = more
-    if steps.size > 0 and stepped + 2 * engines.state.size > steps.size:
-        longer = np.empty(2 * steps.size + 2 * engines.state.size, STEP)
-        longer[:stepped] = steps[:stepped]
-        steps = longer
-    return Engines(
-        engines.state,
-        engines.running,
-        engines.finals,
-        engines.phases,
-        engines.orphans,
-        engines.costs,
-        engines.points,
-        engines.gemm,
-        engines.samples,
-        engines.shared,
-        events,
-        steps,
-        engines.token_ticks,
-        engines.token_start,
-        heap,
-        engines.scratch,
-    )
 
 
 @lean
@@ -1911,102 +1894,45 @@ def _advance(
 
 def _entry(sources: int) -> Any:
     @njit(cache=True, nogil=True)
-    def run_cluster(
+    def run(
+        engines: Engines,
+        attempts: np.ndarray,
         arrival: np.ndarray,
         prompt: np.ndarray,
         output: np.ndarray,
-        settings: np.ndarray,
-        replicas: np.ndarray,
-        costs: np.ndarray,
-        points: np.ndarray,
         pool: Any,
         queue: Any,
+        settings: np.ndarray,
         affinity: np.ndarray,
         outages: np.ndarray,
-        seeds: np.ndarray,
-        token_start: np.ndarray,
-        token_total: int,
-        width: int,
-        log_events: bool,
-        log_steps: bool,
-    ) -> Any:
+        wanted: np.ndarray,
+    ) -> bool:
+        """Run on; returns False if _with_room and more attempts are needed to go on."""
         assert sources >= 0  # noqa: S101  # part of the cache's key
-        limits: Any = settings[0]
-        n = arrival.size
-        attempts = np.zeros(n, ATTEMPT)
-        for a in range(n):
-            _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
-        state = replicas.copy()
-        state["final"][:] = NEVER
-        leaves_of_tree = 1
-        while leaves_of_tree < state.size:
-            leaves_of_tree *= 2
-        most = state["max_seqs"].max()
-        shared = Clock(
-            np.array([width]),
-            np.full(2 * leaves_of_tree, NEVER),
-            np.zeros(2 * state.size + 2, np.int64),
-            np.zeros(2 * state.size + 2, np.int64),
-            np.zeros(13, np.int64),
-            np.zeros(state.size, np.int64),
-            np.zeros(state.size, np.int64),
-            seeds.copy(),
-        )
-        engines = Engines(
-            state,
-            np.zeros((state.size, most), SEQUENCE),
-            np.zeros((state.size, most), np.int64),
-            np.zeros((state.size, limits.block_size), np.int64),
-            np.empty((state.size, most), np.int64),
-            costs,
-            points,
-            np.full((state.size, most + 1), np.nan),
-            np.zeros((state.size, SAMPLES, 5)),
-            shared,
-            np.empty(4 * state.size * most + n if log_events else 0, EVENT),
-            np.empty(2 * state.size + n if log_steps else 0, STEP),
-            np.full(token_total, np.int64(-1)),
-            token_start,
-            np.empty(2 * outages.shape[0] + 64, TO_COME),
-            np.empty((3, max(most, limits.block_size + 2)), np.int64),
-        )
-        engines.heap["tick"][:] = NEVER
-        counters = shared.counters
-        counters[USED] = n
-        if pool is not None:
-            for r in range(state.size):
-                clear(pool, r, state[r].blocks)
-        for k in range(outages.shape[0]):
-            _push(engines, outages[k, 0], DOWN, k)
-        wanted = np.zeros(1, np.int64)
-        if limits.scale_by > 0:
-            wanted = np.zeros(max(1, limits.scale_down_after // limits.scale_every), np.int64)
-            _push(engines, limits.scale_every, SCALE, 0)
-        while not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, wanted):
-            if _needs_room(engines):
-                engines = _with_room(engines)
-            if counters[USED] == attempts.size:
-                larger = np.zeros(2 * attempts.size, ATTEMPT)
-                larger[: attempts.size] = attempts
-                attempts = larger
+        limits = settings[0]
+        counters = engines.shared.counters
+        if counters[USED] == 0:
+            counters[USED] = arrival.size
+            for a in range(arrival.size):
+                _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
+            if pool is not None:
+                for r in range(engines.state.size):
+                    clear(pool, r, engines.state[r].blocks)
+            for k in range(outages.shape[0]):
+                _push(engines, outages[k, 0], DOWN, k)
+            if limits.scale_by > 0:
+                _push(engines, limits.scale_every, SCALE, 0)
+        if not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, wanted):
+            return False
         now = counters[NOW]
-        for r in range(state.size):
+        for r in range(engines.state.size):
             _account(engines, r, now)
-            if state[r].up != OFF:
-                state[r].on += now - state[r].since_on
-        return (
-            attempts[: counters[USED]],
-            state,
-            engines.samples,
-            shared.width[0],
-            now,
-            engines.token_ticks,
-            engines.events[: counters[LOGGED]],
-            engines.steps[: counters[STEPPED]],
-            counters[STUCK],
-        )
+            me = engines.state[r]
+            if me.up != OFF:
+                me.on += now - me.since_on
+        return True
 
-    return run_cluster
+    return run
 
 
 def _fingerprint() -> int:
@@ -2014,38 +1940,172 @@ def _fingerprint() -> int:
     from zlib import crc32
 
     here = Path(__file__).parent
-    return crc32(b"".join((here / name).read_bytes() for name in ("kernel.py", "blocks.py", "waiting.py")))
+    return crc32(b"".join((here / name).read_bytes() for name in ("kernel.py", "blocks.py", "waiting.py", "bundle.py")))
 
 
-run_cluster = _entry(_fingerprint())
-"""Run requests through the cluster until none is left.
+_run = _entry(_fingerprint())
 
-Parameters
-----------
-arrival, prompt, output
-    (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
-settings, replicas, costs, points
-    packed(Limits); (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
-pool, queue
-    blocks.Pool for prefix caching, else None; waiting.Queue, or None for FCFS.
-affinity
-    (n,) uint64 for the router by session, else empty.
-outages
-    (k, 3) int64: tick, replica, ticks until it is back.
-seeds
-    (2, 1) uint64: of the router and of the retry jitter.
-token_start, token_total
-    (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
-width
-    Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
-log_events, log_steps
-    Whether to keep a row of every event in a request's life (not in the order of time), and of every step. With
-    windows, steps within them are not logged.
 
-Returns
--------
-attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
-(replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT), the steps
-(STEP), and 0, or 1 + the attempt that was preempted again and again, or -1
-if an invariant broke (debug).
-"""
+def engines_of(
+    replicas: np.ndarray,
+    costs: np.ndarray,
+    points: np.ndarray,
+    *,
+    block_size: int,
+    seeds: np.ndarray,
+    width: int,
+    heap: int = 64,
+    events: int = 0,
+    steps: int = 0,
+    token_ticks: np.ndarray | None = None,
+    token_start: np.ndarray | None = None,
+) -> Engines:
+    """Replicas (REPLICA) with nothing to do, as they begin; `events`, `steps`: room in the logs, 0 for none."""
+    count, most = len(replicas), int(replicas["max_seqs"].max())
+    leaves_of_tree = 1 << max(0, count - 1).bit_length()
+    shared = Clock(
+        np.array([width]),
+        np.full(2 * leaves_of_tree, NEVER),
+        np.zeros(2 * count + 2, np.int64),
+        np.zeros(2 * count + 2, np.int64),
+        np.zeros(13, np.int64),
+        np.zeros(count, np.int64),
+        np.zeros(count, np.int64),
+        seeds.copy(),
+    )
+    state = replicas.copy()
+    state["final"] = NEVER
+    to_come = np.zeros(heap, TO_COME)
+    to_come["tick"] = NEVER
+    return Engines(
+        state,
+        np.zeros((count, most), SEQUENCE),
+        np.zeros((count, most), np.int64),
+        np.zeros((count, block_size), np.int64),
+        np.empty((count, most), np.int64),
+        costs,
+        points,
+        np.full((count, most + 1), np.nan),
+        np.zeros((count, SAMPLES, 5)),
+        shared,
+        np.empty(events, EVENT),
+        np.empty(steps, STEP),
+        np.empty(0, np.int64) if token_ticks is None else token_ticks,
+        np.empty(0, np.int64) if token_start is None else token_start,
+        to_come,
+        np.empty((3, max(most, block_size + 2)), np.int64),
+    )
+
+
+def _with_room(engines: Engines) -> Engines:
+    """The same, with room in the heap and the logs for whatever one event, or one tick of all replicas, can write."""
+    counters, replicas = engines.shared.counters, engines.state.size
+    events, steps, heap = engines.events, engines.steps, engines.heap
+    room = 4 * engines.running.size + 2 * int(counters[OPEN]) + 16
+    if counters[HEAPED] + 2 * counters[OPEN] + 16 > heap.size:
+        wider = np.empty(2 * heap.size + 4 * int(counters[OPEN]) + 32, TO_COME)
+        wider["tick"] = NEVER
+        wider[: heap.size] = heap
+        heap = wider
+    if events.size > 0 and counters[LOGGED] + room > events.size:
+        events = np.resize(events, 2 * events.size + room)
+    if steps.size > 0 and counters[STEPPED] + 2 * replicas > steps.size:
+        steps = np.resize(steps, 2 * steps.size + 2 * replicas)
+    return engines._replace(heap=heap, events=events, steps=steps)
+
+
+def run_cluster(
+    arrival: np.ndarray,
+    prompt: np.ndarray,
+    output: np.ndarray,
+    settings: np.ndarray,
+    replicas: np.ndarray,
+    costs: np.ndarray,
+    points: np.ndarray,
+    pool: Any,
+    queue: Any,
+    affinity: np.ndarray,
+    outages: np.ndarray,
+    seeds: np.ndarray,
+    token_start: np.ndarray,
+    token_total: int,
+    width: int,
+    log_events: bool,
+    log_steps: bool,
+) -> Any:
+    """Run requests through the cluster until none is left.
+
+    Parameters
+    ----------
+    arrival, prompt, output
+        (n,) int64 ticks at which the clients send, ascending by when the engines see them; int32 tokens, all >= 1.
+    settings, replicas, costs, points
+        packed(Limits); (replicas,) REPLICA as they begin; (replicas,) COST; (replicas, k, 2) their step tables.
+    pool, queue
+        blocks.Pool for prefix caching, else None; waiting.Queue, or None for FCFS.
+    affinity
+        (n,) uint64 for the router by session, else empty.
+    outages
+        (k, 3) int64: tick, replica, ticks until it is back.
+    seeds
+        (2, 1) uint64: of the router and of the retry jitter.
+    token_start, token_total
+        (n,) int64 offsets into the (token_total,) ticks of the tokens of the last attempts; token_total 0 keeps none.
+    width
+        Ticks of the first samples of the time series; doubled whenever SAMPLES do not reach far enough.
+    log_events, log_steps
+        Whether to keep a row of every event in a request's life (not in the order of time), and of every step. With
+        windows, steps within them are not logged.
+
+    Returns
+    -------
+    attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
+    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT), the steps
+    (STEP), and 0, or 1 + the attempt that was preempted again and again, or -1
+    if an invariant broke (debug).
+    """
+    n, limits = len(arrival), settings[0]
+    engines = engines_of(
+        replicas,
+        costs,
+        points,
+        block_size=int(limits["block_size"]),
+        seeds=seeds,
+        width=width,
+        heap=2 * len(outages) + 64,
+        events=4 * len(replicas) * int(replicas["max_seqs"].max()) + n if log_events else 0,
+        steps=2 * len(replicas) + n if log_steps else 0,
+        token_ticks=np.full(token_total, np.int64(-1)),
+        token_start=token_start,
+    )
+    attempts = np.zeros(n, ATTEMPT)
+    scaling = limits["scale_by"] > 0
+    wanted = np.zeros(max(1, int(limits["scale_down_after"] // limits["scale_every"])) if scaling else 1, np.int64)
+    known, order, counters = bundled(pool), bundled(queue), engines.shared.counters
+    while not _run(
+        bundled(engines),
+        attempts,
+        arrival,
+        prompt,
+        output,
+        known,
+        order,
+        settings,
+        affinity,
+        outages,
+        wanted,
+    ):
+        engines = _with_room(engines)
+        if counters[USED] == len(attempts):
+            attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])
+    return (
+        attempts[: counters[USED]],
+        engines.state,
+        engines.samples,
+        engines.shared.width[0],
+        counters[NOW],
+        engines.token_ticks,
+        engines.events[: counters[LOGGED]],
+        engines.steps[: counters[STEPPED]],
+        counters[STUCK],
+    )

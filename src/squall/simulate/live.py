@@ -14,6 +14,7 @@ from numba import njit
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
 from squall.simulate import kernel
+from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import _kernel_seeds
 from squall.simulate.kernel import (
@@ -22,10 +23,7 @@ from squall.simulate.kernel import (
     OK,
     QUEUED,
     RUNNING,
-    SAMPLES,
-    SEQUENCE,
     TRANSFER,
-    Clock,
     Engines,
     Limits,
     _account,
@@ -95,7 +93,7 @@ def _entries(sources: int) -> tuple[Any, Any]:
     def advance(
         engines: Engines,
         attempts: np.ndarray,
-        limits: Limits,
+        settings: np.ndarray,
         affinity: np.ndarray,
         at: np.ndarray,
         slots: np.ndarray,
@@ -107,6 +105,7 @@ def _entries(sources: int) -> tuple[Any, Any]:
         Returns (entries of `out`, arrivals taken, whether `out` was too small to come to the end).
         """
         assert sources >= 0  # noqa: S101 - part of the cache's key
+        limits = settings[0]
         shared = engines.shared
         leaves = shared.ends.size // 2
         told, arrived = 0, 0
@@ -149,9 +148,10 @@ def _entries(sources: int) -> tuple[Any, Any]:
             _finish_tick(engines, attempts, limits, now)
 
     @njit(cache=True)
-    def cancel(engines: Engines, attempts: np.ndarray, limits: Limits, a: int, now: int) -> None:
+    def cancel(engines: Engines, attempts: np.ndarray, settings: np.ndarray, a: int, now: int) -> None:
         """The client of `a` is gone: its blocks are free at the next schedule."""
         assert sources >= 0  # noqa: S101
+        limits = settings[0]
         shared = engines.shared
         _widen(engines.samples, shared.width, now)
         _give_up(engines, attempts, a, None, None, limits, now)
@@ -188,38 +188,12 @@ class LiveCluster:
         self.limits = limits
         self.now = 0
         state, costs, points = cluster.machines()
-        state["final"] = NEVER  # without windows no sequence is steady
-        most = int(state["max_seqs"].max())
-        tree = 1 << max(0, len(state) - 1).bit_length()
-        shared = Clock(
-            np.array([kernel.TICKS]),
-            np.full(2 * tree, NEVER),
-            np.zeros(2 * len(state) + 2, np.int64),
-            np.zeros(2 * len(state) + 2, np.int64),
-            np.zeros(16, np.int64),
-            np.zeros(len(state), np.int64),
-            np.zeros(len(state), np.int64),
-            _kernel_seeds(seed),
+        # Its heap stays empty: nothing is to come but what clients do.
+        self._engines = kernel.engines_of(
+            state, costs, points, block_size=limits.block_size, seeds=_kernel_seeds(seed), width=kernel.TICKS
         )
-        self._engines = Engines(
-            state,
-            np.zeros((len(state), most), SEQUENCE),
-            np.zeros((len(state), most), np.int64),
-            np.zeros((len(state), limits.block_size), np.int64),
-            np.empty((len(state), most), np.int64),
-            costs,
-            points,
-            np.full((len(state), most + 1), np.nan),
-            np.zeros((len(state), SAMPLES, 5)),
-            shared,
-            np.empty(0, kernel.EVENT),
-            np.empty(0, kernel.STEP),
-            np.empty(0, np.int64),
-            np.empty(0, np.int64),
-            np.zeros(64, kernel.TO_COME),
-            np.empty((3, max(most, limits.block_size + 2)), np.int64),
-        )
-        self._engines.heap["tick"] = NEVER  # nothing is to come but what clients do
+        self._bundle = bundled(self._engines)
+        self._settings = kernel.packed(limits)
         self._attempts = np.zeros(capacity, ATTEMPT)
         self._affinity = np.zeros(capacity, np.uint64)
         self._free = list(range(capacity - 1, -1, -1))
@@ -256,7 +230,7 @@ class LiveCluster:
             self._gone.add(slot)
         elif it["state"] in (QUEUED, RUNNING, TRANSFER):
             running = it["state"] == RUNNING
-            _cancel(self._engines, self._attempts, self.limits, slot, self.now)
+            _cancel(self._bundle, self._attempts, self._settings, slot, self.now)
             if running or it["preemptions"] > 0:
                 self._leaving.append((slot, int(self._engines.state[it["replica"]]["steps"])))
             else:
@@ -284,7 +258,7 @@ class LiveCluster:
         parts, more = [], True
         while more:
             told, arrived, more = _advance(
-                self._engines, self._attempts, self.limits, self._affinity, ticks, slots, until, self._out
+                self._bundle, self._attempts, self._settings, self._affinity, ticks, slots, until, self._out
             )
             parts.append(self._out[:told].copy())
             ticks, slots = ticks[arrived:], slots[arrived:]
