@@ -2,8 +2,10 @@
 exactly.
 
 It follows vLLM v1: one `schedule` for prefill and decode, FCFS, chunked prefill, blocks taken when needed, the last
-admitted preempted when there are none, recompute. With asynchronous scheduling the engine keeps one composed step in
-hand. Only the duration of a step is taken from the product (it is tested on its own).
+admitted preempted when there are none, recompute (or swap). With asynchronous scheduling the engine keeps one composed
+step in hand. Disaggregated, an engine computes prompts only and keeps their blocks until they have been sent to the one
+that generates; the two kinds may change over. Only the duration of a step is taken from the product (it is tested on
+its own).
 """
 
 from collections import Counter, OrderedDict
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from squall.simulate.kernel import TICKS, StepCost, gpu_seconds
+from squall.simulate.kernel import BY_FORECAST, LEAST_LOAD, TICKS, StepCost, gpu_seconds
 
 
 @dataclass(eq=False)
@@ -30,6 +32,11 @@ class Request:
     chain: int = 0  # what its tokens are, with prefix caching; 0 = unknown
     held: list[int] = field(default_factory=list)
     registered: int = 0
+    on_host: int = 0  # tokens computed before it was swapped out
+    source: Any = None  # the engine that computed its prompt and still has it
+    source_held: list[int] = field(default_factory=list)
+    fetching: bool = False
+    arrived: bool = False  # its prompt, from there; it has its blocks
     replica: int | None = None
     outcome: str | None = None
     ended: int | None = None
@@ -75,6 +82,13 @@ class Cache:
             blocks.append(same[0])
         return blocks
 
+    def register(self, r: Request, upto: int) -> None:
+        while r.chain and (r.registered + 1) * self.block_size <= upto:
+            block = r.held[r.registered]
+            self.key[block] = (r.chain, r.registered)
+            self.found.setdefault(self.key[block], []).append(block)
+            r.registered += 1
+
     def take(self, r: Request, block: int) -> None:
         self.free.pop(block, None)
         self.users[block] += 1
@@ -88,21 +102,16 @@ class Cache:
                 self.found[key].remove(block)
                 self.key[block] = None
             self.take(r, block)
-        while r.chain and (r.registered + 1) * self.block_size <= min(computed, r.known):
-            block = r.held[r.registered]
-            self.key[block] = (r.chain, r.registered)
-            self.found.setdefault(self.key[block], []).append(block)
-            r.registered += 1
+        self.register(r, min(computed, r.known))
 
-    def release(self, r: Request) -> None:
-        for block in reversed(r.held):
+    def release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
             self.users[block] -= 1
             if not self.users[block]:
                 self.free[block] = None
-        r.held, r.registered = [], 0
 
-    def check(self, requests: list[Request]) -> None:
-        held = Counter(block for r in requests for block in r.held)
+    def check(self, lists: list[list[int]]) -> None:
+        held = Counter(block for blocks in lists for block in blocks)
         assert all(held[block] == users for block, users in enumerate(self.users))
         assert all((users == 0) == (block in self.free) for block, users in enumerate(self.users))
         assert all(self.key[block] == key for key, blocks in self.found.items() for block in blocks)
@@ -111,10 +120,16 @@ class Cache:
 class Engine:
     """One replica."""
 
-    def __init__(self, limits: Any, cost: StepCost) -> None:
-        self.limits, self.cost = limits, cost
+    def __init__(self, number: int, limits: Any, cost: StepCost, cluster: "Cluster") -> None:
+        self.number, self.limits, self.cost, self.cluster = number, limits, cost, cluster
+        self.role = "both" if not limits.prefills else "prefill" if number < limits.prefills else "decode"
+        self.changing, self.changes, self.back_at = False, 0, -1
         self.free = limits.blocks
-        self.cache = Cache(limits.blocks, limits.block_size) if getattr(limits, "caching", False) else None
+        self.host_free = limits.host_free
+        self.extra = 0  # ticks of moving blocks, before the next step
+        self.link_free = 0
+        self.asked = self.hits = 0  # blocks, of prompts admitted
+        self.cache = Cache(limits.blocks, limits.block_size) if limits.caching else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.current: Step | None = None
@@ -137,11 +152,57 @@ class Engine:
 
     def release(self, r: Request) -> None:
         if self.cache:
-            self.cache.release(r)
+            self.cache.release(r.held)
             self.free = len(self.cache.free)
         else:
             self.free += r.blocks
-        r.blocks = 0
+        r.blocks, r.held, r.registered, r.arrived = 0, [], 0, False
+
+    def release_sent(self, r: Request) -> None:
+        """The prompt of `r` is not needed here any more."""
+        if self.cache:
+            self.cache.release(r.source_held)
+            self.free = len(self.cache.free)
+        else:
+            self.free += ceil(r.prompt / self.limits.block_size)
+        r.source, r.source_held = None, []
+
+    def tokens_of(self, r: Request) -> int:
+        """To be generated here."""
+        return 1 if self.role == "prefill" else r.output
+
+    def preempt(self, victim: Request) -> None:
+        blocks = victim.blocks
+        self.release(victim)
+        if self.limits.swap and self.host_free >= blocks:
+            victim.on_host = victim.computed
+            self.host_free -= blocks
+            self.extra += self.limits.swap * blocks
+        victim.computed = 0
+        victim.preemptions += 1
+        self.waiting.insert(next((i for i, r in enumerate(self.waiting) if not r.arrived), len(self.waiting)), victim)
+
+    def fetch(self, r: Request, watermark: int, now: int) -> bool:
+        """Reserve blocks for a prompt that another engine computed, and begin to move what is not here already."""
+        size = self.limits.block_size
+        hits = self.cache.hits(r) if self.cache else []
+        idle = sum(not self.cache.users[block] for block in hits) if self.cache else 0
+        need = ceil(r.prompt / size) - len(hits)
+        if need + idle + watermark > self.free:
+            return False
+        for block in hits:
+            self.cache.take(r, block)
+        r.registered = len(hits)
+        self.free -= idle + need
+        if self.cache:
+            self.cache.grow(r, need, 0)
+        r.blocks = len(hits) + need
+        r.fetching = True
+        begin = max(r.source.link_free, now)
+        sent = r.prompt - len(hits) * size
+        r.source.link_free = begin + self.limits.transfer + self.limits.transfer_per_token * sent
+        self.cluster.transfers.append((r.source.link_free, self.cluster.requests.index(r), r))
+        return True
 
     def schedule(self, now: int) -> Step | None:
         limits = self.limits
@@ -154,15 +215,12 @@ class Engine:
         for r in list(self.running):
             if budget == 0 or r in preempted:
                 break
-            if r.in_flight and r.computed + 2 - r.in_flight >= r.prompt + r.output:
+            if r.in_flight and r.computed + 2 - r.in_flight >= r.prompt + self.tokens_of(r):
                 continue
-            new = min(r.known + r.in_flight - r.computed, budget)
+            new = min(r.known + r.in_flight - r.computed, budget, limits.chunk or budget)
             while not self.allocate(r, new):
                 victim = self.running.pop()
-                self.release(victim)
-                victim.computed = 0
-                victim.preemptions += 1
-                self.waiting.insert(0, victim)
+                self.preempt(victim)
                 preempted.append(victim)
                 self.log.append((now, "preempt", victim))
                 if victim is r:
@@ -174,23 +232,36 @@ class Engine:
         if not preempted:
             while self.waiting and budget > 0 and len(self.running) < limits.max_seqs:
                 r = self.waiting[0]
-                assert r.computed == r.blocks == r.in_flight == 0
-                hits = self.cache.hits(r) if self.cache else []
-                idle = sum(not self.cache.users[block] for block in hits) if self.cache else 0
-                ready = len(hits) * limits.block_size
-                new = min(r.known - ready, budget)
                 watermark = limits.watermark if self.running else 0
-                whole = ceil(r.known / limits.block_size) - len(hits) + idle
+                if r.source:
+                    if not self.fetch(r, watermark, now):
+                        break
+                    self.waiting.pop(0)
+                    continue
+                assert r.computed == r.in_flight == 0
+                hits = self.cache.hits(r) if self.cache and not r.arrived else []
+                idle = sum(not self.cache.users[block] for block in hits) if self.cache else 0
+                ready = r.prompt - 1 if r.arrived else max(r.on_host, len(hits) * limits.block_size)
+                new = min(r.known - ready, budget, limits.chunk or budget)
+                whole = ceil(r.known / limits.block_size) - len(hits) - r.blocks + idle
                 if limits.full_gate and whole + watermark > self.free:
                     break
-                if ceil((ready + new) / limits.block_size) - len(hits) + idle + watermark > self.free:
+                need = ceil((ready + new) / limits.block_size) - len(hits) - r.blocks
+                if need + idle + watermark > self.free:
                     break
-                for block in hits:
-                    self.cache.take(r, block)
-                self.free -= idle
-                r.blocks = r.registered = len(hits)
-                r.computed = ready
-                r.cached = ready if not r.preemptions else r.cached
+                if not r.arrived:
+                    for block in hits:
+                        self.cache.take(r, block)
+                    self.free -= idle
+                    r.blocks = r.registered = len(hits)
+                    self.hits += len(hits)
+                    self.asked += (r.known - 1) // limits.block_size
+                    if not r.preemptions:
+                        r.cached = ready
+                    there = ceil(r.on_host / limits.block_size)
+                    self.host_free += there
+                    self.extra += limits.swap * max(0, there - len(hits))
+                r.computed, r.on_host, r.arrived = ready, 0, False
                 assert self.allocate(r, new)
                 self.waiting.pop(0)
                 self.running.append(r)
@@ -204,16 +275,20 @@ class Engine:
         if not parts:
             return None
         step = Step(parts)
-        step.ticks = self.duration(step)
+        step.ticks = self.duration(step) + self.extra
+        self.extra = 0
         self.last = step
         self.steps.append((len(parts), sum(new for _, _, new, _ in parts)))
         return step
 
     def check(self, parts: list[tuple[Request, int, int, bool]]) -> None:
+        here = [r for r in self.cluster.requests if r.replica == self.number]
+        sent = [r for r in self.cluster.requests if r.source is self]
         if self.cache:
-            self.cache.check(self.running)
+            self.cache.check([r.held for r in here] + [r.source_held for r in sent])
         else:
-            assert self.free + sum(r.blocks for r in self.running) == self.limits.blocks
+            blocks = sum(r.blocks for r in here) + sum(ceil(r.prompt / self.limits.block_size) for r in sent)
+            assert self.free + blocks == self.limits.blocks
         assert self.free >= 0
         assert len(self.running) <= self.limits.max_seqs
         assert sum(new for _, _, new, _ in parts) <= self.limits.budget
@@ -243,62 +318,192 @@ class Engine:
         for r, _, _, emits in self.current.parts:
             if not emits or r.outcome:
                 continue
-            r.generated += 1
             r.in_flight -= self.limits.asynchronous
+            if self.role == "prefill":
+                if r in self.running:  # else it was preempted, and has to compute all again
+                    self.hand_over(r)
+                continue
+            r.generated += 1
             r.tokens.append(now)
             if r.generated == r.output:
                 r.outcome, r.ended = "ok", now + self.limits.delivery
                 self.log.append((now, "finish", r))
                 (self.running if r in self.running else self.waiting).remove(r)
+                self.host_free += ceil(r.on_host / self.limits.block_size)
                 self.release(r)
         self.current, self.ends = None, None
+
+    def hand_over(self, r: Request) -> None:
+        """To the generating engine with the fewest requests; the blocks stay here until they are sent."""
+        self.running.remove(r)
+        them = [e for e in self.cluster.engines if e.role == "decode" and e.ready]
+        target = min(them, key=lambda e: sum(not r.outcome for r in e.running) + len(e.waiting))
+        r.source, r.source_held = self, r.held
+        r.held, r.registered, r.blocks, r.computed = [], 0, 0, 0
+        r.replica = target.number
+        target.waiting.append(r)
+
+    @property
+    def ready(self) -> bool:
+        return not self.changing and self.back_at < 0
 
     def go_on(self, now: int) -> None:
         """Start the next step if the GPU is idle; asynchronously, compose the one after it at once."""
         if self.current:
             return
-        self.current, self.next = self.next or self.schedule(now), None
+        # A step of nobody, since all were preempted, lets others be admitted at once.
+        self.current, self.next = self.next or self.schedule(now) or self.schedule(now), None
         if self.current:
             self.ends = now + self.current.ticks
             if self.limits.asynchronous:
                 self.next = self.schedule(now)
+        elif self.changing and not self.running and not self.waiting and self.free == self.limits.blocks:
+            self.role = "decode" if self.role == "prefill" else "prefill"
+            self.changing, self.changes = False, self.changes + 1
+            if self.limits.provisioning:
+                self.back_at = now + self.limits.provisioning
+
+
+class Cluster:
+    """Engines behind a round-robin router; no retries."""
+
+    def __init__(self, requests: list[Request], limits: Any, cost: StepCost) -> None:
+        self.requests, self.limits = requests, limits
+        self.engines = [Engine(number, limits, cost, self) for number in range(limits.replicas)]
+        self.transfers: list[tuple[int, int, Request]] = []  # when a prompt will have arrived, its number
+        self.coming = sorted(requests, key=lambda r: r.sent + limits.ingest)
+        self.turn = 0
+        self.entered: list[Request] = []  # since the last look at the roles
+        self.mean = 0.0
+        self.trends: list[list[float]] = []
+
+    def run(self) -> None:
+        limits = self.limits
+        look = limits.scale_every if limits.scale_by else -1
+        while True:
+            times = [e.ends for e in self.engines if e.ends is not None]
+            times += [r.sent + limits.ingest for r in self.coming[:1]] + [at for at, _, _ in self.transfers]
+            if not times:
+                break
+            waiting = [r for r in self.requests if r.replica is not None and not r.outcome]
+            times += [at for at in (deadline(r, limits) for r in waiting) if at < 2**61]
+            times += [e.back_at for e in self.engines if e.back_at >= 0]
+            now = min(times + ([look] if look >= 0 else []))
+            for e in self.engines:
+                if e.ends == now:
+                    e.receive(now)
+            for at, number, r in sorted(self.transfers, key=lambda it: it[:2]):
+                if at == now:
+                    self.transfers.remove((at, number, r))
+                    self.arrive(r)
+            for r in self.requests:
+                if r.replica is not None and not r.outcome and deadline(r, limits) == now:
+                    self.give_up(r, now)
+            while self.coming and self.coming[0].sent + limits.ingest == now:
+                self.enter(self.coming.pop(0), now)
+            if look == now:
+                self.change_roles()
+                look += limits.scale_every
+            for e in self.engines:
+                if e.back_at == now:
+                    e.back_at = -1
+            for e in self.engines:
+                e.go_on(now)
+
+    def arrive(self, r: Request) -> None:
+        """The prompt of `r` is where it was sent."""
+        e = self.engines[r.replica]
+        r.source.release_sent(r)
+        r.fetching = False
+        if r.outcome:
+            e.release(r)
+            return
+        r.arrived = True
+        if e.cache:
+            e.cache.register(r, r.prompt)
+        e.waiting.insert(0, r)
+
+    def give_up(self, r: Request, now: int) -> None:
+        r.outcome, r.ended = "timeout", max(now, r.sent + self.limits.timeout)
+        e = self.engines[r.replica]
+        if r in e.waiting:
+            e.waiting.remove(r)
+            if r.source:
+                r.source.release_sent(r)
+            e.host_free += ceil(r.on_host / self.limits.block_size)
+            e.release(r)
+
+    def enter(self, r: Request, now: int) -> None:
+        limits, n = self.limits, len(self.engines)
+        self.entered.append(r)
+        total = r.prompt + r.output
+        if total > limits.max_model_len or ceil(total / limits.block_size) > limits.blocks:
+            r.outcome, r.ended = "unservable", now
+            return
+        while self.engines[self.turn % n].role == "decode" or not self.engines[self.turn % n].ready:
+            self.turn += 1
+        e = self.engines[self.turn % n]
+        self.turn += 1
+        if len(e.waiting) >= limits.queue_limit:
+            r.outcome, r.ended = "queue_full", now
+            return
+        r.replica = e.number
+        e.waiting.append(r)
+
+    def change_roles(self) -> None:
+        """One engine changes over if the fuller side is loaded, and would be much less so with another split."""
+        limits, engines, n = self.limits, self.engines, len(self.engines)
+        prompts, responses = self.demands()
+        if limits.scale_by == BY_FORECAST:
+            prompts, responses = self.forecast([prompts, responses])
+        loads = {k: max(prompts / k, responses / (n - k)) for k in range(1, n)}
+        best = min(loads, key=loads.__getitem__)
+        now = sum((e.role == "prefill") != e.changing for e in engines)
+        if best == now or loads[now] < LEAST_LOAD or loads[now] < limits.scale_target * loads[best]:
+            return
+        giver, taker = ("decode", "prefill") if best > now else ("prefill", "decode")
+        back = [e for e in engines if e.role == taker and e.changing]
+        ready = [e for e in engines if e.role == giver and e.ready]
+        if back:
+            back[0].changing = False
+        elif len(ready) > 1:
+            min(ready, key=lambda e: len(e.running) + len(e.waiting)).changing = True
+
+    def demands(self) -> tuple[float, float]:
+        """In engines: prompts to compute in the time between two looks, and the share of places or blocks asked for."""
+        limits, entered = self.limits, self.entered
+        tokens = float(sum(r.prompt for r in entered))
+        if entered:
+            self.mean = tokens / len(entered)
+        self.entered = []
+        shares = []
+        for e in self.engines:
+            if e.role == "prefill":
+                tokens += len(e.waiting) * self.mean
+            else:
+                blocks = limits.blocks - e.free + len(e.waiting) * self.mean / limits.block_size
+                shares.append(max((len(e.running) + len(e.waiting)) / limits.max_seqs, blocks / limits.blocks))
+        asked = sum(e.asked for e in self.engines)
+        if asked and limits.caching:
+            tokens *= 1.0 - sum(e.hits for e in self.engines) / asked
+        return tokens * limits.per_prompt_token / limits.scale_every, sum(shares)
+
+    def forecast(self, values: list[float]) -> list[float]:
+        """Holt's linear trend of each, one look ahead."""
+        if not self.trends:
+            self.trends = [[value, 0.0] for value in values]
+            return values
+        for trend, value in zip(self.trends, values, strict=True):
+            level = 0.5 * value + 0.5 * (trend[0] + trend[1])
+            trend[:] = level, 0.3 * (level - trend[0]) + 0.7 * trend[1]
+        return [max(0.0, level + slope) for level, slope in self.trends]
 
 
 def run(requests: list[Request], limits: Any, cost: StepCost) -> list[Engine]:
-    """All requests (ascending in `sent`) through round-robin engines; no retries."""
-    engines = [Engine(limits, cost) for _ in range(limits.replicas)]
-    coming = sorted(requests, key=lambda r: r.sent + limits.ingest)
-    turn = 0
-    while True:
-        times = [e.ends for e in engines if e.ends is not None] + [r.sent + limits.ingest for r in coming[:1]]
-        if not times:
-            break
-        deadlines = [deadline(r, limits) for r in requests if r.replica is not None and not r.outcome]
-        now = min(times + [at for at in deadlines if at < 2**61])
-        for e in engines:
-            if e.ends == now:
-                e.receive(now)
-        for r in requests:
-            if r.replica is not None and not r.outcome and deadline(r, limits) == now:
-                r.outcome, r.ended = "timeout", max(now, r.sent + limits.timeout)
-                if r in engines[r.replica].waiting:
-                    engines[r.replica].waiting.remove(r)
-        while coming and coming[0].sent + limits.ingest == now:
-            r = coming.pop(0)
-            total = r.prompt + r.output
-            if total > limits.max_model_len or ceil(total / limits.block_size) > limits.blocks:
-                r.outcome, r.ended = "unservable", now
-                continue
-            e = engines[turn % len(engines)]
-            turn += 1
-            if len(e.waiting) >= limits.queue_limit:
-                r.outcome, r.ended = "queue_full", now
-                continue
-            r.replica = engines.index(e)
-            e.waiting.append(r)
-        for e in engines:
-            e.go_on(now)
-    return engines
+    """All requests (ascending in `sent`) through the cluster; returns its engines."""
+    cluster = Cluster(requests, limits, cost)
+    cluster.run()
+    return cluster.engines
 
 
 def deadline(r: Request, limits: Any) -> int:

@@ -54,21 +54,28 @@ class Setup(NamedTuple):
 def make_limits(**changes):
     base = resolve(kv_blocks=101, block_size=16, max_num_seqs=8, engine="vllm-0.11", step_time=StepTime(a0=0.0))
     limits = base.limits()._replace(full_gate=1, ingest=0, ingest_per_token=0, delivery=0, max_model_len=10**9, debug=1)
-    return Setup(limits, {"blocks": 100, "max_seqs": 8, "budget": 64, "watermark": 0, "caching": False}).replace(
-        **changes
-    )
+    sizes = {"blocks": 100, "max_seqs": 8, "budget": 64, "watermark": 0, "host_free": 0}
+    return Setup(limits, sizes | {"caching": False, "prefills": 0}).replace(**changes)
+
+
+def replicas_of(setup):
+    """As the kernel begins with them; the first `prefills` only compute prompts, if there are any."""
+    sizes = {name: value for name, value in setup.sizes.items() if name not in ("caching", "prefills")}
+    replicas = kernel_replicas(setup.replicas, **sizes)
+    if setup.prefills:
+        replicas["role"] = np.where(np.arange(setup.replicas) < setup.prefills, kernel.PREFILL, kernel.DECODE)
+    return replicas
 
 
 def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None, queue=None, log_steps=True, **more):
     sent, prompt, output = np.array(sent, np.int64), np.array(prompt, np.int32), np.array(output, np.int32)
     ends = np.cumsum(output, dtype=np.int64)
-    replicas = kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"})
     result = kernel.run_cluster(
         sent,
         prompt,
         output,
         kernel.packed(setup.limits),
-        replicas,
+        replicas_of(setup),
         *kernel_costs([cost] * setup.replicas),
         pool,
         queue,
@@ -88,11 +95,11 @@ def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None,
 def make_pool(setup, prompt, output, chain):
     asked = pl.DataFrame({"request_tokens": prompt, "session": chain, "prefix": pl.Series([None] * len(prompt))})
     pool = pool_for(
-        Choices(prefix_caching=True),
+        Choices(prefix_caching=True, prefill_replicas=setup.prefills or None),
         asked,
         np.array(output),
         None,
-        replicas=kernel_replicas(setup.replicas, **{k: v for k, v in setup.sizes.items() if k != "caching"}),
+        replicas=replicas_of(setup),
         block_size=setup.block_size,
         block_bytes=1.0,
     )
@@ -123,6 +130,9 @@ def workloads(draw):
         watermark=draw(st.sampled_from([0, 0, 2])),
         queue_limit=draw(st.sampled_from([int(NEVER), 1, 4])),
         timeout=draw(st.sampled_from([int(NEVER), TICKS // 1000, TICKS // 10, TICKS])),
+        chunk=draw(st.sampled_from([0, 0, 5])),
+        swap=draw(st.sampled_from([0, 0, TICKS // 10_000])),
+        host_free=draw(st.sampled_from([8, 1000])),
         ingest=draw(st.sampled_from([0, TICKS // 1000])),
         delivery=draw(st.sampled_from([0, TICKS // 1000])),
     )
@@ -134,6 +144,26 @@ def workloads(draw):
     return np.cumsum(gaps), prompt, output, limits, cost
 
 
+@st.composite
+def disaggregated(draw):
+    """The same on engines for prefill and for decode, which may change their roles."""
+    sent, prompt, output, limits, cost = draw(workloads())
+    replicas = draw(st.integers(2, 5))
+    limits = limits.replace(
+        replicas=replicas,
+        prefills=draw(st.integers(1, replicas - 1)),
+        transfer=draw(st.sampled_from([0, TICKS // 1000, TICKS // 20])),
+        transfer_per_token=draw(st.sampled_from([0, TICKS // 10**6, TICKS // 10**4])),
+        scale_by=draw(st.sampled_from([0, kernel.BY_BACKLOG, kernel.BY_FORECAST])),
+        scale_every=draw(st.sampled_from([TICKS // 100, TICKS // 10])),
+        scale_target=draw(st.sampled_from([1.0, 1.2])),
+        provisioning=draw(st.sampled_from([0, TICKS // 100])),
+        per_prompt_token=COSTS.per_token * TICKS * draw(st.sampled_from([1.0, 10.0])),
+        caching=draw(st.booleans()),
+    )
+    return sent, prompt, output, limits, cost
+
+
 def agree(requests, engines, setup, result):
     """The kernel's attempts, tokens, preemptions, steps and event log are the oracle's."""
     attempts, replicas, _, _, _, token_ticks, events, steps, start = result
@@ -143,6 +173,7 @@ def agree(requests, engines, setup, result):
         assert token_ticks[begin : begin + it["generated"]].tolist() == r.tokens
         assert it["preemptions"] == r.preemptions
         assert it["cached"] == r.cached
+        assert it["replica"] == (-1 if r.replica is None else r.replica) or r.outcome == "queue_full"
         assert [it["first"], it["last"]] == ([r.tokens[0], r.tokens[-1]] if r.tokens else [-1, -1])
     log = [[], []]
     for e in events[np.argsort(events["time"], kind="stable")]:
@@ -153,6 +184,8 @@ def agree(requests, engines, setup, result):
     if setup.replicas == 1:
         assert log[0] == log[1]
     for number, (e, it) in enumerate(zip(engines, replicas, strict=True)):
+        assert it["changes"] == e.changes
+        assert it["host_free"] == e.host_free == setup.host_free
         assert it["steps"] == len(e.steps)
         assert it["computed"] == sum(tokens for _, tokens in e.steps)
         mine = steps[steps["replica"] == number]
@@ -193,14 +226,36 @@ def test_prefix_caching_agrees_with_the_oracle(workload, data):
         setup = limits.replace(windows=windows)
         pool = make_pool(setup, prompt, output, chain)
         agree(requests, engines, setup, run_kernel(sent, prompt, output, setup, cost, pool=pool, log_steps=not windows))
-        for r, e in enumerate(engines):
-            order, b = [], pool.after[r, -1]
-            while b != setup.blocks:
-                order.append(int(b))
-                b = pool.after[r, b]
-            assert order == list(e.cache.free)
-            found = {b for b in range(setup.blocks) if pool.key[r, b]}
-            assert found == {block for blocks in e.cache.found.values() for block in blocks}
+        agree_on_blocks(engines, setup, pool)
+
+
+def agree_on_blocks(engines, setup, pool):
+    """The free lists are in the same order, and the same blocks can be found."""
+    for r, e in enumerate(engines):
+        order, b = [], pool.after[r, -1]
+        while b != setup.blocks:
+            order.append(int(b))
+            b = pool.after[r, b]
+        assert order == list(e.cache.free)
+        found = {b for b in range(setup.blocks) if pool.key[r, b]}
+        assert found == {block for blocks in e.cache.found.values() for block in blocks}
+
+
+@settings(max_examples=CASES // 2, deadline=None)
+@given(disaggregated(), st.data())
+def test_disaggregation_agrees_with_the_oracle(workload, data):
+    """Hand-over, reserved blocks, transfers, prefix caches on both sides, and engines that change their roles."""
+    sent, prompt, output, limits, cost = workload
+    few = st.integers(0, 3) if limits.caching else st.just(0)
+    chain = data.draw(st.lists(few, min_size=len(prompt), max_size=len(prompt)))
+    requests = [oracle.Request(int(s), p, o, chain=c) for s, p, o, c in zip(sent, prompt, output, chain, strict=True)]
+    engines = oracle.run(requests, limits, cost)
+    for windows in (0, 1):
+        setup = limits.replace(windows=windows)
+        pool = make_pool(setup, prompt, output, chain) if limits.caching else None
+        agree(requests, engines, setup, run_kernel(sent, prompt, output, setup, cost, pool=pool, log_steps=not windows))
+        if pool is not None:
+            agree_on_blocks(engines, setup, pool)
 
 
 def test_windows_are_most_of_the_steps_where_little_happens():

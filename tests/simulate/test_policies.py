@@ -6,9 +6,10 @@ import polars as pl
 import pytest
 
 from squall.errors import InputError
+from squall.run.metrics import metrics
 from squall.simulate import kernel, simulate
 from squall.simulate.cluster import resolve
-from squall.simulate.engine import run_requests
+from squall.simulate.engine import overtaken_for, run_requests
 from squall.trace.table import Trace, TraceMeta
 
 SMALL = {"gpu": "l40s", "kv_blocks": 300, "max_num_seqs": 8, "max_num_batched_tokens": 512}
@@ -33,7 +34,7 @@ def at_once(prompt, output, **more):
 
 
 PLAIN = [
-    {"scheduler": "sjf", "prediction_error": 0.5},
+    {"scheduler": "sjf", "prediction_error": 0.5, "aging": 20.0},
     {"scheduler": "priority", "priorities": "api=0,conversation=1"},
     {"scheduler": "edf", "deadlines": "api=1s,conversation=10s", "timeout": 4, "retries": 2},
     {"scheduler": "lrf", "step_order": "prefill-first"},
@@ -53,6 +54,23 @@ PLAIN = [
     {"prefill_replicas": 1, "decode_replicas": 2},
     {"prefill_replicas": 2, "decode_replicas": 1, "kv_bandwidth": 0.5, "timeout": 4, "retries": 1},
     {"prefill_replicas": 1, "decode_replicas": 2, "fail": "1@2s,0@3s", "restart_time": "1s", "retries": 2},
+    {
+        "prefill_replicas": 1,
+        "decode_replicas": 2,
+        "mtbf": "2s",
+        "restart_time": "300ms",
+        "retries": 3,
+        "scheduler": "vtc",
+    },
+    {"prefill_replicas": 2, "decode_replicas": 2, "roles": "backlog", "role_interval": "500ms", "scheduler": "sjf"},
+    {
+        "prefill_replicas": 1,
+        "decode_replicas": 3,
+        "roles": "forecast",
+        "role_interval": "300ms",
+        "role_change_time": "1s",
+    },
+    {"prefill_replicas": 1, "decode_replicas": 2, "preemption": "swap", "swap_space": 4.0, "timeout": 4},
     {"fleet": "l40s=1,a100=2", "gpu": None, "kv_blocks": None},
 ]
 CACHED = [
@@ -63,6 +81,10 @@ CACHED = [
     {"router": "prefix-affinity", "replicas": 3},
     {"fail": "0@2s", "restart_time": "1s", "retries": 2},
     {"scheduler": "sjf", "timeout": 4},
+    {"preemption": "swap", "swap_space": 4.0, "timeout": 4},
+    {"prefill_replicas": 2, "decode_replicas": 2, "router": "prefix-affinity", "kv_bandwidth": 1.0},
+    {"prefill_replicas": 2, "decode_replicas": 2, "roles": "backlog", "role_interval": "500ms", "scheduler": "vtc"},
+    {"prefill_replicas": 1, "decode_replicas": 2, "fail": "1@1s,0@2s,2@2s", "restart_time": "1s", "retries": 2},
 ]
 
 
@@ -77,7 +99,7 @@ def outcome_of(trace, windows, **words):
 def test_windows_change_nothing_and_all_is_conserved(words, engine):
     trace = conversations()
     single, jumped = (outcome_of(trace, windows, engine=engine, **words) for windows in (False, True))
-    assert single.attempts.tobytes() == jumped.attempts.tobytes()
+    assert np.array_equal(single.attempts, jumped.attempts)
     keys = [np.sort(outcome.events, order=["time", "kind", "attempt"]).tobytes() for outcome in (single, jumped)]
     assert keys[0] == keys[1]
     for name in ("steps", "computed", "lost", "preemptions", "swapped", "on"):
@@ -202,7 +224,16 @@ def test_your_own_policy(tmp_path):
         "def nonsense(request_tokens, arrival):\n    return float('nan')\n\n"
         "def unknown(colour):\n    return 1.0\n\n"
         "def text(request_tokens):\n    return 'first'\n\n"
-        "def nothing():\n    return 1.0\n"
+        "def nothing():\n    return 1.0\n\n"
+        "def later(request_tokens):\n    if request_tokens > 25:\n        raise ValueError('no')\n    return 1.0\n\n"
+        "def keyword(*, request_tokens):\n    return request_tokens\n\n"
+        "def many(*request_tokens):\n    return 1.0\n\n"
+        "def lazy(request_tokens):\n    yield request_tokens\n\n"
+        "def nil(request_tokens):\n    request_tokens + 1\n\n"
+        "def imports(request_tokens):\n    import os\n    return os.getpid()\n\n"
+        "def mixed(request_tokens):\n    return 'a' if request_tokens > 15 else 1.0\n\n"
+        "def same(request_tokens):\n    return 1.0\n\n"
+        "class Kind:\n    pass\n"
     )
     trace = at_once([30, 10, 20], [5, 5, 5])
     assert order_of(trace, scheduler=f"{path}:shortest") == order_of(trace, scheduler="srf") == [1, 2, 0]
@@ -215,14 +246,25 @@ def test_your_own_policy(tmp_path):
         "text": "compile|finite|raised",
         "nothing": "no parameters",
         "missing": "no function missing",
+        "later": "raised ValueError: no",
+        "keyword": "plainly",
+        "many": "plainly",
+        "lazy": "plain function",
+        "nil": "returns none, not a number",
+        "imports": "IMPORT_NAME",
+        "mixed": "compile",
+        "same": "changes nothing",
+        "Kind": "no function Kind",
+        "": "give FILE.py:FUNCTION",
     }.items():
         with pytest.raises(InputError, match=says):
             simulate(trace, scheduler=f"{path}:{name}")
     with pytest.raises(InputError, match="no file"):
         simulate(trace, scheduler="nowhere.py:policy")
-    path.write_text("raise RuntimeError('no')")
-    with pytest.raises(InputError, match="cannot be run"):
-        simulate(trace, scheduler=f"{path}:shortest")
+    for text in ("raise RuntimeError('no')", "raise SystemExit(3)", "def shortest(:"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="cannot be run"):
+            simulate(trace, scheduler=f"{path}:shortest")
 
 
 def test_sessions_stay_where_they_were():
@@ -240,6 +282,91 @@ def test_prefix_affinity_finds_more():
         for router in ("round-robin", "prefix-affinity")
     ]
     assert rates[1] > rates[0] + 0.1
+
+
+def test_prompts_are_cached_on_both_sides_of_a_transfer():
+    """The prefill engine does not compute what it has, and what the decode engine has is not sent."""
+    trace = conversations(150, 30.0)
+    words = {"prefill_replicas": 1, "decode_replicas": 1, **SMALL, "kv_blocks": 3000}
+    cached, plain = (simulate(trace, prefix_caching=on, **words) for on in (True, False))
+    together = simulate(trace, prefix_caching=True, **(SMALL | {"kv_blocks": 3000}))
+    assert cached.meta.target["prefix_cache"]["blocks_not_sent"] > 0
+    assert cached.meta.target["computed_tokens"] < 0.6 * plain.meta.target["computed_tokens"]
+    assert ttft(cached) < ttft(plain)
+    # The answers were generated elsewhere, so the prefill engine finds the prompts of earlier turns only.
+    assert 0 < cached.table["cached_tokens"].sum() < together.table["cached_tokens"].sum()
+
+
+def test_swapped_blocks_that_are_still_on_the_gpu_are_not_moved_back():
+    trace = at_once([100] * 20, [300] * 20, session=list(range(20)))
+    words = {"gpu": "l40s", "kv_blocks": 150, "engine": "vllm-0.11", "preemption": "swap", "swap_space": 8.0}
+    kept, plain = (simulate(trace, prefix_caching=on, **words).meta.target for on in (True, False))
+    assert kept["computed_tokens"] == plain["computed_tokens"] == 20 * (100 + 300 - 1)
+    assert 0 < kept["blocks_swapped"] < plain["blocks_swapped"]
+
+
+def shifting(n=6000, span=320.0, seed=0):
+    """A first half of long prompts and short answers, a second one the other way round."""
+    rng = np.random.default_rng(seed)
+    arrival = np.sort(rng.uniform(0, span, n))
+    late = arrival > span / 2
+    prompt = np.where(late, rng.integers(50, 150, n), rng.integers(2000, 4000, n))
+    output = np.where(late, rng.integers(300, 500, n), rng.integers(5, 20, n))
+    columns = {"arrival": arrival, "request_tokens": prompt, "response_tokens": output}
+    return Trace.of(columns, TraceMeta(source="test", format="generated"))
+
+
+@pytest.mark.parametrize("roles", ["backlog", "forecast"])
+def test_roles_that_follow_the_load_meet_more_slos_than_any_fixed_split(roles, tmp_path):
+    trace = shifting()
+    words = {"gpu": "l40s", "kv_blocks": 2000, "max_num_seqs": 64, "timeout": 60}
+    met = {}
+    for prefills in range(1, 6):
+        run = simulate(trace, prefill_replicas=prefills, decode_replicas=6 - prefills, **words)
+        met[prefills] = metrics(run, slo="ttft=2s,tpot=60ms").goodput_share
+    timeline = tmp_path / "timeline.json"
+    run = simulate(trace, prefill_replicas=3, decode_replicas=3, roles=roles, timeline=timeline, **words)
+    assert timeline.read_text().count("changes its role") == run.meta.target["role_changes"] >= 2
+    assert 1 <= run.meta.target["mean_prefill_replicas"] <= 5
+    assert any(f"roles={roles}" in line for line in run.meta.notes)
+    assert metrics(run, slo="ttft=2s,tpot=60ms").goodput_share > max(met.values()) + 0.05, met
+
+
+def test_roles_stay_as_they_are_under_a_load_that_does():
+    trace = poisson(1500, 6.0)
+    words = {"gpu": "l40s", "kv_blocks": 2000, "max_num_seqs": 64, "prefill_replicas": 2, "decode_replicas": 2}
+    fixed, moving = simulate(trace, **words), simulate(trace, roles="backlog", **words)
+    assert moving.meta.target["role_changes"] == 0
+    assert moving.table.equals(fixed.table)
+
+
+def test_aging_ends_starvation():
+    """Short requests keep coming: the long ones never get their turn, unless waiting counts."""
+    rng = np.random.default_rng(3)
+    n = 3000
+    output = np.where(np.arange(n) % 100 == 50, 400, 20)
+    columns = {"arrival": np.cumsum(rng.exponential(1 / 18, n)), "request_tokens": [50] * n, "response_tokens": output}
+    trace = Trace.of(columns, TraceMeta(source="test", format="generated"))
+    words = {"gpu": "l40s", "max_num_seqs": 8, "kv_blocks": 2000}
+    fair, greedy, aged = (
+        simulate(trace, **words, **more) for more in ({}, {"scheduler": "sjf"}, {"scheduler": "sjf", "aging": 20.0})
+    )
+    starved = [run.meta.target["starved"] for run in (fair, greedy, aged)]
+    assert starved[0] == starved[2] == 0 < starved[1]
+    assert greedy.meta.target["longest_overtaken"] > 60
+    assert any("starved" in line for line in greedy.meta.notes)
+    assert ttft(greedy) < ttft(fair)
+
+
+def test_overtaken_is_the_wait_behind_who_came_later():
+    attempts = np.zeros(5, kernel.ATTEMPT)
+    attempts["replica"] = [0, 0, 0, 1, -1]
+    attempts["sent"] = np.array([0, 1, 2, 0, 0]) * kernel.TICKS
+    attempts["first"] = np.array([90, 5, 7, 50, -1]) * kernel.TICKS
+    attempts["ended"] = 99 * kernel.TICKS
+    assert overtaken_for(attempts).tolist() == [85.0, 0.0, 0.0, 0.0, 0.0]
+    attempts["first"][0] = -1  # it gave up
+    assert overtaken_for(attempts)[0] == 94.0
 
 
 def poisson(n, rate, seed=0):
@@ -305,6 +432,24 @@ def test_autoscaling_costs_and_helps_after_the_provisioning():
     assert fixed.meta.target["replica_seconds"] == pytest.approx(fixed.meta.target["simulated_seconds"])
 
 
+def test_what_scales_too_late_loses_requests():
+    """Ten minutes of a rate that jumps: replicas that take 103 s to be ready come when many have given up."""
+    rng = np.random.default_rng(6)
+    arrival = np.concatenate(
+        [100 * i + np.sort(rng.uniform(0, 100, 100 * rate)) for i, rate in enumerate((15, 2, 10, 15, 5, 2))]
+    )
+    columns = {"arrival": arrival, "request_tokens": [600] * len(arrival), "response_tokens": [150] * len(arrival)}
+    trace = Trace.of(columns, TraceMeta(source="test", format="generated"))
+    words = {**SMALL, "max_num_seqs": 32, "kv_blocks": 3000, "timeout": 60, "autoscale": "queue:4", "max_replicas": 6}
+    lost, tails = [], []
+    for delay in ("1s", "103s"):
+        table = simulate(trace, provisioning=delay, **words).table
+        lost.append((table["status"] == "timeout").sum())
+        tails.append((table["first_token"] - table["sent"]).quantile(0.99))
+    assert lost[1] > 5 * lost[0] + 100
+    assert tails[1] > 2 * tails[0]
+
+
 def test_disaggregation_pays_prefill_transfer_and_one_decode_step():
     trace = at_once([2000], [50])
     words = {"engine": "vllm-0.11", "prefill_replicas": 1, "decode_replicas": 1}
@@ -352,11 +497,12 @@ def test_overload_shows_a_plateau():
         ({"scheduler": "priority"}, "--priorities"),
         ({"scheduler": "priority", "priorities": "gold=0"}, "gold"),
         ({"scheduler": "priority", "priorities": "api"}, "NAME=VALUE"),
+        ({"scheduler": "priority", "priorities": "api=0,api=1"}, "has a value already"),
         ({"scheduler": "edf"}, "--deadlines"),
+        ({"scheduler": "edf", "deadlines": "api=1s,conversation=1s"}, "that of the arrivals"),
         ({"scheduler": "vtc", "clients": "model"}, "model"),
         ({"swap_space": 3.0}, "--preemption swap"),
         ({"preemption": "swap"}, "--swap-space"),
-        ({"preemption": "swap", "prefix_caching": True}, "cannot be combined"),
         ({"eviction": "fifo"}, "--prefix-caching"),
         ({"host_bandwidth": 3.0, "prefix_caching": True}, "--host-cache"),
         ({"router": "random"}, "one replica"),
@@ -371,7 +517,12 @@ def test_overload_shows_a_plateau():
         ({"provisioning": "10s"}, "--provisioning"),
         ({"prefill_replicas": 2}, "--prefill-replicas"),
         ({"prefill_replicas": 2, "decode_replicas": 1, "replicas": 3}, "--replicas"),
-        ({"prefill_replicas": 2, "decode_replicas": 1, "prefix_caching": True}, "cannot be combined"),
+        ({"prefill_replicas": 2, "decode_replicas": 1, "autoscale": "kv:0.7", "max_replicas": 5}, "--roles"),
+        ({"prefill_replicas": 1, "decode_replicas": 2, "router": "random"}, "--router random"),
+        ({"prefill_replicas": 1, "decode_replicas": 1, "roles": "backlog"}, "at least three"),
+        ({"prefill_replicas": 2, "decode_replicas": 1, "role_interval": "1s"}, "--role-interval"),
+        ({"roles": "forecast"}, "--prefill-replicas"),
+        ({"scheduler": "edf", "deadlines": "api=1s", "aging": 1.0}, "--aging"),
         ({"kv_bandwidth": 10.0}, "--kv-bandwidth"),
         ({"fleet": "h100=2", "replicas": 3}, "--fleet"),
         ({"fleet": "h100"}, "--fleet h100"),
@@ -415,6 +566,11 @@ def test_every_choice_changes_something(words, beside):
 def test_a_watermark_cuts_preemptions_and_delays_the_first_token():
     trace = poisson(800, 20.0)
     words = {"gpu": "l40s", "kv_blocks": 1500, "engine": "vllm-0.24"}
-    runs = [simulate(trace, watermark=share, **words) for share in (0.0, 0.05)]
-    assert runs[1].table["preemptions"].sum() < 0.5 * runs[0].table["preemptions"].sum()
-    assert ttft(runs[1]) > 0
+    runs = [simulate(trace, watermark=share, **words) for share in (0.0, 0.02, 0.05)]
+    preemptions = [run.table["preemptions"].sum() for run in runs]
+    assert preemptions[1] < 0.6 * preemptions[0]
+    assert preemptions[2] < 0.6 * preemptions[1]
+    ends = [run.table["last_token"].max() for run in runs]
+    assert max(ends) < 1.01 * ends[0]  # no throughput lost
+    medians = [(run.table["first_token"] - run.table["sent"]).median() for run in runs]
+    assert medians[2] > medians[0]

@@ -221,6 +221,8 @@ def test_bounds_hold_every_default():
     for gpu in GPUS.values():
         step = default_step_time(gpu)
         assert all(b.low <= getattr(step, name) <= b.high for name, b in BOUNDS.items())
+        assert step.o0 > 0  # no engine takes its next step at once
+        assert step.o_gap > 0
 
 
 def test_names_are_found_in_the_usual_spellings():
@@ -316,6 +318,15 @@ def test_bad_model_files(tmp_path, changes, says):
         ({"timeout": 0}, "--timeout"),
         ({"queue_limit": 0}, "--queue-limit 0"),
         ({"model": "llama-3.1-70b"}, "does not fit"),
+        ({"model": "llama-3.1-70b", "kv_blocks": 100}, "its weights take"),
+        ({"replicas": 10**9, "mtbf": "1h"}, "--replicas 1000000000"),
+        ({"replicas": 9_000, "max_num_seqs": 8192}, "20,000,000"),
+        ({"block_size": 10**8}, "--block-size 100000000"),
+        ({"chunk_size": 8192}, "--chunk-size 8192 changes nothing"),
+        ({"watermark": 1e-6}, "less than one of"),
+        ({"prefix_caching": True, "shared_prefix": 8}, "whole blocks of 16"),
+        ({"preemption": "swap", "swap_space": 1e-4}, "--swap-space 0.0001: not one block"),
+        ({"prefix_caching": True, "host_cache": 1e-4}, "--host-cache 0.0001: not one block"),
     ],
 )
 def test_impossible_clusters(words, says):

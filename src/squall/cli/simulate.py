@@ -33,6 +33,8 @@ class PolicyOptions:
     """Who is admitted next: fcfs, priority, sjf, srf, lrf, vtc, edf, or your own as FILE.py:FUNCTION."""
     prediction_error: Annotated[float | None, Parameter(group=SCHEDULING)] = None
     """Standard deviation of the log of the lengths that sjf predicts. [default: 0, it knows them]"""
+    aging: Annotated[float | None, Parameter(group=SCHEDULING)] = None
+    """How much a second of waiting is worth: tokens for sjf, srf and lrf, classes for priority. [default: 0]"""
     priorities: Annotated[str | None, Parameter(group=SCHEDULING)] = None
     """For priority: numbers of services or models, lower first (conversation=0,api=1)."""
     deadlines: Annotated[str | None, Parameter(group=SCHEDULING)] = None
@@ -84,6 +86,12 @@ class PolicyOptions:
     """Engines that only compute prompts."""
     decode_replicas: Annotated[int | None, Parameter(group=ROUTING)] = None
     """Engines that only generate."""
+    roles: Annotated[str, Parameter(group=ROUTING)] = "fixed"
+    """Whether these two change over to each other, when drained, as the load asks: fixed, backlog or forecast."""
+    role_interval: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """How often that is considered. [default: 5s]"""
+    role_change_time: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """From being drained to being ready in the other role. [default: 0s]"""
     kv_bandwidth: Annotated[float | None, Parameter(group=ROUTING)] = None
     """GB/s from a prefill engine to decode engines. [default: 64]"""
     kv_latency: Annotated[str | None, Parameter(group=ROUTING)] = None
@@ -253,6 +261,12 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     }
     if target["unlike_vllm"]:
         lines["not vLLM v1"] = ", ".join(target["unlike_vllm"])
+    if target["starved"]:
+        longest = number(target["longest_overtaken"])
+        lines["starved"] = f"{target['starved']:,} requests, overtaken for up to {longest} s"
+    if target.get("role_changes") is not None and "roles" in target["choices"]:
+        mean = number(target["mean_prefill_replicas"])
+        lines["roles"] = f"{target['role_changes']:,} changes; {mean} replicas for prefill in the mean"
     if "prefix_cache" in target:
         rate = target["prefix_cache"]["hit_rate"]
         lines["prefix hits"] = "none asked" if rate is None else percent(rate)

@@ -29,6 +29,8 @@ POOL = np.dtype(
         ("hits", np.int64),  # blocks found on the GPU
         ("host_hits", np.int64),
         ("asked", np.int64),  # full blocks of the prompts admitted
+        ("kept", np.int64),  # block lists of prompts that do not run: computed and not yet sent, or fetched
+        ("unsent", np.int64),  # blocks that a decode replica had already when it would have fetched them
         ("evictions", np.int64),  # of blocks that could have been found
     ],
     align=True,
@@ -44,7 +46,7 @@ class Pool(NamedTuple):
     before: np.ndarray  # (, blocks + 1) the free list (with FIFO: all blocks in the order of their allocation)
     after: np.ndarray
     table: np.ndarray  # (, 2**k) open addressing with linear probing: block + 1, or 0
-    node_block: np.ndarray  # (, nodes) the block lists of the running sequences, from their last block backwards
+    node_block: np.ndarray  # (, nodes) the block lists of the sequences, from their last block backwards
     node_before: np.ndarray
     host_key: np.ndarray  # (, host blocks) uint64
     host_before: np.ndarray  # (, host blocks + 1) least recently used first
@@ -58,6 +60,7 @@ class Pool(NamedTuple):
     fifo: int
     host_ticks: int  # to load one block from the host
     block_size: int
+    most_kept: int  # for so many lists beside the running there is room
 
 
 @lean
@@ -152,7 +155,7 @@ def _link_last(before: np.ndarray, after: np.ndarray, b: int) -> None:
 def clear(pool: Pool, r: int, blocks: int) -> None:
     """Replica `r` starts with `blocks` empty blocks, all free, in order; nothing is on its host."""
     me = pool.state[r]
-    me.nodes = 0
+    me.nodes = me.kept = 0
     me.spare = -1
     me.stuck = -1
     me.host_used = 0
@@ -314,10 +317,10 @@ def take_hits(pool: Pool, r: int, me: Any, sequence: Any, request: int, hits: in
 
 
 @lean
-def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
-    """The sequence gives its blocks back, the last one first; what is full stays findable."""
+def give_back(pool: Pool, r: int, me: Any, node: Any) -> None:
+    """Nobody needs the blocks of the list any more that ends at `node`: the last one first; what is full stays
+    findable."""
     state = pool.state[r]
-    node = sequence.node
     while node >= 0:
         b = pool.node_block[r, node]
         pool.reference[r, b] -= 1
@@ -325,14 +328,32 @@ def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
             me.free += 1
             if not pool.fifo:
                 _link_last(pool.before[r], pool.after[r], b)
-        following = pool.node_before[r, node]
+        following = np.int64(pool.node_before[r, node])
         pool.node_before[r, node] = state.spare
         state.spare = node
         node = following
+    state.wake = 1
+
+
+@lean
+def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
+    """The sequence gives its blocks back."""
+    give_back(pool, r, me, np.int64(sequence.node))
     sequence.node = -1
     sequence.blocks = 0
     sequence.registered = 0
-    state.wake = 1
+
+
+@lean
+def register_prompt(pool: Pool, r: int, request: int, prompt: int, node: Any) -> None:
+    """A prompt computed elsewhere has arrived in the blocks of the list that ends at `node`: it can be found now."""
+    i = (prompt + pool.block_size - 1) // pool.block_size - 1
+    while node >= 0:
+        b = pool.node_block[r, node]
+        if (i + 1) * pool.block_size <= prompt and pool.key[r, b] == 0:
+            _register(pool, r, b, block_key(pool, request, i, prompt))
+        node = np.int64(pool.node_before[r, node])
+        i -= 1
 
 
 @lean

@@ -15,7 +15,7 @@ from squall.errors import InputError
 from squall.simulate import kernel
 from squall.simulate.hardware import GPU, Model, find_gpu, find_model
 from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
-from squall.simulate.policies import AUTOSCALERS, ROUTERS, SCALE_EVERY, STEP_ORDERS, Choices
+from squall.simulate.policies import AUTOSCALERS, ROLES, ROUTERS, SCALE_EVERY, STEP_ORDERS, Choices
 from squall.simulate.step_time import StepTime, check_parallel, default_step_time, step_cost
 from squall.units import Duration, seconds
 
@@ -25,6 +25,13 @@ SWAP_BANDWIDTH, KV_BANDWIDTH, KV_LATENCY = 25.0, 64.0, 1e-3
 """GB/s to the host's memory and between prefill and decode replicas, and seconds that a transfer takes to set up."""
 PROVISIONING, SCALE_DOWN_AFTER = 100.0, 300.0
 """Seconds until a new replica is ready, and that fewer must have sufficed before one is stopped."""
+
+MOST_PLACES = 20_000_000
+"""Places in the batches of all replicas together: 2 GB of memory."""
+
+ROLE_INTERVAL, ROLE_GAIN = 5.0, 1.2
+"""Seconds between two looks at the roles of replicas, and by what factor a change must lower the load of the fuller
+side."""
 
 BACKOFF, BACKOFF_CAP = 0.5, 8.0
 """Seconds: a retry waits uniformly in [0, min(8, 0.5 * 2**(attempt - 1))] (exponential backoff, full jitter)."""
@@ -113,6 +120,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """The kernel's view: times in ticks, what is absent as something never reached."""
         step, chosen = self.step_time, self.choices
         scaling = chosen.autoscaling()
+        changing = chosen.roles in ROLES
         swapping = self.block_bytes / ((chosen.swap_bandwidth or SWAP_BANDWIDTH) * 1e9)
         sending = self.model.kv_bytes(self.tp) * self.tp / ((chosen.kv_bandwidth or KV_BANDWIDTH) * 1e9)
         return Limits(
@@ -136,15 +144,26 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             delivery=ticks(step.a2 + step.a3),
             transfer=ticks(chosen.time("kv_latency", KV_LATENCY)),
             transfer_per_token=ticks(sending),
-            scale_by=AUTOSCALERS[scaling[0]] if scaling else 0,
-            scale_target=scaling[1] if scaling else 1.0,
-            scale_every=ticks(SCALE_EVERY),
+            per_prompt_token=self._prompt_token_seconds() * TICKS if changing else 0.0,
+            scale_by=ROLES[chosen.roles] if changing else AUTOSCALERS[scaling[0]] if scaling else 0,
+            scale_target=ROLE_GAIN if changing else scaling[1] if scaling else 1.0,
+            scale_every=ticks(chosen.time("role_interval", ROLE_INTERVAL) if changing else SCALE_EVERY),
             scale_down_after=ticks(chosen.time("scale_down_after", SCALE_DOWN_AFTER)),
-            provisioning=ticks(chosen.time("provisioning", PROVISIONING)),
+            provisioning=ticks(
+                chosen.time("role_change_time", 0.0) if changing else chosen.time("provisioning", PROVISIONING)
+            ),
             least_replicas=self.replicas,
             windows=1,
             debug=0,
         )
+
+    def _prompt_token_seconds(self) -> float:
+        """Of a replica that computes nothing but prompts, in full steps of one prompt each."""
+        cost, budget = step_cost(self.step_time, self.model, self.gpu, self.tp), float(self.max_num_batched_tokens)
+        gpu = kernel.gpu_seconds(cost, budget, 1.0, 0.0, budget**2 / 2)
+        host = cost.host + cost.host_per_sequence
+        took = max(gpu, host) + cost.gap if self.profile.async_scheduling else gpu + host
+        return float(took / budget)
 
     def machines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The replicas as they begin, and what their steps cost, for the kernel."""
@@ -277,33 +296,32 @@ def resolve(
         if replicas != 1:
             raise InputError("--replicas contradicts --prefill-replicas and --decode-replicas; leave it out.")
         replicas = (chosen.prefill_replicas or 0) + (chosen.decode_replicas or 0)
-    chosen.check(replicas)
-    if chosen.max_replicas is not None and chosen.max_replicas <= replicas:
-        raise InputError(f"--max-replicas {chosen.max_replicas}: it must be above --replicas {replicas}, the least.")
     engine = DEFAULT_ENGINE if engine is None else engine
     _one_of("--engine", engine, ENGINES)
     shape, device = find_model(model or DEFAULT_MODEL), find_gpu(gpu or DEFAULT_GPU)
     tp = 1 if tp is None else tp
     block_size = 16 if block_size is None else block_size
     check_parallel(shape, tp)
-    least = {
-        "--replicas": replicas,
-        "--kv-blocks": kv_blocks,
-        "--block-size": block_size,
-        "--max-num-seqs": max_num_seqs,
+    given = {
+        "--replicas": (replicas, 10_000),
+        "--max-replicas": (chosen.max_replicas, 10_000),
+        "--kv-blocks": (kv_blocks, 10**8),
+        "--block-size": (block_size, 100_000),
+        "--max-num-seqs": (max_num_seqs, 10**6),
+        "--max-num-batched-tokens": (max_num_batched_tokens, 10**9),
+        "--max-model-len": (max_model_len, 10**9),
+        "--queue-limit": (queue_limit, 10**9),
     }
-    least |= {
-        "--max-num-batched-tokens": max_num_batched_tokens,
-        "--max-model-len": max_model_len,
-        "--queue-limit": queue_limit,
-    }
-    for flag, value in least.items():
-        smallest = 2 if flag == "--kv-blocks" else 1
-        if value is not None and not smallest <= value <= 10**9:
+    for flag, (value, most) in given.items():
+        least = 2 if flag == "--kv-blocks" else 1
+        if value is not None and not least <= value <= most:
             raise InputError(
                 f"{flag} {value}: it must be at least"
-                f" {smallest}{' (one block is the null block)' if smallest == 2 else ''} and at most 1e9."
+                f" {least}{' (one block is the null block)' if least == 2 else ''} and at most {most:,}."
             )
+    chosen.check(replicas)
+    if chosen.max_replicas is not None and chosen.max_replicas <= replicas:
+        raise InputError(f"--max-replicas {chosen.max_replicas}: it must be above --replicas {replicas}, the least.")
     if not 0 <= retries <= 1000:
         raise InputError(f"--retries {retries}: it must be 0 to 1000.")
     limit = None if timeout is None else seconds(timeout, "--timeout")
@@ -316,6 +334,12 @@ def resolve(
         )
 
     def sized(device: GPU) -> tuple[int, str, int, int]:
+        weights = shape.memory_bytes / tp / GIB
+        if weights >= device.memory_gb:
+            raise InputError(
+                f"{shape.name} does not fit on {tp} x {device.name}: its weights take {weights:.1f} of"
+                f" {device.memory_gb:g} GiB per GPU; use a larger --tp or another --gpu."
+            )
         large = device.memory_gb >= 70 and device.family != "a100"
         budget = max_num_batched_tokens or (8192 if large else 2048)
         seqs = max_num_seqs or min(1024 if large else 256, budget)
@@ -345,8 +369,13 @@ def resolve(
         )
     if others and step_time is not None:
         raise InputError("--fleet with several GPUs contradicts --calibration, which is of one.")
+    if max(replicas, chosen.max_replicas or 0) * seqs > MOST_PLACES:
+        raise InputError(
+            f"{max(replicas, chosen.max_replicas or 0):,} replicas of {seqs:,} sequences are more than the"
+            f" {MOST_PLACES:,} that can be simulated; use a smaller --max-num-seqs."
+        )
     roomiest = max(blocks, *(machine.kv_blocks for machine in others)) if others else blocks
-    return Cluster(
+    cluster = Cluster(
         model=shape,
         gpu=device,
         tp=tp,
@@ -367,6 +396,31 @@ def resolve(
         choices=chosen,
         others=others,
     )
+    _check_sizes(cluster)
+    return cluster
+
+
+def _check_sizes(cluster: Cluster) -> None:
+    """Raise InputError for what is too small or too large to change anything."""
+    chosen = cluster.choices
+    machines: list[Cluster | Machine] = [cluster, *cluster.others]
+    budget = max(machine.max_num_batched_tokens for machine in machines)
+    if chosen.chunk_size is not None and chosen.chunk_size >= budget:
+        raise InputError(
+            f"--chunk-size {chosen.chunk_size} changes nothing: a step has no more than {budget} tokens"
+            " (--max-num-batched-tokens)."
+        )
+    blocks = max(machine.kv_blocks for machine in machines)
+    if chosen.watermark and chosen.watermark * blocks < 1:
+        raise InputError(f"--watermark {chosen.watermark} changes nothing: it is less than one of {blocks} blocks.")
+    if chosen.shared_prefix is not None and chosen.shared_prefix < cluster.block_size:
+        raise InputError(
+            f"--shared-prefix {chosen.shared_prefix} changes nothing: only whole blocks of {cluster.block_size} tokens"
+            " (--block-size) are shared."
+        )
+    for flag, gib in (("--swap-space", chosen.swap_space), ("--host-cache", chosen.host_cache)):
+        if gib is not None and gib * GIB < cluster.block_bytes:
+            raise InputError(f"{flag} {gib}: not one block of {cluster.block_bytes / 2**20:.1f} MiB fits.")
 
 
 def _read_fleet(text: str) -> list[tuple[str, int]]:

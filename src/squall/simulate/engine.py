@@ -23,6 +23,10 @@ TOKEN_TIMES = 1_000_000
 """Up to so many response tokens, a simulation keeps the time of each (`chunks`, for ITL); beyond, first and last,
 unless it is asked to keep them."""
 
+STARVED = 60.0
+"""Seconds: an attempt is starved if it was still without a token so long after an attempt that had come to its replica
+later got its first."""
+
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
 
@@ -197,16 +201,17 @@ def run_trace(
     left_out = trace.table.with_row_index("request").filter(
         (pl.col("request_tokens") <= 0) | (pl.col("response_tokens") <= 0)
     )
+    totals = _totals(outcome, cluster)
     meta = RunMeta(
         kind="simulation",
         title=title or "",
         trace=trace.meta,
-        target=cluster.described() | _totals(outcome, cluster),
+        target=cluster.described() | totals,
         step_time=cluster.step_time_name,
         offered=len(trace),
         seed=seed,
         version=__version__,
-        notes=[*_notes(cluster, outcome, left_out), *remarks],
+        notes=[*_notes(cluster, outcome, totals, left_out), *remarks],
     )
     table = _attempts(trace.table, rows, outcome, cluster)
     if len(left_out) or len(table) > len(rows):
@@ -364,6 +369,10 @@ def _totals(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
         "preemptions": int(replicas["preemptions"].sum()),
         "replica_seconds": float(replicas["on"].sum() / TICKS),
     }
+    # First come, first served: nobody is overtaken.
+    overtaken = np.zeros(1) if cluster.choices.scheduler == "fcfs" else overtaken_for(outcome.attempts)
+    totals["starved"] = int((overtaken > STARVED).sum())
+    totals["longest_overtaken"] = float(overtaken.max())
     if outcome.pool is not None:
         state = outcome.pool.state
         asked = int(state["asked"].sum())
@@ -375,6 +384,11 @@ def _totals(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
             "hit_rate": sum(hits) / asked if asked else None,
             "evictions": int(state["evictions"].sum()),
         }
+        if cluster.choices.disaggregated:
+            totals["prefix_cache"]["blocks_not_sent"] = int(state["unsent"].sum())
+    if cluster.choices.disaggregated:
+        totals["role_changes"] = int(replicas["changes"].sum())
+        totals["mean_prefill_replicas"] = float(replicas["prefilling"].sum() / max(outcome.end, 1))
     if cluster.choices.preemption == "swap":
         totals["blocks_swapped"] = int(replicas["swapped"].sum())
     if cluster.choices.price is not None:
@@ -382,7 +396,22 @@ def _totals(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
     return totals
 
 
-def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[str]:
+def overtaken_for(attempts: np.ndarray) -> np.ndarray:
+    """(attempts,) seconds that each was still without a token after one that had come to its replica later got its
+    first; 0 for who was not overtaken."""
+    waited = np.zeros(len(attempts))
+    order = np.lexsort((attempts["sent"], attempts["replica"]))
+    groups = np.split(order, np.flatnonzero(np.diff(attempts["replica"][order])) + 1)
+    for rows in groups:
+        it = attempts[rows]
+        first = np.where(it["first"] >= 0, it["first"], kernel.NEVER)
+        later = np.append(np.minimum.accumulate(first[::-1])[::-1][1:], kernel.NEVER)
+        until = np.where(it["first"] >= 0, it["first"], it["ended"])
+        waited[rows] = np.where(it["replica"] >= 0, np.maximum(until - later, 0) / TICKS, 0.0)
+    return waited
+
+
+def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out: pl.DataFrame) -> list[str]:
     notes = []
     if cluster.kv_blocks_from.startswith("estimated"):
         notes.append(
@@ -405,6 +434,19 @@ def _notes(cluster: Cluster, outcome: Outcome, left_out: pl.DataFrame) -> list[s
         notes.append(
             f"{len(left_out) - no_prompt:,} requests that the recorded system failed have no known response"
             " length and were not sent (cancelled, recorded_failure)."
+        )
+    if cluster.choices.mtbf is not None and not outcome.replicas["epoch"].any():
+        notes.append(f"--mtbf {cluster.choices.mtbf}: no replica failed in {totals['simulated_seconds']:,.0f} s.")
+    if cluster.choices.fail and (cluster.choices.outages(cluster.capacity, 0.0, 0)[:, 0] > outcome.end).any():
+        notes.append(
+            f"--fail {cluster.choices.fail}: the run was over after {totals['simulated_seconds']:,.0f} s, before the"
+            " last of these failures."
+        )
+    if totals["starved"]:
+        notes.append(
+            f"{totals['starved']:,} requests starved under --scheduler {cluster.choices.scheduler}: {STARVED:g} s after"
+            " one that came to their replica later got its first token they still had none (the longest:"
+            f" {totals['longest_overtaken']:,.0f} s); see --aging."
         )
     unservable = int((outcome.attempts["state"] == kernel.UNSERVABLE).sum())
     if unservable:

@@ -29,7 +29,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from squall.simulate.blocks import clear, find_hits, grow, holds_invariants, lean, longest_hit, release, take_hits
+from squall.simulate.blocks import (
+    clear,
+    find_hits,
+    give_back,
+    grow,
+    holds_invariants,
+    lean,
+    longest_hit,
+    register_prompt,
+    release,
+    take_hits,
+)
 from squall.simulate.bundle import bundled
 from squall.simulate.waiting import (
     always_asks,
@@ -55,17 +66,19 @@ KV_END, DEADLINE, RETRY, SCALE, UP, DOWN = range(6)
 RUNNING_TIME, WAITING_TIME, KV_PEAK, PREEMPTIONS, TOKENS = range(5)
 # Kinds of the event log. FIRST is the first token, REJECT a 429 or 400 or a refused connection, GIVE_UP a client's
 # timeout, RESERVE a decode replica's blocks for a transfer that begins, BREAK a connection lost with its replica.
-ARRIVE, ADMIT, PREEMPT, FIRST, FINISH, REJECT, GIVE_UP, RESERVE, BREAK, REPLICA_UP, REPLICA_DOWN = range(11)
+ARRIVE, ADMIT, PREEMPT, FIRST, FINISH, REJECT, GIVE_UP, RESERVE, BREAK, REPLICA_UP, REPLICA_DOWN, NEW_ROLE = range(12)
 # Whether a step mixes prefill and decode (vLLM v1), is of prefills whenever there are any, or admits only when no
 # sequence decodes.
 MIXED, PREFILL_FIRST, DECODE_FIRST = range(3)
 BOTH, PREFILL, DECODE = range(3)  # roles of a replica
-OFF, STARTING, READY, DRAINING = range(4)
-BY_QUEUE, BY_KV, BY_RATE = range(1, 4)  # what the autoscaler looks at; 0 = none
+OFF, STARTING, READY, DRAINING, CHANGING = range(5)  # DRAINING: before it stops, CHANGING: before its other role
+# What the autoscaler looks at (0 = none), or by what prefill and decode replicas change their roles.
+BY_QUEUE, BY_KV, BY_RATE, BY_BACKLOG, BY_FORECAST = range(1, 6)
 _ALL, _PREFILLS, _DECODES = range(3)
 
 SAMPLES = 512
 LONGEST_WINDOW = 1 << 20
+LEAST_LOAD = 0.5  # share of a side's capacity below which no replica changes its role
 LIVELOCK = 10_000  # preemptions of one attempt, beyond 10 per token that it generated
 
 EVENT = np.dtype(
@@ -111,7 +124,9 @@ ATTEMPT = np.dtype(
         ("preemptions", np.int32),
         ("replica", np.int32),
         ("source", np.int32),  # the prefill replica that still holds its blocks; -1
-        ("epoch", np.int32),  # of that replica, or of the decode replica during the transfer
+        ("epoch", np.int32),  # of that replica: another one now, and they are lost
+        ("held", np.int32),  # blocks.py: the list of these blocks
+        ("node", np.int32),  # and of those held for it where it waits
         ("next", np.int32),  # in the queue of its replica
         ("previous", np.int32),
         ("child", np.int32),
@@ -209,6 +224,9 @@ REPLICA = np.dtype(
         ("lost", np.int64),  # tokens of these whose cache entries were given up by preemption
         ("preemptions", np.int64),
         ("swapped", np.int64),  # blocks moved to the host and back
+        ("changes", np.int64),  # of its role
+        ("role_since", np.int64),
+        ("prefilling", np.int64),  # ticks in the role of prefill, before that
     ],
     align=True,
 )
@@ -237,8 +255,9 @@ class Limits(NamedTuple):
     delivery: int  # from the step end of the last token to the end at the client
     transfer: int  # setup of a KV transfer
     transfer_per_token: int
+    per_prompt_token: float  # ticks of a replica that computes nothing else, in full steps
     scale_by: int
-    scale_target: float
+    scale_target: float  # of the metric; or by what factor a change of roles must lower the load
     scale_every: int
     scale_down_after: int
     provisioning: int
@@ -287,13 +306,13 @@ class Clock(NamedTuple):
     ends: np.ndarray  # (2 * 2**k,) a tournament: the earliest step end at [1], that of replica r at [2**k + r]
     touched: np.ndarray  # (1 + replicas,) how many, then which idle replicas schedule at the end of the tick
     woken: np.ndarray  # (1 + replicas,) how many, then which busy or idle ones something was handed to
-    counters: np.ndarray  # (13,) see below
+    counters: np.ndarray  # (14,) see below
     outstanding: np.ndarray  # (replicas,) what the router saw last: requests
     used: np.ndarray  # (replicas,) and blocks
     random: np.ndarray  # (2, 1) uint64 states: of the router and of the retry jitter
 
 
-OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING = range(13)
+OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING, ASKED = range(14)
 
 
 class Engines(NamedTuple):
@@ -490,6 +509,7 @@ def _new_attempt(it: Any, request: int, number: int, sent: Any, prompt: int, out
     it.prompt = prompt
     it.output = output
     it.first = it.last = it.ended = it.replica = it.source = it.next = it.previous = it.child = -1
+    it.held = it.node = -1
 
 
 @lean
@@ -520,20 +540,47 @@ def _hand_something_to(engines: Engines, r: int) -> None:
 
 
 @lean
-def _let_go(engines: Engines, attempts: np.ndarray, a: int, limits: Limits) -> None:
+def _leave_source(engines: Engines, attempts: np.ndarray, a: int, pool: Any, limits: Limits) -> bool:
+    """The prefill replica need not hold the blocks of attempt `a` any more; returns whether it still had them."""
+    it = attempts[a]
+    r = np.int64(it.source)
+    source = engines.state[r]
+    it.source = -1
+    if source.epoch != it.epoch:
+        return False
+    if pool is None:
+        source.free += _blocks(it.prompt, limits.block_size)
+    else:
+        give_back(pool, r, source, np.int64(it.held))
+        pool.state[r].kept -= 1
+    return True
+
+
+@lean
+def _free_reserved(engines: Engines, attempts: np.ndarray, a: int, pool: Any) -> None:
+    """Free the blocks that are held where attempt `a` waits."""
+    it = attempts[a]
+    if it.blocks > 0:
+        r = np.int64(it.replica)
+        if pool is None:
+            engines.state[r].free += it.blocks
+        else:
+            give_back(pool, r, engines.state[r], np.int64(it.node))
+            pool.state[r].kept -= 1
+    it.blocks = 0
+
+
+@lean
+def _let_go(engines: Engines, attempts: np.ndarray, a: int, pool: Any, limits: Limits) -> None:
     """Give up what is held for an attempt that does not run: blocks at a prefill replica, here, or on the host."""
     it = attempts[a]
-    me = engines.state[it.replica]
     if it.source >= 0:
-        source = engines.state[it.source]
-        if source.epoch == it.epoch:
-            source.free += _blocks(it.prompt, limits.block_size)
-            _hand_something_to(engines, it.source)
-        it.source = -1
-    elif limits.swap > 0 and it.computed > 0:
-        me.host_free += _blocks(it.computed, limits.block_size)
-    me.free += it.blocks
-    it.blocks = 0
+        source = np.int64(it.source)
+        if _leave_source(engines, attempts, a, pool, limits):
+            _hand_something_to(engines, source)
+    elif limits.swap > 0 and it.computed > 0 and it.blocks == 0:
+        engines.state[it.replica].host_free += _blocks(it.computed, limits.block_size)
+    _free_reserved(engines, attempts, a, pool)
     it.computed = 0
 
 
@@ -859,6 +906,47 @@ def _serve_running(
 
 
 @lean
+def _reserve(
+    engines: Engines, r: int, attempts: np.ndarray, a: int, pool: Any, limits: Limits, watermark: int, now: Any
+) -> bool:
+    """Take the blocks for a prompt that was computed elsewhere and begin to fetch what is not here already; returns
+    whether there were enough of them."""
+    me, it = engines.state[r], attempts[a]
+    need = _blocks(it.prompt, limits.block_size)
+    hits, idle = 0, 0
+    if pool is not None:
+        state = pool.state[r]
+        if (state.stuck == a and not state.wake) or state.kept == pool.most_kept:
+            return False
+        hits, idle, _, state.miss = longest_hit(pool, r, it.request, it.prompt, (it.prompt - 1) // limits.block_size)
+    if need - hits + idle + watermark > me.free:
+        if pool is not None:
+            pool.state[r].stuck = a
+            pool.state[r].wake = 0
+        return False
+    if pool is None:
+        me.free -= need
+    else:
+        s = engines.running[r, me.running]  # not yet anybody's
+        s.node, s.blocks, s.prompt, s.computed = -1, 0, it.prompt, it.prompt
+        pool.state[r].stuck = -1
+        take_hits(pool, r, me, s, it.request, hits, 0)
+        pool.state[r].hits -= hits
+        pool.state[r].unsent += hits
+        grow(pool, r, me, s, it.request, need - hits, 0)
+        it.node = s.node
+        pool.state[r].kept += 1
+    it.blocks = need
+    it.state = TRANSFER
+    engines.shared.counters[SENDING] += 1
+    source = engines.state[it.source]
+    tokens = np.int64(it.prompt - hits * limits.block_size)
+    source.link_free = max(source.link_free, now) + limits.transfer + limits.transfer_per_token * tokens
+    _push(engines, source.link_free, KV_END, a)
+    return True
+
+
+@lean
 def _admit(
     engines: Engines,
     r: int,
@@ -889,32 +977,24 @@ def _admit(
                 _log(engines, now, BREAK, a, r)
                 _fail(engines, attempts, a, RESET, now, limits)
                 continue
-            need = _blocks(known, block_size)
-            if need + watermark > me.free:
-                me.closed = stands(queue)
+            if not _reserve(engines, r, attempts, a, pool, limits, watermark, now):
+                me.closed = stands(queue) if pool is None else 0
                 return
             dequeue(queue, me, r, attempts, a)
-            me.free -= need
-            it.blocks = need
-            it.state = TRANSFER
-            engines.shared.counters[SENDING] += 1
-            it.epoch = me.epoch + engines.state[it.source].epoch
-            source = engines.state[it.source]
-            source.link_free = (
-                max(source.link_free, now) + limits.transfer + limits.transfer_per_token * np.int64(it.prompt)
-            )
-            _push(engines, source.link_free, KV_END, a)
             _log(engines, now, RESERVE, a, r)
             continue
         hits, idle, host = 0, 0, 0
         held = np.int64(it.computed)
-        if pool is not None:
+        if pool is not None and it.blocks == 0:
             state = pool.state[r]
-            if state.stuck == a and not state.wake:
+            full = me.role == PREFILL and state.kept + me.running >= pool.most_kept
+            if (state.stuck == a and not state.wake) or full:
                 me.closed = 0
                 return
             hits, idle, host, state.miss = longest_hit(pool, r, it.request, it.prompt, (known - 1) // block_size)
-            held = np.int64((hits + host) * block_size)
+            if held > 0:  # all it had is on the host: no other copy from there is needed
+                host = 0
+            held = max(held, np.int64((hits + host) * block_size))
         whole = known - held
         new = min(whole, me.left)
         if limits.chunk > 0:
@@ -940,29 +1020,35 @@ def _admit(
         s.output = 1 if me.role == PREFILL else it.output
         s.generated = it.generated
         s.blocks = it.blocks
-        s.node = -1
-        s.registered = 0
+        s.node = it.node
+        s.registered = it.prompt // block_size if it.blocks > 0 else 0
         s.now = 0
         s.new = new
         s.computed = held
         it.state = RUNNING
-        if it.preemptions == 0:
+        if it.preemptions == 0 and it.blocks == 0:
             charge(queue, r, it.request, it.prompt, 0)
             it.cached = (hits + host) * block_size
-        if limits.swap > 0 and it.computed > 0:
+        if limits.swap > 0 and it.computed > 0 and it.blocks == 0:
             back = _blocks(it.computed, block_size)
             me.host_free += back
+            back = max(0, back - hits)
             me.swapped += back
             me.extra += limits.swap * back
+        fetched = it.blocks > 0
         it.computed = 0
         it.blocks = 0
+        it.node = -1
         if pool is None:
             s.computed += new
             me.free -= need
             s.blocks += need
         else:
             pool.state[r].stuck = -1
-            pool.state[r].asked += (known - 1) // block_size
+            if fetched:
+                pool.state[r].kept -= 1
+            else:
+                pool.state[r].asked += (known - 1) // block_size
             if hits + host > 0:
                 take_hits(pool, r, me, s, s.request, hits, host)
                 me.extra += pool.host_ticks * host
@@ -1043,7 +1129,13 @@ def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.nda
         sound &= it.generated < it.output and attempts[it.attempt].state == RUNNING
     if pool is not None:
         return sound and holds_invariants(pool, r, me.blocks, me.free)
-    return sound and (me.role != BOTH or held + me.free == me.blocks)
+    for a in range(engines.shared.counters[USED]):
+        waiting = attempts[a]
+        if waiting.source == r and waiting.epoch == me.epoch:
+            held += _blocks(waiting.prompt, limits.block_size)
+        if waiting.replica == r:
+            held += waiting.blocks
+    return sound and held + me.free == me.blocks
 
 
 @lean
@@ -1063,7 +1155,9 @@ def _compose(
     me.last_size = me.next_size
     me.last_decode = me.next_decode
     me.left = me.budget
-    me.next_size = me.next_kv = me.same = me.emitting = me.closed = me.extra = 0
+    if me.next_size > 0:
+        me.extra = 0  # else it holds up the next step that is one
+    me.next_size = me.next_kv = me.same = me.emitting = me.closed = 0
     me.next_pairs = 0.0
     me.next_decode = 1
     me.least = NEVER
@@ -1286,24 +1380,36 @@ def _finish(engines: Engines, r: int, attempts: np.ndarray, queue: Any, limits: 
 
 
 @lean
-def _hand_over(engines: Engines, r: int, attempts: np.ndarray, queue: Any, a: int, now: Any) -> None:
-    """The prompt is computed: attempt `a` queues at the decode replica with the fewest requests, as this one keeps its
-    blocks until they are there."""
+def _hand_over(
+    engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, s: Any, now: Any
+) -> None:
+    """The prompt of sequence `s` is computed: its attempt queues at the decode replica with the fewest requests, as
+    replica `r` keeps its blocks until they are there."""
     best, least = -1, NEVER
     for d in range(engines.state.size):
         other = engines.state[d]
         if other.role == DECODE and other.up == READY and other.running + other.waiting - other.aborted < least:
             best, least = d, other.running + other.waiting - other.aborted
+    a = s.attempt
     it = attempts[a]
+    leaves(queue, r, it.request)
+    if best < 0:
+        _log(engines, now, BREAK, a, r)
+        _fail(engines, attempts, a, RESET, now, limits)
+        return
     it.state = QUEUED
     it.source = r
     it.epoch = engines.state[r].epoch
     it.computed = it.prompt - 1
-    if best < 0:  # no decode replica is up: it is lost when this one is next asked
-        it.epoch = -1
-        best = r
+    if pool is None:
+        engines.state[r].free -= s.blocks
+    else:
+        it.held = s.node
+        s.node = -1
+        pool.state[r].kept += 1
     it.replica = best
     _account(engines, best, now)
+    becomes_active(queue, best, it.request)
     enqueue(queue, engines.state[best], best, attempts, a, False)
     _hand_something_to(engines, best)
 
@@ -1359,8 +1465,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
         ):
             if me.role == PREFILL:
                 gone = True
-                me.free -= s.blocks  # held until they are sent
-                _hand_over(engines, r, attempts, queue, s.attempt, now)
+                _hand_over(engines, r, attempts, pool, queue, limits, s, now)
             else:
                 if s.generated == 0:
                     attempts[s.attempt].first = now
@@ -1388,7 +1493,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
     for k in range(me.orphans):
         a = engines.orphans[r, k]
         it = attempts[a]
-        if it.state > TRANSFER:
+        if it.state > TRANSFER or me.role == PREFILL:  # there the token counts for nothing without its blocks
             continue
         if it.generated == 0:
             it.first = now
@@ -1403,12 +1508,10 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
             dequeue(queue, me, r, attempts, a)
             if it.computed == 0:
                 me.lost -= it.prompt + it.output - 1
-            _let_go(engines, attempts, a, limits)
+            _let_go(engines, attempts, a, pool, limits)
             _finish(engines, r, attempts, queue, limits, a, now)
     me.orphans = 0
     me.busy = 0
-    if me.up == DRAINING and me.running == 0 and me.waiting == 0:
-        _switch_off(engines, r, pool, now)
 
 
 @lean
@@ -1423,6 +1526,29 @@ def _switch_off(engines: Engines, r: int, pool: Any, now: Any) -> None:
 
 
 @lean
+def _drained(engines: Engines, r: int, pool: Any, limits: Limits, now: Any) -> None:
+    """Replica `r` was to take no more requests: once it has none left it stops, or takes its other role."""
+    me = engines.state[r]
+    if me.running > 0 or me.waiting > 0 or me.free < me.blocks:
+        return
+    if me.up == DRAINING:
+        _switch_off(engines, r, pool, now)
+        return
+    if me.role == PREFILL:
+        me.role = DECODE
+        me.prefilling += now - me.role_since
+    else:
+        me.role = PREFILL
+    me.role_since = now
+    me.changes += 1
+    me.up = READY
+    if limits.provisioning > 0:
+        me.up = STARTING
+        _push(engines, now + limits.provisioning, UP, r)
+    _log(engines, now, NEW_ROLE, -1, r)
+
+
+@lean
 def _start(
     engines: Engines,
     r: int,
@@ -1434,8 +1560,15 @@ def _start(
 ) -> None:
     """Let an idle replica start its next step, if there is one, and the window that follows."""
     me = engines.state[r]
-    if not me.queued and _compose(engines, r, attempts, pool, queue, limits, now) == 0:
+    size, before = me.queued, me.preemptions
+    if size == 0:
+        size = _compose(engines, r, attempts, pool, queue, limits, now)
+    if size == 0 and me.preemptions > before:  # all of it: others may go now
+        size = _compose(engines, r, attempts, pool, queue, limits, now)
+    if size == 0:
         me.token_rate = 0.0
+        if me.up >= DRAINING:
+            _drained(engines, r, pool, limits, now)
         return
     me.queued = 0
     me.busy = 1
@@ -1461,7 +1594,7 @@ def _start(
         it.preemptions = me.preemptions
         engines.shared.counters[STEPPED] += 1
     _set_end(engines, r, now + me.ticks)
-    if limits.windows:
+    if limits.windows and not (me.role == DECODE and always_asks(queue)):  # who is handed over asks what was served
         _open_window(engines, r, limits, now)
 
 
@@ -1612,6 +1745,7 @@ def _enter(
     it = attempts[a]
     engines.shared.counters[OPEN] += 1
     engines.shared.counters[ARRIVED] += 1
+    engines.shared.counters[ASKED] += it.prompt
     if not _fits(engines, limits, it.prompt, it.output):
         _log(engines, now, REJECT, a, -1)
         _fail(engines, attempts, a, UNSERVABLE, now, limits)
@@ -1631,6 +1765,8 @@ def _enter(
         _log(engines, now, REJECT, a, r)
         _fail(engines, attempts, a, QUEUE_FULL, now, limits)
         return
+    if me.window > 0 and always_asks(queue):
+        _wake(engines, r, attempts, pool, queue, limits, now)
     _account(engines, r, now)
     becomes_active(queue, r, it.request)
     enqueue(queue, me, r, attempts, a, False)
@@ -1638,7 +1774,7 @@ def _enter(
     if limits.timeout < NEVER:
         deadline = it.sent + limits.timeout - limits.delivery
         _push(engines, max(now + 1, deadline), DEADLINE, a)
-    if me.window == 0 or me.closed < 2 or always_asks(queue):
+    if me.window == 0 or me.closed < 2:
         _wake(engines, r, attempts, pool, queue, limits, now)
 
 
@@ -1655,7 +1791,7 @@ def _give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: A
     _account(engines, r, now)
     if it.state == QUEUED:
         dequeue(queue, me, r, attempts, a)
-        _let_go(engines, attempts, a, limits)
+        _let_go(engines, attempts, a, pool, limits)
     elif it.state == RUNNING:
         if me.steady > 0:
             _write_out(engines, r, limits, False)
@@ -1666,8 +1802,8 @@ def _give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: A
     leaves(queue, r, it.request)
     _log(engines, now, GIVE_UP, a, r)
     _fail(engines, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits)
-    if me.up == DRAINING and me.running == 0 and me.waiting == 0 and not me.busy:
-        _switch_off(engines, r, pool, now)
+    if not me.busy:  # who waits behind it may fit
+        _hand_something_to(engines, r)
 
 
 @lean
@@ -1678,21 +1814,16 @@ def _end_transfer(
     it = attempts[a]
     source, r = np.int64(it.source), np.int64(it.replica)
     engines.shared.counters[SENDING] -= 1
-    me = engines.state[r]
-    intact = it.epoch == me.epoch + engines.state[source].epoch
-    if intact:
-        _account(engines, source, now)
-        engines.state[source].free += _blocks(it.prompt, limits.block_size)
-    it.source = -1
+    _account(engines, source, now)
+    _account(engines, r, now)
+    intact = _leave_source(engines, attempts, a, pool, limits) and it.blocks > 0
     if it.state == TRANSFER and intact:
-        _account(engines, r, now)
         it.state = QUEUED
-        enqueue(queue, me, r, attempts, a, True)
+        if pool is not None:
+            register_prompt(pool, r, it.request, it.prompt, np.int64(it.node))
+        enqueue(queue, engines.state[r], r, attempts, a, True)
     else:
-        if intact:
-            _account(engines, r, now)
-            me.free += it.blocks
-        it.blocks = 0
+        _free_reserved(engines, attempts, a, pool)
         it.computed = 0
         if it.state == TRANSFER:
             _log(engines, now, BREAK, a, r)
@@ -1724,12 +1855,16 @@ def _crash(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
     while a >= 0:
         it = attempts[a]
         dequeue(queue, me, r, attempts, a)
-        it.blocks = 0
-        _let_go(engines, attempts, a, limits)
+        if it.blocks > 0:
+            it.blocks = it.computed = 0
+        _let_go(engines, attempts, a, pool, limits)
         leaves(queue, r, it.request)
         _log(engines, now, BREAK, a, r)
         _fail(engines, attempts, a, RESET, now, limits)
         a = first_waiting(queue, me, r, attempts)
+    for i in range(engines.shared.counters[HEAPED]):
+        if engines.heap[i].kind == KV_END and attempts[engines.heap[i].who].replica == r:
+            attempts[engines.heap[i].who].blocks = 0  # what is on its way here is lost
     me.free = me.blocks
     me.link_free = 0
     _switch_off(engines, r, pool, now)
@@ -1757,12 +1892,11 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
     ratio = total / max(ready, 1) / limits.scale_target
     desired = paid if abs(ratio - 1.0) <= 0.1 else np.int64(np.ceil(max(ready, 1) * ratio - 1e-9))
     desired = min(max(desired, limits.least_replicas), state.size)
+    most = desired
     for k in range(wanted.size - 1, 0, -1):
         wanted[k] = wanted[k - 1]
+        most = max(most, np.int64(wanted[k]))
     wanted[0] = desired
-    most = np.int64(0)
-    for k in range(wanted.size):
-        most = max(most, wanted[k])
     desired = max(desired, min(paid, most))
     for r in range(state.size):
         me = state[r]
@@ -1786,10 +1920,93 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
 
 
 @lean
+def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) -> Any:
+    """How many replicas the prompts and the responses would fill.
+
+    Prompts: the time that those which wait, and as many as came since the last look, take to compute, per time between
+    two looks; what the prefix caches have found until now is left out. Responses: the places in the batch or the blocks
+    that they have, and that those which wait will take, whichever is the larger share.
+    """
+    counters = engines.shared.counters
+    if counters[ARRIVED] > 0:
+        memory[0] = counters[ASKED] / counters[ARRIVED]
+    mean = memory[0]  # tokens of a prompt
+    tokens = float(counters[ASKED])
+    responses = 0.0
+    asked, hits = 0, 0
+    for r in range(engines.state.size):
+        me = engines.state[r]
+        if me.role == PREFILL:
+            tokens += me.waiting * mean
+        else:
+            places = (me.running + me.waiting) / me.max_seqs
+            blocks = (me.blocks - me.free + me.waiting * mean / limits.block_size) / me.blocks
+            responses += max(places, blocks)
+        if pool is not None:
+            asked += pool.state[r].asked
+            hits += pool.state[r].hits + pool.state[r].host_hits
+    if asked > 0:
+        tokens *= 1.0 - hits / asked
+    counters[ARRIVED] = counters[ASKED] = 0
+    return tokens * limits.per_prompt_token / limits.scale_every, responses
+
+
+@lean
+def _extrapolated(memory: np.ndarray, value: float, looks: Any) -> Any:
+    """Holt's linear trend (a level and a slope, smoothed), one look ahead; `memory` holds the two."""
+    if looks == 0:
+        memory[0], memory[1] = value, 0.0
+    else:
+        level = 0.5 * value + 0.5 * (memory[0] + memory[1])
+        memory[1] = 0.3 * (level - memory[0]) + 0.7 * memory[1]
+        memory[0] = level
+    return max(0.0, memory[0] + memory[1])
+
+
+@lean
+def _change_role(
+    engines: Engines, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, memory: np.ndarray, now: Any
+) -> None:
+    """Prefill and decode share the replicas as their demands are: one changes its role, when it is drained, if that
+    lowers the load of the fuller side by a factor, and that load is not small."""
+    state = engines.state
+    prompts, responses = _demands(engines, pool, limits, memory)
+    if limits.scale_by == BY_FORECAST:
+        prompts = _extrapolated(memory[2:4], prompts, memory[1])
+        responses = _extrapolated(memory[4:6], responses, memory[1])
+    memory[1] += 1.0
+    prefills = 0
+    for r in range(state.size):
+        prefills += (state[r].role == PREFILL) != (state[r].up == CHANGING)
+    best, least = prefills, np.inf
+    for n in range(1, state.size):
+        load = max(prompts / n, responses / (state.size - n))
+        if load < least:
+            best, least = n, load
+    load = max(prompts / prefills, responses / (state.size - prefills))
+    if best == prefills or load < LEAST_LOAD or load < limits.scale_target * least:
+        return
+    giver = DECODE if best > prefills else PREFILL
+    chosen, fewest, others = -1, NEVER, 0
+    for r in range(state.size):
+        me = state[r]
+        if me.role != giver and me.up == CHANGING:  # the change that is under way is no longer wanted
+            me.up = READY
+            return
+        if me.role == giver and me.up == READY:
+            others += 1
+            if me.running + me.waiting < fewest:
+                chosen, fewest = r, me.running + me.waiting
+    if others > 1:
+        state[chosen].up = CHANGING
+        _wake(engines, chosen, attempts, pool, queue, limits, now)
+
+
+@lean
 def _needs_room(engines: Engines) -> bool:
     """Whether one more event could overrun the heap or a log."""
     counters = engines.shared.counters
-    room = 4 * engines.running.size + 2 * counters[OPEN] + 16
+    room = 6 * engines.running.size + 2 * counters[OPEN] + 16
     return (
         counters[HEAPED] + 2 * counters[OPEN] + 16 > engines.heap.size
         or (engines.events.size > 0 and counters[LOGGED] + room > engines.events.size)
@@ -1808,7 +2025,7 @@ def _advance(
     limits: Limits,
     affinity: np.ndarray,
     outages: np.ndarray,
-    wanted: np.ndarray,
+    memory: np.ndarray,
 ) -> bool:
     """Run until all is done (or stuck), or until something has to be made larger first; returns whether it is done."""
     shared, heap, state = engines.shared, engines.heap, engines.state
@@ -1861,11 +2078,14 @@ def _advance(
                     counters[USED] += 1
                     _enter(engines, attempts, used, pool, queue, limits, affinity, now)
                 elif kind == SCALE:
-                    if limits.scale_by == BY_KV:
+                    if limits.scale_by == BY_KV or limits.scale_by >= BY_BACKLOG:
                         for r in range(state.size):
                             if state[r].window > 0:
                                 _wake(engines, r, attempts, pool, queue, limits, now)
-                    _scale(engines, attempts, pool, limits, wanted, now)
+                    if limits.scale_by >= BY_BACKLOG:
+                        _change_role(engines, attempts, pool, queue, limits, memory, now)
+                    else:
+                        _scale(engines, attempts, pool, limits, memory, now)
                     _push(engines, now + limits.scale_every, SCALE, 0)
                 elif kind == UP:
                     if state[who].up == STARTING:
@@ -1874,7 +2094,7 @@ def _advance(
                         _log(engines, now, REPLICA_UP, -1, who)
                 else:
                     r = outages[who, 1]
-                    if state[r].up == READY or state[r].up == DRAINING:
+                    if state[r].up >= READY:
                         _crash(engines, r, attempts, pool, queue, limits, now)
                         state[r].up = STARTING
                         state[r].since_on = now
@@ -1905,7 +2125,7 @@ def _entry(sources: int) -> Any:
         settings: np.ndarray,
         affinity: np.ndarray,
         outages: np.ndarray,
-        wanted: np.ndarray,
+        memory: np.ndarray,
     ) -> bool:
         """Run on; returns False if _with_room and more attempts are needed to go on."""
         assert sources >= 0  # noqa: S101  # part of the cache's key
@@ -1922,7 +2142,7 @@ def _entry(sources: int) -> Any:
                 _push(engines, outages[k, 0], DOWN, k)
             if limits.scale_by > 0:
                 _push(engines, limits.scale_every, SCALE, 0)
-        if not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, wanted):
+        if not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, memory):
             return False
         now = counters[NOW]
         for r in range(engines.state.size):
@@ -1930,6 +2150,8 @@ def _entry(sources: int) -> Any:
             me = engines.state[r]
             if me.up != OFF:
                 me.on += now - me.since_on
+            if me.role == PREFILL:
+                me.prefilling += now - me.role_since
         return True
 
     return run
@@ -1968,7 +2190,7 @@ def engines_of(
         np.full(2 * leaves_of_tree, NEVER),
         np.zeros(2 * count + 2, np.int64),
         np.zeros(2 * count + 2, np.int64),
-        np.zeros(13, np.int64),
+        np.zeros(14, np.int64),
         np.zeros(count, np.int64),
         np.zeros(count, np.int64),
         seeds.copy(),
@@ -2001,7 +2223,7 @@ def _with_room(engines: Engines) -> Engines:
     """The same, with room in the heap and the logs for whatever one event, or one tick of all replicas, can write."""
     counters, replicas = engines.shared.counters, engines.state.size
     events, steps, heap = engines.events, engines.steps, engines.heap
-    room = 4 * engines.running.size + 2 * int(counters[OPEN]) + 16
+    room = 6 * engines.running.size + 2 * int(counters[OPEN]) + 16
     if counters[HEAPED] + 2 * counters[OPEN] + 16 > heap.size:
         wider = np.empty(2 * heap.size + 4 * int(counters[OPEN]) + 32, TO_COME)
         wider["tick"] = NEVER
@@ -2073,14 +2295,14 @@ def run_cluster(
         seeds=seeds,
         width=width,
         heap=2 * len(outages) + 64,
-        events=4 * len(replicas) * int(replicas["max_seqs"].max()) + n if log_events else 0,
+        events=6 * len(replicas) * int(replicas["max_seqs"].max()) + n if log_events else 0,
         steps=2 * len(replicas) + n if log_steps else 0,
         token_ticks=np.full(token_total, np.int64(-1)),
         token_start=token_start,
     )
     attempts = np.zeros(n, ATTEMPT)
-    scaling = limits["scale_by"] > 0
-    wanted = np.zeros(max(1, int(limits["scale_down_after"] // limits["scale_every"])) if scaling else 1, np.int64)
+    looks = int(limits["scale_down_after"] // limits["scale_every"]) if limits["scale_by"] > 0 else 1
+    memory = np.zeros(6 if limits["scale_by"] >= BY_BACKLOG else max(1, looks))
     known, order, counters = bundled(pool), bundled(queue), engines.shared.counters
     while not _run(
         bundled(engines),
@@ -2093,7 +2315,7 @@ def run_cluster(
         settings,
         affinity,
         outages,
-        wanted,
+        memory,
     ):
         engines = _with_room(engines)
         if counters[USED] == len(attempts):

@@ -22,6 +22,7 @@ from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.units import seconds
 
 SCHEDULERS = ("fcfs", "priority", "sjf", "srf", "lrf", "vtc", "edf")
+AGING = ("priority", "sjf", "srf", "lrf")
 STEP_ORDERS = {"mixed": kernel.MIXED, "prefill-first": kernel.PREFILL_FIRST, "decode-first": kernel.DECODE_FIRST}
 PREEMPTIONS = ("recompute", "swap")
 EVICTIONS = ("lru", "fifo")
@@ -35,6 +36,7 @@ ROUTERS = {
     "session-affinity": kernel.SESSION_AFFINITY,
 }
 AUTOSCALERS = {"queue": kernel.BY_QUEUE, "kv": kernel.BY_KV, "rate": kernel.BY_RATE}
+ROLES = {"backlog": kernel.BY_BACKLOG, "forecast": kernel.BY_FORECAST}
 CLIENTS = ("session", "service", "model")
 POLICY_INPUTS = ("arrival", "request_tokens", "predicted_tokens", "session", "turn", "priority")
 """What a user's own policy can ask for, by the names of its parameters."""
@@ -51,6 +53,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
 
     scheduler: str = "fcfs"
     prediction_error: float | None = None
+    aging: float | None = None
     priorities: str | None = None
     deadlines: str | None = None
     clients: str | None = None
@@ -76,6 +79,9 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     scale_down_after: str | float | None = None
     prefill_replicas: int | None = None
     decode_replicas: int | None = None
+    roles: str = "fixed"
+    role_interval: str | float | None = None
+    role_change_time: str | float | None = None
     kv_bandwidth: float | None = None
     kv_latency: str | float | None = None
     price: float | None = None
@@ -92,6 +98,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             said.append(f"preemption={self.preemption}")
         if self.eviction == "fifo":
             said.append("eviction=fifo")
+        if self.roles != "fixed":
+            said.append(f"roles={self.roles}")
         return said
 
     @property
@@ -130,7 +138,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_names(self) -> None:
         known = {"scheduler": SCHEDULERS, "step_order": STEP_ORDERS, "preemption": PREEMPTIONS, "router": ROUTERS}
-        for name, names in (known | {"eviction": EVICTIONS, "clients": CLIENTS}).items():
+        known |= {"eviction": EVICTIONS, "clients": CLIENTS, "roles": ("fixed", *ROLES)}
+        for name, names in known.items():
             value = getattr(self, name)
             if name == "scheduler" and ":" in value:
                 continue
@@ -146,6 +155,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
         asks = policy_inputs(self.scheduler) if own else ()
         needs = {
             "prediction_error": (self.scheduler == "sjf" or "predicted_tokens" in asks, "--scheduler sjf"),
+            "aging": (self.scheduler in AGING, f"--scheduler {', '.join(AGING[:-1])} or {AGING[-1]}"),
             "priorities": (self.scheduler == "priority" or "priority" in asks, "--scheduler priority"),
             "deadlines": (self.scheduler == "edf", "--scheduler edf"),
             "clients": (self.scheduler == "vtc", "--scheduler vtc"),
@@ -166,6 +176,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             "scale_down_after": (self.autoscale is not None, "--autoscale"),
             "decode_replicas": (self.prefill_replicas is not None, "--prefill-replicas"),
             "prefill_replicas": (self.decode_replicas is not None, "--decode-replicas"),
+            "role_interval": (self.roles != "fixed", "--roles backlog or --roles forecast"),
+            "role_change_time": (self.roles != "fixed", "--roles backlog or --roles forecast"),
             "kv_bandwidth": (self.disaggregated, "--prefill-replicas and --decode-replicas"),
             "kv_latency": (self.disaggregated, "--prefill-replicas and --decode-replicas"),
         }
@@ -178,21 +190,25 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
                 f"--scheduler {self.scheduler} needs --{missing}, such as conversation="
                 f"{'0,api=1' if missing == 'priorities' else '1s,api=30s'}."
             )
+        if "priority" in asks and self.priorities is None:
+            raise InputError(f"--scheduler {self.scheduler} asks for priority: give --priorities, such as api=1.")
         if self.autoscale is not None and self.max_replicas is None:
             raise InputError("--autoscale needs --max-replicas, the most that it may start.")
-        if self.router != "round-robin" and replicas == 1 and self.max_replicas is None and not self.disaggregated:
-            raise InputError(f"--router {self.router} changes nothing with one replica; give --replicas.")
+        entries = self.prefill_replicas if self.disaggregated and self.roles == "fixed" else replicas
+        if self.router != "round-robin" and entries == 1 and self.max_replicas is None:
+            more = "--prefill-replicas" if self.disaggregated else "--replicas"
+            raise InputError(f"--router {self.router} changes nothing with one replica to choose; give more {more}.")
         if self.router == "prefix-affinity" and not self.prefix_caching:
             raise InputError("--router prefix-affinity needs --prefix-caching: without it no replica has a prefix.")
-        apart = (
-            ("--preemption swap", self.preemption == "swap", "--prefix-caching", self.prefix_caching),
-            ("--preemption swap", self.preemption == "swap", "--prefill-replicas", self.disaggregated),
-            ("--autoscale", self.autoscale is not None, "--prefill-replicas", self.disaggregated),
-            ("--prefix-caching", self.prefix_caching, "--prefill-replicas", self.disaggregated),
-        )
-        for one, has_one, other, has_other in apart:
-            if has_one and has_other:
-                raise InputError(f"{one} cannot be combined with {other}.")
+        if self.autoscale is not None and self.disaggregated:
+            raise InputError(
+                "--autoscale cannot be combined with --prefill-replicas: its target is of one kind of replica; let the"
+                " roles change instead (--roles)."
+            )
+        if self.roles != "fixed" and not self.disaggregated:
+            raise InputError(f"--roles {self.roles} changes nothing without --prefill-replicas and --decode-replicas.")
+        if self.roles != "fixed" and replicas < 3:
+            raise InputError(f"--roles {self.roles} changes nothing with one replica for each; give at least three.")
         if self.preemption == "swap" and self.swap_space is None:
             raise InputError("--preemption swap needs --swap-space, the GiB of host memory per GPU.")
 
@@ -202,7 +218,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**6:
                 raise InputError(f"--{name.replace('_', '-')} {value}: it must be 1 to 1e6.")
-        for name in ("swap_space", "swap_bandwidth", "host_cache", "host_bandwidth", "kv_bandwidth", "price"):
+        for name in ("aging", "swap_space", "swap_bandwidth", "host_cache", "host_bandwidth", "kv_bandwidth", "price"):
             value = getattr(self, name)
             if value is not None and not 1e-6 <= value <= 1e9:
                 raise InputError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
@@ -213,9 +229,9 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
                 f"--prediction-error {self.prediction_error}: it is a standard deviation of the log, 0 to 10."
             )
         times = ("scrape_interval", "mtbf", "restart_time", "provisioning", "scale_down_after", "kv_latency")
-        for name in times:
+        for name in (*times, "role_interval", "role_change_time"):
             value = self.time(name, 1.0)
-            if not (1e-6 if name in ("scrape_interval", "mtbf") else 0) <= value <= 1e7:
+            if not (1e-6 if name in ("scrape_interval", "mtbf", "role_interval") else 0) <= value <= 1e7:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: it must be above 0 and at most 1e7 s."
                 )
@@ -248,6 +264,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
 def load_policy(where: str) -> Any:
     """The function that FILE.py:FUNCTION names. Raises InputError."""
     path, _, name = where.rpartition(":")
+    if not path or not name:
+        raise InputError(f"--scheduler {where}: give FILE.py:FUNCTION.")
     if not Path(path).is_file():
         raise InputError(f"--scheduler {where}: there is no file {path}; give FILE.py:FUNCTION.")
     spec = importlib.util.spec_from_file_location("squall_user_policy", path)
@@ -256,17 +274,24 @@ def load_policy(where: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--scheduler {where}: {path} cannot be run: {type(error).__name__}: {error}.") from error
     function = getattr(module, name, None)
-    if not callable(function):
+    function = getattr(function, "py_func", function)
+    if not inspect.isfunction(function):
         raise InputError(f"--scheduler {where}: {path} has no function {name}.")
-    return getattr(function, "py_func", function)
+    return function
 
 
 def policy_inputs(where: str) -> tuple[str, ...]:
     """The parameters of a user's policy. Raises InputError for one that does not exist."""
-    names = tuple(inspect.signature(load_policy(where)).parameters)
+    function = load_policy(where)
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise InputError(f"--scheduler {where}: it must be a plain function that returns a number.")
+    if any(it.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for it in parameters.values()):
+        raise InputError(f"--scheduler {where}: write its parameters plainly, without * or /.")
     for name in names:
         if name not in POLICY_INPUTS:
             raise InputError(
@@ -300,10 +325,11 @@ def queue_for(choices: Choices, asked: pl.DataFrame, output: np.ndarray, replica
         key = prompt if name == "srf" else -prompt
     else:
         key = _own_policy(choices, asked, output, seed)
-    if n > 1 and np.ptp(key) == 0 and ":" not in name:
-        raise InputError(
-            f"--scheduler {name} changes nothing here: all requests have the same key, so it would be fcfs."
-        )
+    if n > 1 and (np.diff(key) >= 0).all():
+        raise InputError(f"--scheduler {name} changes nothing here: its order is that of the arrivals, as with fcfs.")
+    if choices.aging is not None:
+        # key - aging * (now - arrival): what is the same for all at any time can be left out, so the order is fixed.
+        key = key + choices.aging * asked["arrival"].to_numpy()
     return _queue(KEYED, replicas, key=np.ascontiguousarray(key, float))
 
 
@@ -346,6 +372,8 @@ def _by_class(asked: pl.DataFrame, text: str, flag: str, read: Any) -> np.ndarra
     values: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
+        if name in values:
+            raise InputError(f"{flag} {part.strip()}: {name} has a value already.")
         try:
             values[name] = read(value)
         except ValueError:
@@ -382,10 +410,10 @@ def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed:
         else:
             columns.append(asked[name].cast(pl.Float64).fill_null(-1).to_numpy())
     try:
-        key = vectorize(load_policy(where))(*columns)
+        with np.errstate(all="ignore"):  # what comes of it is looked at below
+            key = vectorize(load_policy(where))(*columns)
     except NumbaError as error:
-        said = str(error).strip().splitlines()
-        raise InputError(f"--scheduler {where}: numba cannot compile it: {said[-1] if said else error}") from None
+        raise InputError(f"--scheduler {where}: numba cannot compile it: {_in_short(error)}.") from None
     except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
         raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
     if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
@@ -394,6 +422,15 @@ def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed:
             " not for some."
         )
     return key
+
+
+def _in_short(error: Exception) -> str:
+    """What numba says, without where in numba it says so."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next(line for line in [*lines, "?"] if line and not line.startswith(("Failed in", "During:", "raised from")))
+    if said.endswith("cannot be represented as a NumPy dtype"):
+        return f"it returns {said.split()[0].split('(')[0]}, not a number"
+    return said.rstrip(".")
 
 
 def affinity_of(choices: Choices, asked: pl.DataFrame) -> np.ndarray:
@@ -457,10 +494,10 @@ def pool_for(
     else:
         ids, start = np.empty(0, np.int64), np.empty(0, np.int64)
     longest = int((asked["request_tokens"].to_numpy().astype(np.int64) + output).max()) // block_size + 2
-    nodes = min(longest, most + 1) * int(replicas["max_seqs"].max())
+    seqs = int(replicas["max_seqs"].max())
+    kept = min(most, max(4 * seqs, 1024)) if choices.disaggregated else 0
+    nodes = min(longest, most + 1) * (seqs + kept)
     host = int((choices.host_cache or 0.0) * 2**30 // block_bytes)
-    if choices.host_cache is not None and host == 0:
-        raise InputError(f"--host-cache {choices.host_cache}: not one block of {block_bytes / 2**20:.1f} MiB fits.")
     return Pool(
         state=np.zeros(count, POOL),
         reference=np.zeros((count, most), np.int32),
@@ -482,4 +519,5 @@ def pool_for(
         fifo=int(choices.eviction == "fifo"),
         host_ticks=round(block_bytes / ((choices.host_bandwidth or 25.0) * 1e9) * TICKS) if host else 0,
         block_size=block_size,
+        most_kept=kept,
     )

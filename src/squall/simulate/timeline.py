@@ -158,7 +158,8 @@ def write_timeline(outcome: Outcome, rows: np.ndarray, cluster: Cluster, path: s
     """Write the Chrome trace JSON of a simulation to `path`; returns how many events it has. The outcome must hold its
     logs."""
     path = Path(path)
-    events = [*_names(outcome), *_step_slices(outcome, cluster), *_request_slices(outcome, rows)]
+    events = [*_names(outcome), *_step_slices(outcome, cluster), *_replica_marks(outcome)]
+    events += _request_slices(outcome, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events}))
@@ -204,6 +205,18 @@ def _step_slices(outcome: Outcome, cluster: Cluster) -> list[dict[str, Any]]:
         events.append(shared | {"ph": "C", "name": "KV blocks", "args": {"used": used}})
         events.append(shared | {"ph": "C", "name": "step tokens", "args": {"tokens": tokens}})
     return events
+
+
+def _replica_marks(outcome: Outcome) -> list[dict[str, Any]]:
+    """A mark where a replica stops, is ready again, or takes its other role."""
+    names = {kernel.REPLICA_UP: "up", kernel.REPLICA_DOWN: "down", kernel.NEW_ROLE: "changes its role"}
+    log = outcome.events[outcome.events["attempt"] < 0]
+    return [
+        {"ph": "i", "s": "p", "pid": replica, "tid": 0, "ts": at, "name": names[kind], "cat": "replica"}
+        for at, replica, kind in zip(
+            _microseconds(log["time"]).tolist(), log["replica"].tolist(), log["kind"].tolist(), strict=True
+        )
+    ]
 
 
 def _request_slices(outcome: Outcome, rows: np.ndarray) -> list[dict[str, Any]]:

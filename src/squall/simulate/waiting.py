@@ -32,7 +32,9 @@ class Queue(NamedTuple):
 
 @lean
 def _before(queue: Queue, attempts: np.ndarray, a: int, b: int) -> bool:
-    """Whether `a` goes before `b`: by key, then arrival, then number."""
+    """Whether `a` goes before `b`: what has its blocks already, then by key, then arrival, then number."""
+    if (attempts[a].blocks > 0) != (attempts[b].blocks > 0):
+        return attempts[a].blocks > 0
     first, second = queue.key[attempts[a].request], queue.key[attempts[b].request]
     if first != second:
         return first < second
@@ -101,19 +103,33 @@ def _cut(queue: Queue, attempts: np.ndarray, root: int, a: int) -> Any:
 
 
 @lean
+def _last_with_blocks(attempts: np.ndarray, head: int) -> Any:
+    """The last of those at the head of a list that have their blocks already; -1 if there is none."""
+    last, a = np.int64(-1), np.int64(head)
+    while a >= 0 and attempts[a].blocks > 0:
+        last, a = a, np.int64(attempts[a].next)
+    return last
+
+
+@lean
 def enqueue(queue: Any, me: Any, r: int, attempts: np.ndarray, a: int, in_front: bool) -> None:
-    """Put `a` in the queue; preempted ones go in front (a heap has no front)."""
+    """Put `a` in the queue; preempted ones go in front (a heap has no front), behind those that have their blocks
+    already, since these would wait with them for ever."""
     it = attempts[a]
     it.next = it.previous = it.child = -1
     me.waiting += 1
     if queue is None:
         if in_front:
-            it.next = me.head
-            if me.head >= 0:
-                attempts[me.head].previous = a
+            it.previous = _last_with_blocks(attempts, me.head) if it.blocks == 0 else -1
+            it.next = attempts[it.previous].next if it.previous >= 0 else me.head
+            if it.next >= 0:
+                attempts[it.next].previous = a
             else:
                 me.tail = a
-            me.head = a
+            if it.previous >= 0:
+                attempts[it.previous].next = a
+            else:
+                me.head = a
         else:
             it.previous = me.tail
             if me.tail >= 0:
@@ -126,12 +142,16 @@ def enqueue(queue: Any, me: Any, r: int, attempts: np.ndarray, a: int, in_front:
     else:
         c = queue.client[it.request]
         if in_front:
-            it.next = queue.head[r, c]
+            it.previous = _last_with_blocks(attempts, queue.head[r, c]) if it.blocks == 0 else -1
+            it.next = attempts[it.previous].next if it.previous >= 0 else queue.head[r, c]
             if it.next >= 0:
                 attempts[it.next].previous = a
             else:
                 queue.tail[r, c] = a
-            queue.head[r, c] = a
+            if it.previous >= 0:
+                attempts[it.previous].next = a
+            else:
+                queue.head[r, c] = a
         else:
             it.previous = queue.tail[r, c]
             if it.previous >= 0:
@@ -183,6 +203,8 @@ def first_waiting(queue: Any, me: Any, r: int, attempts: np.ndarray) -> Any:
         least = np.inf
         for c in range(queue.head.shape[1]):
             a = np.int64(queue.head[r, c])
+            if a >= 0 and attempts[a].blocks > 0:
+                return a
             if a >= 0 and (
                 queue.served[r, c] < least or (queue.served[r, c] == least and attempts[a].sent < attempts[best].sent)
             ):
