@@ -169,7 +169,7 @@ def replay(
     limit = check_machine(schedule, workers, self_check)
 
     async def ask() -> Found:
-        return await Preflight(target, connect, waited["timeout"]).find(
+        return await Preflight(target, connect, waited["timeout"], seed).find(
             model=model,
             api=api,
             words_only=history == "live",
