@@ -18,8 +18,9 @@ from squall.replay import connection, loopback, replay, sender
 from squall.replay.loopback import Cost, check_machine, measure_cost
 from squall.replay.resume import resumption
 from squall.replay.schedule import rows_of, schedule_of
+from squall.run.attempt import Attempt, Writer, lines_path
 from squall.run.files import read_run
-from squall.run.journal import Attempt, Writer, lines_path, read_journal, write_header
+from squall.run.journal import read_journal, write_header
 from squall.run.table import Run, RunMeta
 from squall.run.verdict import judge, sent_against_asked
 from squall.trace.table import Trace

@@ -28,9 +28,10 @@ from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
 from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
-from squall.run.journal import Attempt, Writer, client_path, lines_path
-from squall.run.verdict import Client
+from squall.run.attempt import Attempt, Client, Writer, client_path, lines_path
 
+LEAD = 100_000_000
+"""Nanoseconds from the decision to start to the run's time 0."""
 BEAT = 10_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
 SPARES, SPARES_AHEAD = 16, 100_000_000
