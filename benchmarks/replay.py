@@ -33,6 +33,8 @@ import numpy as np
 PEERS = {"aiperf": ("aiperf",), "guidellm": ("torch==2.13.0", "guidellm")}
 """What pip is given, one after the other: a torch asked for by its version may be a small build for CPUs."""
 CACHE = Path.home() / ".cache" / "squall-peers"
+WORDS = "squall/words"
+"""The tokenizer's name."""
 MILLION = 1_000_000
 # A tokenizer of whole words, made by the peer's own libraries: nothing is downloaded.
 TOKENIZER = """
@@ -77,9 +79,13 @@ def peer(name: str, cache: Path) -> Path:
         for package in PEERS[name]:
             subprocess.run([home / "bin" / "pip", "install", "--quiet", package], check=True, stderr=subprocess.DEVNULL)
         (home / ".done").touch()
-    tokenizer = cache / "tokenizer"
-    if not (tokenizer / "tokenizer.json").exists():
+    # As if it had been downloaded: AIPerf takes no directory while offline, only a name that lies in the hub's cache.
+    model, revision = cache / "hub" / f"models--{WORDS.replace('/', '--')}", "0" * 40
+    tokenizer = model / "snapshots" / revision
+    if not (tokenizer / "config.json").exists():
         subprocess.run([home / "bin" / "python", "-c", TOKENIZER, tokenizer], check=True, capture_output=True)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(revision)
         (tokenizer / "config.json").write_text('{"model_type": "gpt2"}')
     return home
 
@@ -96,10 +102,10 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
         trace = room / "trace.parquet"
         arguments = ["replay", trace, "-o", room / "run.parquet", "--url", url, "--workers", given.workers, "--quiet"]
         return [sys.executable, "-m", "squall", *map(str, arguments), "--json", "--api", given.api, "--no-self-check"]
-    tools, tokenizer = peer(name, given.peers) / "bin", given.peers / "tokenizer"
+    tools = peer(name, given.peers) / "bin"
     if name == "aiperf":
         return [
-            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", str(tokenizer)),
+            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", WORDS),
             *("--endpoint-type", "chat", "--streaming", "--isl", str(given.request), "--osl", str(given.response)),
             *("--request-rate", str(rate), "--arrival-pattern", "gamma", "--arrival-smoothness", str(given.shape)),
             *("--request-count", str(count), "--num-dataset-entries", "1000", "--ui", "none", "--no-gpu-telemetry"),
@@ -109,7 +115,7 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
     return [  # GuideLLM knows no burstiness: Poisson
         *(str(tools / "guidellm"), "run", "--backend", f"kind=openai_http,target={url},model=loopback"),
         *("--profile", f"kind=poisson,rate={rate}", "--constraint", f"kind=max_requests,count={count}"),
-        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={tokenizer}"),
+        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={WORDS}"),
         *("--output", f"kind=json,path={room / 'guidellm.json'}", "--disable-console"),
     ]
 
@@ -141,8 +147,8 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
     began = time.monotonic()
     log = (room / f"{name}.log").open("wb")
     limit = given.seconds * 3 + 90
-    # AIPerf 0.13 takes a tokenizer from a directory only while it believes itself online.
-    environment = os.environ | ({} if name == "aiperf" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    environment = os.environ | offline | {"HF_HUB_CACHE": str(given.peers.absolute() / "hub")}
     try:
         done = subprocess.run(
             command(name, given, url, rate, count, room),

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squall.replay.stream import Reply, judge
+from squall.replay.stream import LINE_LIMIT, Reply, judge
 
 
 def _event(**fields: object) -> bytes:
@@ -336,3 +337,14 @@ def test_invalid_utf_8_is_a_bad_stream():
     first, last = stream.split(b"\n\n", 1)
     at_once = _at_once([first + b"\n\n", last], [1, 2])
     assert judge("complete", 200, at_once)[:2] == ("truncated", "bad_stream")
+
+
+def test_a_line_without_end_is_bad_and_takes_bounded_time_and_memory():
+    reply = Reply(streamed=True)
+    began = time.monotonic()
+    for at in range(64):
+        reply.take([at], [b"data: " + b"x" * (1 << 20)])
+        assert len(reply._tail) <= LINE_LIMIT
+    reply.close()
+    assert judge("complete", 200, reply) == ("truncated", "bad_stream", "a line of more than 4 MB")
+    assert time.monotonic() - began < 8

@@ -16,6 +16,8 @@ import msgspec
 
 MESSAGE_LIMIT = 200
 """Characters of a server's message that are kept."""
+LINE_LIMIT = 1 << 22
+"""Bytes of a line after which it is no event of this API: what is joined and searched again and again stays bounded."""
 
 
 # gc=False: decoded documents live for a moment and hold no circles, so the collector need not know them.
@@ -182,6 +184,9 @@ class Reply:
         self._cr = data[-1:] == b"\r"
         lines = (self._tail + data).splitlines()
         self._tail = b"" if whole else lines.pop()
+        if len(self._tail) > LINE_LIMIT:
+            self.bad = self.bad or f"a line of more than {LINE_LIMIT >> 20} MB"
+            self._tail = b""
         for line in lines:
             if line[:5] == b"data:":
                 self._data.append(line[5:])
