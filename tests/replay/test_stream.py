@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squall.replay.stream import Reply, judge, plain_events, times_of
+from squall.replay.stream import LINE_LIMIT, Reply, judge
 
 
 def _event(**fields: object) -> bytes:
@@ -195,11 +196,7 @@ def test_odd_usage_is_not_believed():
     assert (reply.prompt_tokens, reply.response_tokens, reply.cached_tokens) == (None, None, None)
 
 
-# --- the plain form, cut at once --------------------------------------------------------------------------------------
-
-
-def _chunked(*payloads: bytes) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(payload), payload) for payload in payloads) + b"0\r\n\r\n"
+# --- the plain form, taken at once ------------------------------------------------------------------------------------
 
 
 def _slow(payloads: list[bytes], times: list[int]) -> Reply:
@@ -231,66 +228,50 @@ EVENTS = [
 ]
 
 
-@given(
-    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=12),
-    st.lists(st.integers(1, 4000), unique=True, max_size=20),
-)
-def test_a_body_cut_at_once_says_the_same_as_read_by_read(payloads, cuts):
-    raw = _chunked(*payloads)
-    edges = [0, *sorted(cut for cut in cuts if cut < len(raw)), len(raw)]
-    reads = [raw[start:end] for start, end in itertools.pairwise(edges)]
-    times = [10 * number for number in range(1, len(reads) + 1)]
-    cut = plain_events(raw)
-    assert cut is not None
-    events, ends = cut
-    fast = Reply(streamed=True)
-    fast.take(events, times_of(ends, times, reads))
-    fast.close()
-    # The slow way gets each event at the time of the read that holds its last byte.
-    pieces, position = [], 0
-    for payload in payloads:
-        position += len(b"%x" % len(payload)) + 2
-        for event in payload[:-2].split(b"\n\n"):
-            position += len(event) + 2
-            read = next(number for number, edge in enumerate(edges[1:], 1) if edge >= position)
-            pieces.append((10 * read, event + b"\n\n"))
-        position += 2
-    slow = _slow([piece for _, piece in pieces], [at for at, _ in pieces])
-    assert _all(fast) == _all(slow)
+ODD = [
+    b": comment\n\n",
+    b"data:{}\n\n",
+    b"data: {}\r\n\r\n",
+    b"data: {}\n",
+    b"\n",
+    b"event: x\ndata: {}\n\n",
+    b"data: {}, {}\n\n",
+    b"data: \n\n",
+    b'data: {"choices": [\n\n',
+]
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"0\r\n\r\n0\r\n\r\n",
-        _chunked(_delta(content="a"))[:-1],
-        _chunked(_delta(content="a"))[:-5],
-        _chunked(_delta(content="a")) + b"x",
-        _chunked(b": comment\n\n"),
-        _chunked(b"data:{}\n\n"),
-        _chunked(b"data: {}\r\n\r\n"),
-        _chunked(b"data: {}\n", b"\n"),
-        _chunked(b"event: x\ndata: {}\n\n"),
-        b"f" + _chunked(_delta(content="a")),
-        b"1;ext=1\r\nx\r\n0\r\n\r\n",
-        b"-1\r\nx\r\n0\r\n\r\n",
-        b"0\r\nTrailer: x\r\n\r\n",
-    ],
-)
-def test_what_is_not_plain_is_left_to_the_full_parser(raw):
-    assert plain_events(raw) is None
+def _at_once(pieces: list[bytes], times: list[int]) -> Reply:
+    reply = Reply(streamed=True)
+    reply.take(times, pieces)
+    reply.close()
+    return reply
 
 
-@given(st.binary(max_size=200), st.binary(max_size=60))
-def test_garbage_is_never_cut_wrongly(garbage, tail):
-    for raw in (garbage, _chunked(b"data: " + garbage.replace(b"\n", b"") + b"\n\n"), _chunked(garbage) + tail):
-        cut = plain_events(raw)
-        if cut is not None:
-            events, ends = cut
-            assert len(events[:-2].split(b"\n\n")) == len(ends)
-            assert ends == sorted(ends)
-            assert all(raw[end - 2 : end] == b"\n\n" for end in ends)
+@given(st.lists(st.sampled_from(EVENTS), max_size=12), st.lists(st.sampled_from(EVENTS + ODD), max_size=4), st.data())
+def test_a_body_taken_at_once_says_the_same_as_piece_by_piece(events, odd, data):
+    pieces = data.draw(st.permutations(events + odd))
+    times = [10 * number for number in range(1, len(pieces) + 1)]
+    assert _all(_at_once(pieces, times)) == _all(_slow(pieces, times))
+
+
+@given(st.lists(st.integers(1, len(CHAT) - 1), unique=True, max_size=60), st.integers(0, 60))
+def test_a_body_folded_on_its_way_says_the_same(cuts, fold):
+    edges = [0, *sorted(cuts), len(CHAT)]
+    pieces = [CHAT[start:end] for start, end in itertools.pairwise(edges)]
+    times = edges[1:]
+    reply = Reply(streamed=True)
+    reply.take(times[:fold], pieces[:fold])
+    reply.take(times[fold:], pieces[fold:])
+    reply.close()
+    assert _all(reply) == _all(_slow(pieces, times))
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.booleans())
+def test_garbage_taken_at_once_says_the_same_as_piece_by_piece(garbage, dressed):
+    pieces = [b"data: %b\n\n" % piece for piece in garbage] if dressed else garbage
+    times = list(range(len(pieces)))
+    assert _all(_at_once(pieces, times)) == _all(_slow(pieces, times))
 
 
 def test_channels_are_told_apart():
@@ -353,8 +334,17 @@ def test_odd_but_allowed_ends(stream):
 def test_invalid_utf_8_is_a_bad_stream():
     stream = b'data: {"choices":[{"delta":{"content":"\xff\xfe"}}]}\n\ndata: [DONE]\n\n'
     assert judge("complete", 200, _parse(stream, []))[:2] == ("truncated", "bad_stream")
-    events, ends = plain_events(_chunked(stream))
+    first, last = stream.split(b"\n\n", 1)
+    at_once = _at_once([first + b"\n\n", last], [1, 2])
+    assert judge("complete", 200, at_once)[:2] == ("truncated", "bad_stream")
+
+
+def test_a_line_without_end_is_bad_and_takes_bounded_time_and_memory():
     reply = Reply(streamed=True)
-    reply.take(events, ends)
+    began = time.monotonic()
+    for at in range(64):
+        reply.take([at], [b"data: " + b"x" * (1 << 20)])
+        assert len(reply._tail) <= LINE_LIMIT
     reply.close()
-    assert judge("complete", 200, reply)[:2] == ("truncated", "bad_stream")
+    assert judge("complete", 200, reply) == ("truncated", "bad_stream", "a line of more than 4 MB")
+    assert time.monotonic() - began < 8

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,8 +20,9 @@ from squall.replay import connection, loopback, replay, sender
 from squall.replay.loopback import Cost, check_machine, measure_cost
 from squall.replay.resume import resumption
 from squall.replay.schedule import rows_of, schedule_of
+from squall.run.attempt import Attempt, Writer, lines_path
 from squall.run.files import read_run
-from squall.run.journal import Attempt, Writer, lines_path, read_journal, write_header
+from squall.run.journal import read_journal, write_header
 from squall.run.table import Run, RunMeta
 from squall.run.verdict import judge, sent_against_asked
 from squall.trace.table import Trace
@@ -222,3 +225,30 @@ def test_connections_notice_a_dead_peer():
 def test_the_measured_cost_is_about_that_of_a_replay():
     cost = measure_cost()
     assert cost.request + 32 * cost.chunk < 0.003
+
+
+@pytest.mark.alone
+def test_stalls_of_the_client_are_told_from_stalls_of_the_server():
+    def stall(*_: object) -> None:
+        time.sleep(0.05)
+
+    def stalling_server(number: int, seen: object) -> Behaviour:
+        if number % 10 == 0:
+            stall()
+        return Behaviour()
+
+    requests = trace(200, gap=0.01)
+    with Mock() as mock:
+        run = replay(requests, url=mock.url, progress_callback=stall)  # called on the sending loop, twice a second
+    assert run.meta.verdict == "CLIENT-LIMITED"
+    assert any("stall" in reason for reason in run.meta.verdict_reasons), run.meta.verdict_reasons
+    with Mock(stalling_server) as mock:
+        run = replay(requests, url=mock.url)
+    assert not any("stall" in reason for reason in run.meta.verdict_reasons), run.meta.verdict_reasons
+    assert (run.table["first_token"] - run.table["sent"]).max() > 0.04
+
+
+def test_a_worker_imports_no_tables():
+    code = "import sys, squall.replay.workers; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"polars", "numba", "scipy", "rich", "squall.trace"} & set(found.stdout.split())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from squall.errors import InputError
 from squall.run import Metrics, Run, RunMeta, metrics
-from squall.run.metrics import Statistic, statistic
+from squall.run.metrics import Statistic, statistic, upper_bound
 
 # What scripts of other people rely on (docs/metrics.md).
 KEYS = (
@@ -385,3 +385,25 @@ def test_a_run_of_months_has_windows_of_minutes():
     assert of(5).window == 60
     assert of(500).window % 60 == 0
     assert 5000 < len(of(500).windows) <= 10_001
+
+
+@pytest.mark.parametrize(("share", "fewest"), [(0.9, 64), (0.95, 130), (0.99, 662)])  # MLPerf's numbers
+def test_an_upper_bound_needs_as_many_requests_as_mlperf_says(share, fewest):
+    assert upper_bound(np.arange(fewest - 1.0), fewest - 1, share) is None
+    assert upper_bound(np.arange(float(fewest)), fewest, share) == fewest - 2  # all but the highest lie below it
+
+
+def test_an_upper_bound_holds_as_often_as_it_says():
+    draws = np.sort(np.random.default_rng(0).exponential(size=(2000, 800)), axis=1)
+    held = [upper_bound(values, 800, 0.95) >= -np.log(0.05) for values in draws]
+    # 99 % at least; the discreteness of 800 draws gives 99.2 %, and the error of 2,000 trials is 0.2 %.
+    assert 0.986 < np.mean(held) < 0.998
+
+
+def test_failures_raise_an_upper_bound_and_take_it_away():
+    values = np.arange(1000.0)
+    bounds = [upper_bound(values[: 1000 - failed], 1000, 0.9) for failed in (0, 50, 200)]
+    assert bounds[0] == bounds[1]  # the failed ones lie above all others: here they were the highest anyway
+    assert bounds[0] > 900
+    assert bounds[2] is None  # a fifth was never answered: P90 has no bound
+    assert upper_bound(np.zeros(0), 0, 0.9) is None

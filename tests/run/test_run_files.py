@@ -9,7 +9,8 @@ from polars.testing import assert_frame_equal
 
 from squall.errors import InputError
 from squall.run import Run, RunMeta, check_run_path, holds_run, metrics, read_run, write_run
-from squall.run.journal import SCHEDULE, lines_path, write_header
+from squall.run.attempt import lines_path
+from squall.run.journal import SCHEDULE, write_header
 from squall.trace.table import TraceMeta
 
 FOREIGN = {

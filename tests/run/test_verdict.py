@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from squall.run import Run, RunMeta
-from squall.run.verdict import Client, judge
+from squall.run.attempt import Client
+from squall.run.verdict import judge
 
 QUIET = {"stall_p999": 0.001, "collection": 0.0, "cpu": 1.0, "wall": 10.0}
 

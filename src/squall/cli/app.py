@@ -1,5 +1,6 @@
 """The table of verbs, and the frame around each call: errors become one sentence and an exit code."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except OSError as error:
         _complain(f"{error.filename or 'system'}: {error.strerror or error}.")
         code = 1
+    gc.freeze()  # the process ends: a last collection would only walk through every module
     sys.exit(code if isinstance(code, int) else 0)
 
 

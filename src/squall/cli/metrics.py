@@ -136,6 +136,10 @@ def _latencies(result: "Metrics"):  # type: ignore[no-untyped-def]
         for name, offered in (("TTFT", result.of_offered.ttft), ("E2E", result.of_offered.e2e)):
             levels = (duration(level) for level in (offered.p50, offered.p90, offered.p95, offered.p99))
             row(shown, f"{name} of all offered", f"{offered.n:,}", "", "", *levels, "")
+    for name, offered in (("TTFT", result.of_offered.ttft), ("E2E", result.of_offered.e2e)):
+        if any(bound is not None for bound in offered.bounds.values()):
+            bounds = (duration(offered.bounds.get(f"p{level}")) for level in (90, 95, 99))
+            row(shown, f"{name} at most (99 %)", f"{offered.n:,}", "", "", "", *bounds, "")
     if result.lateness.n and result.kind != "simulation":
         add("TTFT from send", result.from_send.ttft)
         add("E2E from send", result.from_send.e2e)

@@ -1,7 +1,6 @@
 """The verb: from a trace and a URL to a Run, through the questions before, one or more senders, and the journal."""
 
 import asyncio
-import multiprocessing
 import os
 import platform
 import shutil
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from dataclasses import replace as changed
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,11 @@ from squall.replay.schedule import (
     schedule_of,
 )
 from squall.replay.scrape import Endpoint, find_metrics
-from squall.replay.sender import RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
+from squall.replay.sender import LEAD, RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
 from squall.replay.target import OURS, Found, Preflight, Target, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
 from squall.replay.watch import Watch
+from squall.replay.workers import in_processes
 from squall.run.files import check_run_path, write_run
 from squall.run.journal import SCHEDULE, read_journal, write_header
 from squall.run.server import ServerMetrics
@@ -50,8 +49,6 @@ from squall.seeds import DEFAULT_SEED
 from squall.trace import TraceSource, open_trace
 from squall.units import Duration, seconds
 
-LEAD = 100_000_000
-"""Nanoseconds from the decision to start to the run's time 0."""
 CONNECT_TIMEOUT = 10.0
 ERRORS_AFTER = 20
 """Requests that must be decided before a share of failures ends a run."""
@@ -169,7 +166,7 @@ def replay(
     limit = check_machine(schedule, workers, self_check)
 
     async def ask() -> Found:
-        return await Preflight(target, connect, waited["timeout"]).find(
+        return await Preflight(target, connect, waited["timeout"], seed).find(
             model=model,
             api=api,
             words_only=history == "live",
@@ -385,7 +382,7 @@ def _conduct(
         if workers == 1:
             state = _here(plan, schedule, started, follow, stops, since)
         else:
-            state = _in_processes(plan, schedule, workers, started, follow, stops, since)
+            state = in_processes(plan, schedule, workers, started, follow, stops, since)
     line("")
     if rule.fired is not None:
         note(f"replay: {rule.fired}")
@@ -411,75 +408,6 @@ def _here(
 
     _run(send)
     return "interrupted" if stops[0] else "complete"
-
-
-_COUNTS = len(vars(Counts()))
-
-
-def _in_processes(
-    plan: Plan,
-    schedule: Schedule,
-    workers: int,
-    started: Callable[[int], None],
-    watch: Callable[[Counts], int],
-    stops: list[int],
-    since: int,
-) -> str:
-    """Spawn the workers, start their clocks together, and wait. They share a few numbers and nothing else."""
-    spawn = multiprocessing.get_context("spawn")
-    shared = spawn.RawArray("q", 2 + workers * (_COUNTS + 1))  # start, stops, then per worker: ready, counts
-    processes = []
-    for worker in range(workers):
-        limit = plan.max_concurrency
-        share = None if limit is None else (limit + workers - 1 - worker) // workers
-        arguments = (changed(plan, max_concurrency=share), schedule.part(worker, workers), worker, os.getpid(), shared)
-        processes.append(spawn.Process(target=_work, args=arguments, name=f"squall replay {worker}"))
-    for process in processes:
-        process.start()
-    try:
-        while not all(shared[2 + worker * (_COUNTS + 1)] for worker in range(workers)):
-            if any(process.exitcode is not None for process in processes):
-                break  # its rows will be the client's fault; the others go on
-            time.sleep(0.01)
-        shared[0] = time.monotonic_ns() + LEAD - since
-        started(shared[0])
-        while any(process.is_alive() for process in processes):
-            shared[1] = watch(sum(_snapshot(shared, workers), Counts()))
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            process.join()
-    if any(process.exitcode for process in processes):
-        return "failed"
-    return "interrupted" if stops[0] else "complete"
-
-
-def _snapshot(shared: Any, workers: int) -> list[Counts]:
-    """The counts of every worker, as it last wrote them (ten times a second); reading them disturbs nobody."""
-    return [Counts(*shared[3 + worker * (_COUNTS + 1) :][:_COUNTS]) for worker in range(workers)]
-
-
-def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any) -> None:
-    """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everyone; the parent says when to stop
-    own = 2 + worker * (_COUNTS + 1)
-
-    def watch(counts: Counts) -> int:
-        shared[own + 1 : own + 1 + _COUNTS] = list(vars(counts).values())
-        return shared[1] if os.getppid() == parent else 2
-
-    async def send() -> None:
-        prepare(plan)
-        shared[own] = 1
-        while not shared[0] and os.getppid() == parent:
-            await asyncio.sleep(0.005)
-        await Sender(plan, schedule, shared[0], worker=worker, watch=watch).run()
-
-    raise_file_limit()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(send())
 
 
 def _metrics_page(

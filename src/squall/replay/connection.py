@@ -1,8 +1,7 @@
 """One HTTP/1.1 connection as a raw asyncio Protocol, and the pool of them.
 
-A read of a streamed answer is stamped and appended, and nothing else: whether the message is complete is asked only
-when a read ends as the last one does. Then the whole body is cut at once (`stream.plain_events`); a body that is not of
-the plain form goes read by read through httptools, which takes all that HTTP allows and refuses what it does not.
+A read of a streamed answer is stamped, freed of its framing by httptools and appended, and nothing else: what its
+events say is read when the answer is complete (`stream.Reply.take`).
 
 A server may close a connection that it promised to keep: the pool takes the youngest idle connection, retires the old
 ones before servers do, and looks at the socket before it reuses one. What still fails so is `stale_reuse`.
@@ -19,7 +18,7 @@ from typing import Any, cast
 
 import httptools
 
-from squall.replay.stream import Outcome, Reply, judge, plain_events, times_of
+from squall.replay.stream import Outcome, Reply, judge
 
 IDLE_LIMIT = 4_000_000_000
 """Nanoseconds after which an idle connection is not used again: uvicorn, and so vLLM, closes after 5 s."""
@@ -46,10 +45,8 @@ class Exchange:
         "compressed",
         "connected",
         "connection",
-        "datas",
         "ended",
         "ending",
-        "events",
         "first_byte",
         "folded",
         "held",
@@ -59,6 +56,7 @@ class Exchange:
         "message",
         "on_end",
         "payload",
+        "pieces",
         "received",
         "released",
         "reply",
@@ -70,7 +68,6 @@ class Exchange:
         "sent",
         "streamed",
         "times",
-        "token_times",
     )
 
     def __init__(
@@ -99,12 +96,9 @@ class Exchange:
         self.keep_text = False
         self.connection: Connection | None = None
         self.times: list[int] = []
-        """When the reads came whose bytes are in `datas`."""
-        self.datas: list[bytes] = []
-        """Pieces of the body that are not yet parsed; as long as `connection.raw`, with the chunked framing in them."""
-        self.events: bytes | None = None
-        """The events of a complete plain body, and when they came."""
-        self.token_times: list[int] = []
+        """When the reads came whose bytes are in `pieces`."""
+        self.pieces: list[bytes] = []
+        """Pieces of the body that are not yet parsed."""
         self.folded: int | None = None
         self.held = 0
         self.received = 0
@@ -116,9 +110,7 @@ class Exchange:
             return
         self.ended = monotonic_ns()
         self.ending, self.message = ending, message
-        if self.connection is not None:
-            self.connection.unframe(self)
-            self.connection = None
+        self.connection = None
         self.on_end(self)
 
     @property
@@ -130,16 +122,12 @@ class Exchange:
 
     def fold(self) -> Reply:
         """Parse what was read so far."""
-        if self.connection is not None:
-            self.connection.unframe(self)
         reply = self.reply = self.reply or Reply(self.streamed, self.keep_text)
-        if self.events is not None:
-            reply.take(self.events, self.token_times)
-            self.events = None
-        for at, data in zip(self.times, self.datas, strict=True):
-            reply.feed(at, data)
-            self.folded = at
-        self.times, self.datas, self.held = [], [], 0
+        if self.times:
+            reply.take(self.times, self.pieces)
+            self.folded = self.times[-1]
+            self.received += self.held
+            self.times, self.pieces, self.held = [], [], 0
         return reply
 
     def outcome(self) -> tuple[Reply, Outcome]:
@@ -163,16 +151,14 @@ class Connection(asyncio.Protocol):
         self._first = first
         self._spare = first is None
         self._transport: asyncio.Transport
-        self._parser: Any = None  # of httptools; made for a response, and gone with it where it did not see the end
+        self._waiting: select.poll
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
-        self._head = b""  # of a response's header, as far as it came
-        self.raw = False
-        """The body is chunked and its reads are taken as they are, framing included."""
+        self._begin = b""  # of a response's header, as far as it came
         self._paused = False
         self._lost = False
         self._at = 0
         self._headers = False  # the current response's headers are complete
-        self._chunked = False
         self._complete = False
         self._keep = False
         self.idle_since = 0
@@ -184,8 +170,8 @@ class Connection(asyncio.Protocol):
         exchange.connection = self
         exchange.connected = monotonic_ns()
         exchange.reused = self.idle_since > 0
-        self._head = b""
-        self._headers = self._chunked = self._complete = self.raw = False
+        self._begin = b""
+        self._headers = self._complete = False
         self._transport.write(exchange.payload)
         if not self._paused:
             exchange.sent = monotonic_ns()
@@ -196,11 +182,8 @@ class Connection(asyncio.Protocol):
 
     def usable(self, now: int) -> bool:
         """Whether the connection, idle until now, can be trusted with a request: it looks at the socket."""
-        if not self.fresh(now):
-            return False
-        waiting = select.poll()
-        waiting.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not waiting.poll(0)  # readable while idle: closed by the server, or talking out of turn
+        # Readable while idle: closed by the server, or talking out of turn.
+        return self.fresh(now) and not self._waiting.poll(0)
 
     def abort(self) -> None:
         """Close at once, without waiting for anything."""
@@ -210,6 +193,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         handle = transport.get_extra_info("socket")
+        self._waiting = select.poll()
+        self._waiting.register(handle.fileno(), select.POLLIN)
         for level, name, value in DEAD_PEER:
             if hasattr(socket, name):
                 handle.setsockopt(level, getattr(socket, name), value)
@@ -237,129 +222,45 @@ class Connection(asyncio.Protocol):
             exchange.sent = monotonic_ns()
 
     def data_received(self, data: bytes) -> None:
-        at = monotonic_ns()
+        self._at = at = monotonic_ns()
         exchange = self._exchange
         if exchange is None:
             self.abort()
-        elif self.raw:  # the way of nearly every read
-            exchange.times.append(at)
-            exchange.datas.append(data)
-            exchange.held = held = exchange.held + len(data)
-            if data[-4:] == b"\r\n\r\n" or len(data) < 4 or held > EARLY:
-                self._perhaps_complete(exchange)
-        else:
-            self._slowly(exchange, at, data)
-
-    def _perhaps_complete(self, exchange: Exchange) -> None:
-        """The read ended as a chunked message ends (or the end is cut, or too much is held)."""
-        if exchange.held <= EARLY:
-            plain = plain_events(b"".join(exchange.datas))
-            if plain is not None:
-                exchange.events, ends = plain
-                exchange.token_times = times_of(ends, exchange.times, exchange.datas)
-                self._at = exchange.times[-1]
-                exchange.received += exchange.held
-                exchange.times, exchange.datas, exchange.held = [], [], 0
-                self._parser, self.raw = None, False  # it stands behind the headers; the next response gets a new one
-                self._release(exchange)
-                return
-            if exchange.datas[-1][-5:] != b"0\r\n\r\n" and len(exchange.datas[-1]) >= 5:
-                return  # an event that ends with CRLF twice, not the message
-        self.unframe(exchange)
-        if self._complete:
-            self._release(exchange)
-        elif exchange.ended is None:
-            self._bound(exchange)
-
-    def unframe(self, exchange: Exchange) -> None:
-        """Give the reads taken so far to httptools: their framing is checked and gone; later ones follow at once."""
-        if not self.raw or self._exchange is not exchange:
             return
-        self.raw = False
-        times, datas = exchange.times, exchange.datas
-        exchange.times, exchange.datas, exchange.held = [], [], 0
-        for at, data in zip(times, datas, strict=True):
-            self._at = at
-            exchange.received += len(data)
-            if not self._feed(data):
-                return
-
-    def _slowly(self, exchange: Exchange, at: int, data: bytes) -> None:
-        self._at = at
-        if exchange.first_byte is None:
-            exchange.first_byte = at
-            exchange.payload = b""
         if not self._headers:
-            self._take_head(exchange, at, data)
-            return
-        exchange.received += len(data)
-        if not self._feed(data):
-            return
-        if self._complete:
-            self._release(exchange)
-        else:
-            self._bound(exchange)
-
-    def _bound(self, exchange: Exchange) -> None:
-        """Keep what is held small, and an answer finite."""
-        if exchange.held > EARLY:
-            exchange.fold()
-        if exchange.received > BODY_LIMIT:
-            self._give_up("bad_http", f"endless answer: more than {BODY_LIMIT >> 20} MB")
-
-    def _take_head(self, exchange: Exchange, at: int, data: bytes) -> None:
-        """Read the header; what follows it in the same read belongs to the body."""
-        head = self._head + data if self._head else data
-        end = head.find(b"\r\n\r\n") + 4
-        if end < 4:
-            if len(head) > HEADER_LIMIT:
-                self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
-            elif head[:5] != b"HTTP/"[: len(head)]:
-                self._give_up("bad_http", f"not HTTP: it begins with {head[:40]!r}")
-            elif b"\n\n" in head:  # bare line feeds: httptools says what it thinks of it
-                self._head = b""
-                self._feed(head)
-                self._give_up("bad_http", "a header that ends with bare line feeds")
-            else:
-                self._head = head
-            return
-        self._head = b""
-        if not self._feed(head[:end]):
-            return
-        rest = head[end:]
-        if not self._headers:  # 100 Continue and its like: the true header follows
-            if rest:
-                self._take_head(exchange, at, rest)
-            return
-        self.raw = self._chunked and exchange.streamed and not self._complete
-        if self._complete:
-            self._release(exchange)
-        elif rest:
-            self.data_received(rest) if self.raw else self._slowly(exchange, at, rest)
-
-    def _feed(self, data: bytes) -> bool:
-        """Give bytes to httptools, which calls the on_… methods; whether they were HTTP."""
-        if self._parser is None:
-            self._parser = httptools.HttpResponseParser(self)
+            if exchange.first_byte is None:
+                exchange.first_byte = at
+                exchange.payload = b""
+            self._begin += data
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(data)  # which calls the on_… methods
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self._complete:  # the answer is whole; what follows it is not ours
-                self._keep = False
-                return True
-            self._give_up("bad_http", f"not HTTP: {error}")
-            return False
-        return True
+            self._keep = False
+            if not self._complete:  # else the answer is whole, and what follows it is not ours
+                said = "" if self._headers else f" (it begins with {self._begin[:40]!r})"
+                self._give_up("bad_http", f"not HTTP: {error}{said}")
+                return
+        if self._complete:
+            self._release(exchange)
+        elif not self._headers:
+            if len(self._begin) > HEADER_LIMIT:
+                self._give_up("bad_http", f"more than {HEADER_LIMIT >> 10} KB of headers")
+        elif exchange.held > EARLY:
+            exchange.fold()
+            if exchange.received > BODY_LIMIT:
+                self._give_up("bad_http", f"endless answer: more than {BODY_LIMIT >> 20} MB")
+
+    def on_message_begin(self) -> None:
+        if self._complete:  # a second answer to one question
+            self._keep = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         exchange = self._exchange
-        if exchange is None:  # bytes after the end of a response
+        if exchange is None or self._complete:  # bytes after the end of a response
             return
         key = name.lower()
         if key == b"content-type":
             exchange.streamed = value.strip().lower().startswith(b"text/event-stream")
-        elif key == b"transfer-encoding":
-            self._chunked = value.strip().lower() == b"chunked"
         elif key == b"content-encoding":
             encoding = value.strip().lower()
             exchange.compressed = None if encoding in (b"", b"identity") else encoding.decode("latin-1")
@@ -370,28 +271,28 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status >= 200 and self._exchange is not None:  # not 100 Continue and its like
-            self._exchange.http_status = status
-            self._headers = True
-            self._keep = self._parser.should_keep_alive()
+        if status < 200 or self._exchange is None or self._complete:  # 100 Continue and its like; a second answer
+            return
+        self._exchange.http_status = status
+        self._headers = True
+        self._keep = self._parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
         exchange = self._exchange
-        if exchange is not None:
+        if exchange is not None and not self._complete:
             exchange.times.append(self._at)
-            exchange.datas.append(body)
+            exchange.pieces.append(body)
             exchange.held += len(body)
 
     def on_message_complete(self) -> None:
-        self._complete = self._headers
-        self._keep = self._parser.should_keep_alive()  # after this callback the parser has forgotten
+        if not self._complete:
+            self._complete = self._headers
+            self._keep = self._parser.should_keep_alive()  # after this callback the parser has forgotten
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         self._lost = True
         exchange = self._exchange
-        if exchange is not None and exchange.ended is None:
-            self.unframe(exchange)
         self._parser = None  # it holds this connection: without the circle no garbage collector is needed
         self._exchange = None
         if exchange is None or exchange.ended is not None:

@@ -71,14 +71,18 @@ class Alarm:
             monotonic, nonblocking_and_cloexec = 1, os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = self._libc.timerfd_create(monotonic, nonblocking_and_cloexec)
         if self._fd >= 0:
+            self._spec = _Spec(0, 0, 0, 0)
+            self._settime = self._libc.timerfd_settime
+            absolute = 1
+            # Converted once: this is called for every request.
+            self._arguments = (ctypes.c_int(self._fd), ctypes.c_int(absolute), ctypes.byref(self._spec), None)
             loop.add_reader(self._fd, self._fired)
 
     def set(self, at: int) -> None:
         """Ring at `at` (ns of the monotonic clock) instead of any earlier request; at once if that is past."""
         if self._fd >= 0:
-            second, nanosecond = divmod(max(at, 1), 1_000_000_000)
-            absolute = 1
-            self._libc.timerfd_settime(self._fd, absolute, ctypes.byref(_Spec(0, 0, second, nanosecond)), None)
+            self._spec.value_s, self._spec.value_ns = divmod(max(at, 1), 1_000_000_000)
+            self._settime(*self._arguments)
             return
         self.clear()
         wait = at - monotonic_ns()
@@ -92,7 +96,8 @@ class Alarm:
     def clear(self) -> None:
         """Do not ring."""
         if self._fd >= 0:
-            self._libc.timerfd_settime(self._fd, 1, ctypes.byref(_Spec(0, 0, 0, 0)), None)
+            self._spec.value_s = self._spec.value_ns = 0
+            self._settime(*self._arguments)
         elif self._handle is not None:
             self._handle.cancel()
 

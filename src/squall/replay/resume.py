@@ -13,7 +13,8 @@ import numpy as np
 
 from squall.errors import InputError
 from squall.replay.schedule import Schedule
-from squall.run.journal import Attempt, Writer, lines_path, read_header, read_lines, read_schedule, write_header
+from squall.run.attempt import Attempt, Writer, lines_path
+from squall.run.journal import read_header, read_lines, read_schedule, write_header
 from squall.run.table import RunMeta
 
 if TYPE_CHECKING:

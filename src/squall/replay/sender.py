@@ -28,18 +28,19 @@ from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
 from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
-from squall.run.journal import Attempt, Writer, client_path, lines_path
-from squall.run.verdict import Client
+from squall.run.attempt import Attempt, Client, Writer, client_path, lines_path
 
+LEAD = 100_000_000
+"""Nanoseconds from the decision to start to the run's time 0."""
 BEAT = 10_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
 SPARES, SPARES_AHEAD = 16, 100_000_000
 """At most so many connections are opened ahead of the rows that are due within so many nanoseconds."""
 QUIET = 300_000
 """Nanoseconds before a deadline in which no answer is parsed."""
-BACKLOG = 512
-"""Answers waiting to be parsed at which one is parsed all the same."""
-AHEAD = 32
+BATCH, BACKLOG = 8, 512
+"""Answers waiting to be parsed at which that does not wait for the next heartbeat, or for a pause between deadlines."""
+AHEAD = 128
 """Requests whose bytes are made ahead of their time."""
 AHEAD_BYTES = 1 << 24
 LONGEST_BACKOFF = 30.0
@@ -251,7 +252,8 @@ class Sender:
         deadline = self._deadline()
         if deadline is not None:
             self._alarm.set(deadline)
-        self._settle_soon()
+        if len(self._ended) >= BATCH or len(self._made) < AHEAD // 2:
+            self._settle_soon()
 
     def _deadline(self) -> int | None:
         """When something is to be sent next, as far as that is known."""
@@ -346,7 +348,8 @@ class Sender:
             self._record(exchange)  # the next turn waits for it
         else:
             self._ended.append(exchange)
-        self._settle_soon()
+        if len(self._ended) >= BATCH:  # else the next heartbeat sees to them: fewer turns of the loop, warmer caches
+            self._settle_soon()
 
     def _settle_soon(self) -> None:
         if not self._settling:
@@ -507,6 +510,7 @@ class Sender:
         if self._beats % 100 == 0:
             self._journal.flush()
         self._look_after_end(now)
+        self._settle_soon()
 
     def _room(self) -> int:
         """How many more requests may be sent now, as far as it matters for opening connections."""

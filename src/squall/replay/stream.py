@@ -4,19 +4,20 @@ Nothing here reads a clock or a socket: every read comes with the time at which 
 server-sent events (WHATWG HTML, section 9.2: lines end with LF, CR or CRLF; an empty line ends an event; several
 `data:` lines make one event; a line that starts with a colon is a comment), or else one JSON document.
 
-Nearly all streams have one plain form: chunked encoding, one or more whole events per chunk, one `data: ` line each.
-`plain_events` cuts such a body by splitting it, and `Reply.take` decodes all events in one call; whatever deviates by a
-byte goes through `Reply.feed`, which takes everything. Both give the same answer; a test holds them to it.
+Nearly all streams have one plain form: every piece of the body is one event of one `data:` line. `Reply.take` decodes
+such a body in one call; whatever deviates by a byte goes through `Reply.feed`, which takes everything. Both give the
+same answer; a test holds them to it.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
 
 MESSAGE_LIMIT = 200
 """Characters of a server's message that are kept."""
+LINE_LIMIT = 1 << 22
+"""Bytes of a line after which it is no event of this API: what is joined and searched again and again stays bounded."""
 
 
 # gc=False: decoded documents live for a moment and hold no circles, so the collector need not know them.
@@ -80,54 +81,22 @@ class _Document(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Document).decode
 _decode_all = msgspec.json.Decoder(list[_Document]).decode
 _TERMINAL = ("response.completed", "response.incomplete")
-_DONE = b"\n\ndata: [DONE]\n\n"
 _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
 
 
-def plain_events(raw: bytes) -> tuple[bytes, list[int]] | None:
-    """The events in `raw`, the whole body in chunked encoding, without its framing, and the offset at which each ends.
-
-    None if the body is not (yet) complete or not of the plain form: whole events in every chunk, each of one line that
-    begins with `data: `. Nothing is guessed: every size is compared, every line end counted.
-    """
-    parts = raw.split(b"\r\n")
-    if parts[-3:] != [b"0", b"", b""] or raw.count(b"\r") != len(parts) - 1:
+def _plain(pieces: Sequence[bytes]) -> list[bytes] | None:
+    """What the one event in each of `pieces` says; None if a piece is anything else than a whole event of one line."""
+    count = len(pieces)
+    lines = b"".join(pieces)
+    if (
+        not pieces
+        or lines.count(b"\n") != 2 * count
+        or b"\r" in lines
+        or [piece[:5] for piece in pieces] != [b"data:"] * count
+        or [piece[-2:] for piece in pieces] != [b"\n\n"] * count
+    ):
         return None
-    payloads = parts[1:-3:2]
-    if list(map(_hex, map(len, payloads))) != parts[:-3:2]:
-        return None
-    events = b"".join(payloads)
-    if events[:6] != b"data: " or not all(payload[-2:] == b"\n\n" for payload in payloads):
-        return None
-    lines = events.count(b"\n")
-    if 2 * (events.count(b"\n\ndata: ") + 1) != lines:
-        return None
-    # Part i ends after the lengths of the parts up to it and two bytes for each line end between them.
-    ends = [end + 2 * part for part, end in enumerate(accumulate(map(len, parts[:-3])))][1::2]
-    return events, ends if lines == 2 * len(payloads) else _ends_within(payloads, ends)
-
-
-_hex = b"%x".__mod__
-
-
-def _ends_within(payloads: list[bytes], ends: list[int]) -> list[int]:
-    """Where each event ends, if there are several in a chunk."""
-    found = []
-    for payload, end in zip(payloads, ends, strict=True):
-        lengths = [len(event) + 2 for event in payload[:-2].split(b"\n\n")]
-        found += [end - len(payload) + length for length in accumulate(lengths)]
-    return found
-
-
-def times_of(ends: list[int], times: Sequence[int], reads: Sequence[bytes]) -> list[int]:
-    """For each offset in `ends` (ascending), the time of the read that brought the byte before it."""
-    found, read = [], iter(zip(accumulate(map(len, reads)), times, strict=True))
-    edge, at = next(read)
-    for end in ends:
-        while edge < end:
-            edge, at = next(read)
-        found.append(at)
-    return found
+    return [piece[5:-2] for piece in pieces]
 
 
 class Reply:
@@ -182,23 +151,23 @@ class Reply:
         self._body: list[bytes] = []
         self._at = 0
 
-    def take(self, events: bytes, times: list[int]) -> None:
-        """Take a whole stream that `plain_events` has cut, and the time of each event's last byte."""
-        count = len(times)
-        finished = events.endswith(_DONE)
-        said = events[6 : -len(_DONE) if finished else -2]
-        try:
-            documents = _decode_all(b"[" + said.replace(b"\n\ndata: ", b",") + b"]")
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            documents = []
-        if len(documents) != count - finished:
-            for event, at in zip(events[:-2].split(b"\n\n"), times, strict=True):
-                self.feed(at, event + b"\n\n")
-            return
-        for document, at in zip(documents, times, strict=False):
-            self._take(document, at)
-        if finished and self.done is None:
-            self.done = times[-1]
+    def take(self, times: Sequence[int], pieces: Sequence[bytes]) -> None:
+        """As `feed` for each piece and its time; in a few calls where each piece is a whole event, as nearly always."""
+        said = _plain(pieces) if self.streamed and not (self._tail or self._data or self._cr) else None
+        if said is not None:
+            finished = said[-1].strip() == b"[DONE]"
+            try:
+                documents = _decode_all(b"[" + b",".join(said[: len(said) - finished]) + b"]")
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                documents = []
+            if len(documents) == len(said) - finished:
+                for document, at in zip(documents, times, strict=False):
+                    self._take(document, at)
+                if finished and self.done is None:
+                    self.done = times[-1]
+                return
+        for at, piece in zip(times, pieces, strict=True):
+            self.feed(at, piece)
 
     def feed(self, at: int, data: bytes) -> None:
         """Take the bytes that one socket read at time `at` brought; they may be cut anywhere."""
@@ -215,6 +184,9 @@ class Reply:
         self._cr = data[-1:] == b"\r"
         lines = (self._tail + data).splitlines()
         self._tail = b"" if whole else lines.pop()
+        if len(self._tail) > LINE_LIMIT:
+            self.bad = self.bad or f"a line of more than {LINE_LIMIT >> 20} MB"
+            self._tail = b""
         for line in lines:
             if line[:5] == b"data:":
                 self._data.append(line[5:])
@@ -276,7 +248,7 @@ class Reply:
         if document.error is not None or document.object == "error":
             self._fail(document.error if document.error is not None else document)
         for choice in document.choices or ():
-            part = choice.delta if choice.delta is not None else choice.message
+            part = choice.delta or choice.message
             text = choice.text or (part and (part.content or part.refusal))
             if text:
                 self._token(at, text)

@@ -65,7 +65,8 @@ class Trust:
                 raise InputError(f"{flag} {file}: there is no such file.")
         paths = (None if file is None else str(file) for file in (cacert, cert, key))
         trust = cls(**dict(zip(("cacert", "cert", "key"), paths, strict=True)), insecure=insecure)
-        trust.context()
+        if trust.asked:
+            trust.context()
         return trust
 
     @property
@@ -236,8 +237,9 @@ class Found:
 class Preflight:
     """Questions to a target, one at a time."""
 
-    def __init__(self, target: Target, connect_timeout: float, timeout: float | None) -> None:
-        self._target = target
+    def __init__(self, target: Target, connect_timeout: float, timeout: float | None, seed: int = 0) -> None:
+        """`seed` is the run's: the random text that prompts are sliced from is then made once."""
+        self._target, self._seed = target, seed
         self._timeout = max(PROBE_TIMEOUT, timeout or 0)
         self._loop = asyncio.get_running_loop()
         self._pool = Pool(
@@ -308,7 +310,7 @@ class Preflight:
                 f"--url {url}: no HTTP answer to a question for its models ({what}); correct the host, port or scheme."
             )
         self._check_key(exchange)
-        body = b"".join(exchange.datas)
+        body = b"".join(exchange.pieces)
         try:
             models = msgspec.json.decode(body, type=_Models).data
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -371,7 +373,7 @@ class Preflight:
             if exchange.http_status != 200:
                 return None
             try:
-                found = msgspec.json.decode(b"".join(exchange.datas), type=_Tokens | list[_Token])
+                found = msgspec.json.decode(b"".join(exchange.pieces), type=_Tokens | list[_Token])
             except (msgspec.DecodeError, UnicodeDecodeError):
                 return None
             ids += found.tokens if isinstance(found, _Tokens) else [token.id for token in found]
@@ -476,7 +478,7 @@ class Preflight:
 
     def _prompts(self, tokens: Tokens) -> Prompts:
         if tokens not in self._made:  # with a salt of its own for each: no prompt of the run begins like these
-            self._made[tokens] = Prompts(tokens, salt="request", seed=0, fresh=os.urandom(8), own=self._text)
+            self._made[tokens] = Prompts(tokens, salt="request", seed=self._seed, fresh=os.urandom(8), own=self._text)
         return self._made[tokens]
 
     async def _ask(self, payload: bytes) -> Exchange:

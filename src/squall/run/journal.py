@@ -10,7 +10,6 @@
 A request without a line was lost with its writer: it becomes a row of its own, so that the outcomes add up to the rows.
 """
 
-import os
 from pathlib import Path
 
 import msgspec
@@ -19,38 +18,15 @@ import polars as pl
 from squall.errors import InputError
 from squall.files import replace_file
 from squall.progress import note
+from squall.run.attempt import Attempt, Client
 from squall.run.server import ServerMetrics
 from squall.run.table import SCHEMA, SERIES, Run, RunMeta
-from squall.run.verdict import Client, judge
+from squall.run.verdict import judge
 
 SCHEDULE = "schedule.parquet"
 HEADER = "run.json"
 SERIES_LINES = "series.jsonl"
 SERVER = "server.json"
-
-
-class Attempt(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One line: what happened to one attempt, in the columns of the Run; what is null or carried is left out."""
-
-    request: int
-    attempt: int
-    status: str
-    scheduled: float | None = None
-    sent: float | None = None
-    first_byte: float | None = None
-    first_token: float | None = None
-    first_answer: float | None = None
-    last_token: float | None = None
-    done: float | None = None
-    ended: float | None = None
-    reason: str | None = None
-    http_status: int | None = None
-    message: str | None = None
-    request_tokens: int | None = None
-    response_tokens: int | None = None
-    token_source: str | None = None
-    chunks: list[float] | None = None
-    cached_tokens: int | None = None
 
 
 _LINE = pl.Schema({name: SCHEMA[name] for name in Attempt.__struct_fields__})
@@ -61,16 +37,6 @@ _MISSING = {
     "failed": ("client_fault", "internal"),
     "complete": ("client_fault", "not_sent"),
 }
-
-
-def lines_path(journal: Path, worker: int, part: str = "") -> Path:
-    """Where `worker` writes its attempts; `part` tells apart the runs of a replay that was resumed."""
-    return journal / f"worker-{worker}{part}.jsonl"
-
-
-def client_path(journal: Path, worker: int, part: str = "") -> Path:
-    """Where `worker` writes what it says of itself."""
-    return journal / f"worker-{worker}{part}.json"
 
 
 def write_header(journal: Path, meta: RunMeta) -> None:
@@ -185,30 +151,3 @@ def _complaint(file: Path, text: bytes, error: Exception) -> str:
         except (msgspec.DecodeError, UnicodeDecodeError) as reason:
             return f"{file}: line {number} cannot be read ({reason}); remove it to read the rest."
     return f"{file}: cannot be read ({error})."
-
-
-class Writer:
-    """Appends attempts to a worker's file; what was flushed survives the death of the process."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._encoder = msgspec.json.Encoder()
-        self._lines: list[bytes] = []
-
-    def write(self, attempt: Attempt) -> None:
-        """Take a line."""
-        self._lines.append(self._encoder.encode(attempt))
-
-    def flush(self) -> None:
-        """Hand the lines taken so far to the system, in one write."""
-        if self._lines:
-            self._lines.append(b"")
-            data = memoryview(b"\n".join(self._lines))
-            self._lines.clear()
-            while data:
-                data = data[os.write(self._file, data) :]
-
-    def close(self) -> None:
-        """Flush and close."""
-        self.flush()
-        os.close(self._file)

@@ -28,6 +28,9 @@ from squall.run.server import Agreement, agreements
 from squall.run.slo import SLO, parse_slo
 from squall.run.table import Run, RunSource
 from squall.units import Duration, seconds
+from squall.verb import callable_room
+
+callable_room(__name__)  # `squall.run.metrics` is this module as well as its function, whoever imports first
 
 PERCENTILES = (50, 90, 95, 99)
 MOST_WINDOWS = 100_000
@@ -59,6 +62,9 @@ class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
     p90: float | None = None
     p95: float | None = None
     p99: float | None = None
+    bounds: dict[str, float | None] = {}
+    """Upper bounds of P90, P95 and P99, each at 99 % confidence if the requests were independent: see `upper_bound`.
+    Null: too few requests, or too few of them answered."""
 
 
 class FromSend(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,7 +295,26 @@ def _quantiles(answered: np.ndarray, offered: int) -> Quantiles:
         place = p / 100 * (offered - 1)
         if offered * (100 - p) >= 100 and int(np.ceil(place)) < len(values):
             found[f"p{p}"] = float(np.interp(place, np.arange(len(values)), values))
-    return Quantiles(n=offered, **found)
+    return Quantiles(n=offered, **found, bounds={f"p{p}": upper_bound(values, offered, p / 100) for p in (90, 95, 99)})
+
+
+def upper_bound(values: np.ndarray, n: int, share: float, confidence: float = 0.99) -> float | None:
+    """Upper confidence bound of the `share` quantile of `n` independent draws; `values` are the finite ones, ascending.
+
+    The value above which d draws lie is above the quantile unless at most d of n draws are: probability P(Binomial(n,
+    1 - share) <= d). The largest d for which that is at most 1 - confidence gives the bound. As in MLPerf's early
+    stopping, d is at least 1, so P90 needs 64 draws and P99 662. Draws that are not finite lie above all others.
+    Null with fewer draws, or where the bound is not finite.
+    """
+    miss = 1 - share
+    # The probability of d from that of d - 1, in logarithms: n may be millions.
+    most = int(n * miss)  # beyond its mean the probability is above a half
+    d = np.arange(1, most + 1)
+    steps = np.log((n - d + 1) / d * (miss / share)) if n else np.zeros(0)
+    below = np.cumsum(np.exp(np.concatenate(([n * math.log(share)], n * math.log(share) + np.cumsum(steps)))))
+    above = int(np.searchsorted(below, 1 - confidence, side="right")) - 1
+    place = n - 1 - above
+    return float(values[place]) if above >= 1 and place < len(values) else None
 
 
 def per_request(table: pl.DataFrame) -> pl.DataFrame:

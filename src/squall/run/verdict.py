@@ -7,10 +7,10 @@ are load, but no arrivals. A quantile is the order statistic below it, so that o
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import numpy as np
 import polars as pl
 
+from squall.run.attempt import Client
 from squall.run.table import Run
 
 LATENESS_P99 = 0.005
@@ -22,25 +22,6 @@ STALL_P999 = 0.010
 COLLECTION = 0.005
 CPU_SHARE = 0.8
 MOMENTS = ("scheduled", "sent", "first_byte", "first_token", "last_token", "done", "ended")
-
-
-class Client(msgspec.Struct, kw_only=True):
-    """What a sending process says of itself at its end."""
-
-    stall_p999: float
-    """Seconds by which its loop came late to a 10 ms heartbeat."""
-    collection: float
-    """Longest garbage collection, seconds."""
-    cpu: float
-    """CPU seconds used while the run lasted."""
-    wall: float
-    """Seconds that the run lasted."""
-    pacer_p99: float = 0.0
-    """Seconds from scheduled to released."""
-    connect_p99: float = 0.0
-    """Seconds from released to a connection in hand."""
-    write_p99: float = 0.0
-    """Seconds from there to the last byte of the request."""
 
 
 def judge(run: Run, clients: list[Client]) -> list[str]:
