@@ -250,10 +250,12 @@ def test_bad_values_of_optional_columns(tmp_path, column, value, sentence):
         read_trace(path, columns=f"{MAPPING},{column}=extra")
 
 
-def test_columns_are_for_csv_and_exclude_a_format(tmp_path):
+def test_columns_are_for_lines_and_exclude_a_format(tmp_path):
     path = _file(tmp_path, "t.jsonl", RAG[0])
-    with pytest.raises(InputError, match="CSV"):
+    with pytest.raises(InputError, match="no line has the field 'ts'"):
         read_trace(path, columns=MAPPING)
+    with pytest.raises(InputError, match="a CSV file or the fields of JSON lines, and this is neither"):
+        read_trace(_file(tmp_path, "t.json", f"[{RAG[0]}]"), columns=MAPPING)
     with pytest.raises(InputError, match="give one of them"):
         read_trace(path, "azure", MAPPING)
 

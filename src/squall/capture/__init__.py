@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from squall.capture.asked import Hasher
+from squall.capture.imported import import_log
 from squall.capture.record import Header, Recorder, finish, write_header
 from squall.capture.relay import Relay, Settings, make_client
 from squall.errors import InputError, SquallError
@@ -25,7 +26,7 @@ from squall.trace.table import SERVICES
 from squall.units import Duration, seconds
 from squall.verb import callable_room
 
-__all__ = ["capture", "finish"]
+__all__ = ["capture", "finish", "import_log"]
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -10,6 +10,7 @@ from squall.errors import InputError
 RELAY = Group("Relay", sort_key=10)
 RECORD = Group("Record", sort_key=20)
 LIMITS = Group("Limits", sort_key=30)
+IMPORT = Group("Import", sort_key=40)
 
 
 def capture(
@@ -31,6 +32,9 @@ def capture(
     max_connections: Annotated[int, Parameter(group=LIMITS)] = 10_000,
     rate_limit: Annotated[float | None, Parameter(group=LIMITS)] = None,
     finish: Annotated[str | None, Parameter(name="--finish")] = None,
+    log: Annotated[str | None, Parameter(name="--import", group=IMPORT)] = None,
+    format: Annotated[str | None, Parameter(name="--format", group=IMPORT)] = None,
+    columns: Annotated[str | None, Parameter(group=IMPORT)] = None,
     output: Output = Output(),
 ) -> int:
     """Record live traffic: a reverse proxy in front of an OpenAI-compatible server that keeps no content.
@@ -76,8 +80,15 @@ def capture(
         Requests/s that are let through; further ones get a 429. [default: all]
     finish
         Instead of capturing: close what a killed capture left in this folder, and write trace.parquet and run.parquet.
+    log
+        Instead of capturing: write what this log tells of past requests as trace.parquet and run.parquet in DIR. vLLM's
+        log, LiteLLM's, OpenTelemetry spans, or any access log with --columns.
+    format
+        The log's format, if it is not detected; for an access log nginx's log_format.
+    columns
+        What the fields of an access log or of JSON lines mean: ended=NAME,elapsed=NAME,request_tokens=NAME,...
     """
-    from squall.capture import Ready
+    from squall.capture import Ready, import_log
     from squall.capture import capture as run
     from squall.capture.record import finish as close
     from squall.capture.record import summary
@@ -86,7 +97,13 @@ def capture(
         if upstream is not None or out is not None:
             raise InputError("--finish DIR goes alone: it closes an earlier capture; leave --upstream and -o out.")
         result = close(finish)
+    elif log is not None:
+        if upstream is not None or out is None:
+            raise InputError("--import LOG goes with -o DIR, and without --upstream.")
+        result = import_log(log, out=out, format=format, columns=columns)
     else:
+        if format is not None or columns is not None:
+            raise InputError("--format and --columns say how to read the log of --import; give it or leave them out.")
         if upstream is None or out is None:
             raise InputError("a capture needs --upstream URL and -o DIR.")
 

@@ -22,9 +22,10 @@ def validate(
     trace
         A trace file, or - for standard input.
     format
-        burstgpt, azure, mooncake, ragpulse, conversations or squall; detected if not given.
+        burstgpt, azure, mooncake, ragpulse, conversations, vllm, litellm, opentelemetry or squall; detected if not
+        given. Beside --columns: the log_format of nginx's access log.
     columns
-        Columns of any CSV file: arrival=NAME,request_tokens=NAME,response_tokens=NAME,...
+        Columns of any CSV file, or fields of JSON lines or a log: arrival=NAME,request_tokens=NAME,...
     """
     from squall.trace import validate as run
 

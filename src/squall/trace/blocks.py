@@ -219,8 +219,8 @@ def opened_blocks(source: str | Path, format: str | None = None, columns: str | 
     if not head.strip():
         raise InputError(f"{source}: the file is empty.")
     form = form_of(source, head, format, columns)
-    if form.name == "conversations":
-        raise InputError(f"{source}: a list of conversations is read whole, and this one is larger than memory.")
+    if form.whole or (form.kind == "json" and head.lstrip()[:1] == b"["):
+        raise InputError(f"{source}: a {form.title} file is read whole, and this one is larger than memory.")
     return Blocks(source, form)
 
 

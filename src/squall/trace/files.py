@@ -16,7 +16,7 @@ import polars as pl
 from squall.errors import InputError
 from squall.files import replace_file
 from squall.progress import note, progress
-from squall.trace.formats import FORMATS, Finding, Format, Parsed, columns_format
+from squall.trace.formats import ANSWER, FORMATS, VLLM_LINE, Finding, Format, Parsed, columns_format, lines_format
 from squall.trace.join import joined
 from squall.trace.scaling import table_of
 from squall.trace.select import TraceOptions, select
@@ -75,13 +75,29 @@ def read_trace(source: str | Path, format: str | None = None, columns: str | Non
 
     Rows out of order are sorted (stable) with a note. Raises InputError for the first thing wrong with the file.
     """
+    data, form, parsed = _read(source, format, columns)
+    return _trace(source, data, form, parsed)
+
+
+def read_answered(
+    source: str | Path, format: str | None = None, columns: str | None = None
+) -> tuple[Trace, pl.DataFrame]:
+    """As `read_trace`, with what the file says of the answers: the columns of `formats.ANSWER`, row for row; null
+    where it says nothing."""
+    data, form, parsed = _read(source, format, columns)
+    rows = parsed.columns.sort("arrival", maintain_order=True)
+    missing = [pl.lit(None, kind).alias(name) for name, kind in ANSWER.items() if name not in rows.columns]
+    return _trace(source, data, form, parsed), rows.with_columns(missing).select(list(ANSWER))
+
+
+def _read(source: str | Path, format: str | None, columns: str | None) -> tuple[bytes, Format, Parsed]:
     data, form = _open(source, format, columns)
     with progress(f"Reading {Path(str(source)).name}"):
         parsed = _parse(source, data, form)
     for finding in parsed.findings:
         if finding.severity == "error":
             raise InputError(f"{source}: {where(finding)}: {finding.message}. `squall validate` lists all findings.")
-    return _trace(source, data, form, parsed)
+    return data, form, parsed
 
 
 def examine(source: str | Path, format: str | None = None, columns: str | None = None) -> tuple[Parsed, Format, bytes]:
@@ -100,13 +116,22 @@ def where(finding: Finding) -> str:
     return f"rows {shown}{', …' if finding.count > 3 else ''} ({finding.count:,} in all)"
 
 
-def _open(source: str | Path, format: str | None, columns: str | None = None) -> tuple[bytes, Format]:
-    if columns is not None and format is not None:
+def _check(format: str | None, columns: str | None) -> None:
+    """Raise InputError for what --format and --columns cannot be, before anything is read."""
+    if format is not None and "$" in format:
+        if columns is None:
+            raise InputError("--format with the variables of a log needs --columns, which says what they mean.")
+        columns_format(columns, format)
+    elif columns is not None and format is not None:
         raise InputError("--columns and --format both say how to read the file; give one of them.")
-    if columns is not None:
+    elif columns is not None:
         columns_format(columns)
-    if format is not None and format not in FORMATS:
+    elif format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
+
+
+def _open(source: str | Path, format: str | None, columns: str | None = None) -> tuple[bytes, Format]:
+    _check(format, columns)
     if str(source) == "-":
         data = sys.stdin.buffer.read()
     else:
@@ -173,15 +198,17 @@ def memory_free() -> int | None:
 
 def form_of(source: str | Path, data: bytes, format: str | None = None, columns: str | None = None) -> Format:
     """The format of a file by its first bytes, unless `format` or `columns` say it."""
-    if columns is not None and format is not None:
-        raise InputError("--columns and --format both say how to read the file; give one of them.")
-    if format is not None and format not in FORMATS:
-        raise InputError(f"--format {format}: no such format; known are {', '.join(FORMATS)}.")
+    _check(format, columns)
     if columns is not None:
-        mapped = columns_format(columns)
-        if data[:4] == b"PAR1" or data.lstrip()[:1] in (b"{", b"["):
-            raise InputError(f"{source}: --columns maps the columns of a CSV file, and this is none; leave it out.")
-        return mapped
+        first = data.lstrip()[:1]
+        if format is not None:
+            return columns_format(columns, format)
+        if data[:4] == b"PAR1" or first == b"[":
+            raise InputError(
+                f"{source}: --columns maps the columns of a CSV file or the fields of JSON lines, and this is neither; "
+                "leave it out."
+            )
+        return lines_format(columns) if first == b"{" else columns_format(columns)
     return _demand_columns(source, data, FORMATS[format]) if format else _detect(source, data)
 
 
@@ -189,8 +216,11 @@ def _detect(source: str | Path, data: bytes) -> Format:
     if data[:4] == b"PAR1":
         return FORMATS["squall"]
     line, names = _header(data)
+    head = data[:_HEAD]
     if line.startswith(("{", "[")):
-        return FORMATS[_json_format(line)]
+        return FORMATS[_json_format(line, head)]
+    if VLLM_LINE.search(head) or (b" HTTP/1." in head and b"INFO:  " in head):
+        return FORMATS["vllm"]
     for form in FORMATS.values():
         if form.kind == "csv" and set(form.required) <= names:
             return form
@@ -201,12 +231,22 @@ def _detect(source: str | Path, data: bytes) -> Format:
     if set(best.required) & names:
         return _demand_columns(source, data, best)
     titles = ", ".join(form.title for form in FORMATS.values())
-    mapping = " --columns maps the columns of any CSV file." if len(names) >= 3 else ""
+    mapping = " --columns maps the columns of any CSV file, with --format the fields of an access log."
+    mapping = mapping if len(names) >= 3 or " HTTP/" in line else ""
     raise InputError(f"{source}: not a trace format that squall knows ({titles}); it begins {line[:60]!r}.{mapping}")
 
 
-def _json_format(line: str) -> str:
-    """Which JSON format a file has, by its first line."""
+_HEAD = 1 << 18
+"""Bytes in which a log has its first request."""
+
+
+def _json_format(line: str, head: bytes) -> str:
+    """Which JSON format a file has, by its first line, or by the names in its first bytes where that is not whole."""
+    begin = head[:4096]
+    if b'"resourceSpans"' in begin:
+        return "opentelemetry"
+    if b'"startTime"' in begin and b'"call_type"' in begin:
+        return "litellm"
     try:
         first = msgspec.json.decode(line)
     except msgspec.DecodeError:

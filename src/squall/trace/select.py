@@ -23,9 +23,10 @@ class TraceOptions:
     """Filters and scaling, applied in the order of these fields."""
 
     format: str | None = None
-    """Format of the input (burstgpt, azure, mooncake, ragpulse, conversations, squall); detected if not given."""
+    """Format of the input (burstgpt, azure, mooncake, ragpulse, conversations, vllm, litellm, opentelemetry, squall);
+    detected if not given. Beside --columns: the log_format of nginx's access log ($remote_addr [$time_local] ...)."""
     columns: str | None = None
-    """Columns of any CSV file: arrival=NAME,request_tokens=NAME,response_tokens=NAME,..."""
+    """Columns of any CSV file, or fields of JSON lines or a log: arrival=NAME,request_tokens=NAME,..."""
     join: tuple[str, ...] = ()
     """A further part on the same clock, such as BurstGPT_2.csv after BurstGPT_1.csv; may be repeated."""
     ties: TieRule = "keep"

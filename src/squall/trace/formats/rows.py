@@ -57,11 +57,13 @@ class Format:
 
     name: str
     title: str
-    kind: Literal["csv", "json", "parquet"]
+    kind: Literal["csv", "json", "log", "parquet"]
     required: tuple[str, ...]
     parse: Callable[[bytes], Parsed]
     write: "Writer | None"
     """None: squall only reads it."""
+    whole: bool = False
+    """Whether its records hang together, so that it cannot be read block by block."""
 
 
 Writer = Callable[[Iterator[pl.DataFrame], Callable[[], TraceMeta], IO[bytes], bool], None]

@@ -1,4 +1,5 @@
-"""Times of day in text: ISO 8601 with up to 9 digits of fraction, with or without an offset from UTC."""
+"""Times of day in text: ISO 8601 with up to 9 digits of fraction, with or without an offset from UTC; and those of
+access logs (`26/Nov/2026:15:50:38 +0000`)."""
 
 from typing import Any
 
@@ -6,6 +7,7 @@ import polars as pl
 
 from squall.trace.formats.rows import Finding, finding_at, quote
 
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _OFFSET = r"\s*(?:Z|UTC|[+-]\d\d:?\d\d)$"
 
 
@@ -16,7 +18,7 @@ def wall_clock(text: pl.Series, name: str, findings: list[Finding]) -> tuple[pl.
     Times with different offsets are put on one clock; the wall clock is that of the earliest. What is no time becomes
     null and a finding for the column `name`.
     """
-    plain = text.str.replace("T", " ", literal=True).str.replace(_OFFSET, "")
+    plain = _as_iso(text).str.replace("T", " ", literal=True).str.replace(_OFFSET, "")
     stamp = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
     bad = stamp.is_null() & text.is_not_null() & (text != "")
     if bad.any():
@@ -36,6 +38,14 @@ def wall_clock(text: pl.Series, name: str, findings: list[Finding]) -> tuple[pl.
         "weekday": (3 + wall // (86400 * 10**9)) % 7,  # 1970-01-01 was a Thursday
     }
     return (utc - start).cast(pl.Float64) / 1e9, clocks
+
+
+def _as_iso(text: pl.Series) -> pl.Series:
+    """`26/Nov/2026:15:50:38 +0000` as `2026-11-26 15:50:38 +0000`; anything else as it is."""
+    if not text.str.contains("/", literal=True).any():
+        return text
+    dashed = text.str.replace(r"^(\d\d)/(\w{3})/(\d{4}):", "${3}-${2}-${1} ")
+    return dashed.str.replace_many([f"-{name}-" for name in _MONTHS], [f"-{n:02}-" for n in range(1, 13)])
 
 
 def _offset_of(text: pl.Series) -> pl.Series:
