@@ -232,12 +232,13 @@ def test_prefix_caching_agrees_with_the_oracle(workload, data):
 def agree_on_blocks(engines, setup, pool):
     """The free lists are in the same order, and the same blocks can be found."""
     for r, e in enumerate(engines):
-        order, b = [], pool.after[r, -1]
+        after = pool.block["after"][r]
+        order, b = [], after[-1]
         while b != setup.blocks:
             order.append(int(b))
-            b = pool.after[r, b]
+            b = after[b]
         assert order == list(e.cache.free)
-        found = {b for b in range(setup.blocks) if pool.key[r, b]}
+        found = {b for b in range(setup.blocks) if pool.block["place"][r, b]}
         assert found == {block for blocks in e.cache.found.values() for block in blocks}
 
 

@@ -6,7 +6,8 @@ before its beginning. Blocks are shared by counting references. Below the GPU th
 the hashes of what was evicted, least recently used out first; loading from it takes time on a link of given bandwidth.
 
 What tokens a block holds is known from the trace's hashes (`ids`), or from its sessions (`chain`: one number for
-requests whose prompts continue one another), or not at all (key 0, which is never found).
+requests whose prompts continue one another), or not at all (group 0, which is never found). Blocks are found through
+pages: what up to 32 neighbouring blocks of a prompt hold has one hash, their group; its page has a place for each.
 """
 
 from typing import Any, NamedTuple
@@ -14,15 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+NEVER: Any = np.int64(2**62)
 lean = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """For what only compiled functions call, and that allocates nothing: no counting of references to the arrays that are
 passed around (half of the time), no wrappers for Python (half of the compilation)."""
+
+inlined = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+"""The same, for what is called at every step and short, or called from one place."""
 
 POOL = np.dtype(
     [
         ("nodes", np.int64),  # of the block lists, used so far
         ("spare", np.int64),  # first of the given back; -1 if none
-        ("miss", np.uint64),  # the key that the stuck request lacked first
+        ("pages", np.int64),  # used so far
+        ("spare_page", np.int64),
+        ("miss", np.uint64),  # of the block that the stuck request lacked first
         ("stuck", np.int64),  # the request that did not fit at the head of the queue; -1
         ("wake", np.int64),  # blocks were freed, or `miss` was registered, since then
         ("host_used", np.int64),
@@ -37,17 +44,31 @@ POOL = np.dtype(
 )
 
 
+BLOCK = np.dtype(
+    [
+        ("reference", np.int32),  # how many sequences hold it
+        ("place", np.int32),  # where it can be found: 1 + PAGE * its page + its place there; 0 = nowhere
+        ("twin", np.int32),  # 1 + the next block with the same content, 0 = none
+        ("before", np.int32),  # the free list (with FIFO: all blocks in the order of their allocation)
+        ("after", np.int32),
+    ],
+    align=True,
+)
+
+NODE = np.dtype([("block", np.int32), ("before", np.int32)], align=True)
+PAGE = 32  # blocks
+
+
 class Pool(NamedTuple):
     """All replicas' blocks; the first axis is the replica. A list's sentinel is its last index."""
 
     state: np.ndarray  # POOL
-    reference: np.ndarray  # (, blocks) how many sequences hold the block
-    key: np.ndarray  # (, blocks) uint64; 0 = cannot be found
-    before: np.ndarray  # (, blocks + 1) the free list (with FIFO: all blocks in the order of their allocation)
-    after: np.ndarray
-    table: np.ndarray  # (, 2**k) open addressing with linear probing: block + 1, or 0
-    node_block: np.ndarray  # (, nodes) the block lists of the sequences, from their last block backwards
-    node_before: np.ndarray
+    block: np.ndarray  # (, blocks + 1) BLOCK
+    page_group: np.ndarray  # (, pages) uint64
+    page_count: np.ndarray  # (, pages) of its places in use; of a spare page: the next one, -1 if none
+    page_block: np.ndarray  # (, pages, PAGE) 1 + the block registered first, 0 = none
+    page_table: np.ndarray  # (, 2**k) open addressing with linear probing: page + 1, or 0
+    node: np.ndarray  # (, nodes) NODE: the block lists of the sequences, from their last block backwards
     host_key: np.ndarray  # (, host blocks) uint64
     host_before: np.ndarray  # (, host blocks + 1) least recently used first
     host_after: np.ndarray
@@ -73,20 +94,30 @@ def mixed(a: Any, b: Any) -> Any:
 
 
 @lean
-def block_key(pool: Pool, request: int, i: int, prompt: int) -> Any:
-    """What is in full block `i` of the request, all before it included; 0 if that is unknown."""
+def _group(pool: Pool, request: int, i: int, prompt: int) -> Any:
+    """The group of full block `i` of the request, which stands for all before it too (0: unknown), and before which
+    block it ends."""
     end = (i + 1) * pool.block_size
+    page = np.int64(i) // PAGE
+    until: Any = (page + 1) * PAGE
     if end <= min(pool.shared, prompt):
-        return mixed(np.uint64(1), np.uint64(i))
+        return mixed(np.uint64(1), np.uint64(page)), min(until, min(pool.shared, prompt) // pool.block_size)
     if pool.ids_start.size > 0:
-        if end > prompt:
-            return np.uint64(0)
-        at = pool.ids_start[request] + (end - 1) // pool.hash_tokens
-        if at >= pool.ids_start[request + 1]:
-            return np.uint64(0)
-        return mixed(np.uint64(pool.ids[at]), np.uint64(end) + np.uint64(1 << 40))
+        at = (end - 1) // pool.hash_tokens
+        if end > prompt or pool.ids_start[request] + at >= pool.ids_start[request + 1]:
+            return np.uint64(0), NEVER
+        until = min(until, (at + 1) * pool.hash_tokens // pool.block_size, prompt // pool.block_size)
+        return mixed(np.uint64(pool.ids[pool.ids_start[request] + at]), np.uint64(page) + np.uint64(1 << 40)), until
     chain = pool.chain[request]
-    return mixed(chain, np.uint64(i)) if chain else np.uint64(0)
+    if chain:
+        return mixed(chain, np.uint64(page)), until
+    return np.uint64(0), NEVER
+
+
+@lean
+def _content(group: Any, i: Any) -> Any:
+    """A number for what block `i` of the group holds."""
+    return group + (np.uint64(i % PAGE) << np.uint64(8))
 
 
 @lean
@@ -136,13 +167,30 @@ def _remove(table: np.ndarray, keys: np.ndarray, b: int) -> None:
 
 
 @lean
-def _unlink(before: np.ndarray, after: np.ndarray, b: int) -> None:
+def _unlink(block: np.ndarray, b: int) -> None:
+    it = block[b]
+    block[it.before].after = it.after
+    block[it.after].before = it.before
+
+
+@lean
+def _link_last(block: np.ndarray, b: int) -> None:
+    end = block.size - 1
+    it, ending = block[b], block[end]
+    it.before = ending.before
+    it.after = end
+    block[ending.before].after = b
+    ending.before = b
+
+
+@lean
+def _unlink_host(before: np.ndarray, after: np.ndarray, b: int) -> None:
     after[before[b]] = after[b]
     before[after[b]] = before[b]
 
 
 @lean
-def _link_last(before: np.ndarray, after: np.ndarray, b: int) -> None:
+def _link_last_host(before: np.ndarray, after: np.ndarray, b: int) -> None:
     end = before.size - 1
     last = before[end]
     after[last] = b
@@ -159,14 +207,17 @@ def clear(pool: Pool, r: int, blocks: int) -> None:
     me.spare = -1
     me.stuck = -1
     me.host_used = 0
-    pool.reference[r, :] = 0
-    pool.key[r, :] = np.uint64(0)
-    pool.table[r, :] = 0
+    me.pages = 0
+    me.spare_page = -1
+    pool.page_table[r, :] = 0
     pool.host_table[r, :] = 0
-    for before, after in ((pool.before[r], pool.after[r]), (pool.host_before[r], pool.host_after[r])):
-        before[-1] = after[-1] = before.size - 1
-    for b in range(blocks):
-        _link_last(pool.before[r], pool.after[r], b)
+    pool.host_before[r, -1] = pool.host_after[r, -1] = pool.host_before.shape[1] - 1
+    block = pool.block[r]
+    block[-1].before = block[-1].after = block.size - 1
+    for b in range(block.size):
+        block[b].reference = block[b].place = block[b].twin = 0
+        if b < blocks:
+            _link_last(block, b)
 
 
 @lean
@@ -179,38 +230,60 @@ def _to_host(pool: Pool, r: int, key: Any) -> None:
     keys, table, before, after = pool.host_key[r], pool.host_table[r], pool.host_before[r], pool.host_after[r]
     slot = _find(table, keys, key)
     if slot >= 0:
-        _unlink(before, after, slot)
+        _unlink_host(before, after, slot)
     else:
         if me.host_used < capacity:
             slot = me.host_used
             me.host_used += 1
         else:
             slot = np.int64(after[capacity])
-            _unlink(before, after, slot)
+            _unlink_host(before, after, slot)
             _remove(table, keys, slot)
         keys[slot] = key
         _insert(table, key, slot)
-    _link_last(before, after, slot)
+    _link_last_host(before, after, slot)
+
+
+@lean
+def _unregister(pool: Pool, r: int, b: int) -> None:
+    """Block `b` cannot be found any more; another one with the same content takes its place."""
+    it = pool.block[r, b]
+    page, at = (it.place - 1) // PAGE, (it.place - 1) % PAGE
+    places = pool.page_block[r, page]
+    if places[at] == b + 1:
+        places[at] = it.twin
+        if it.twin == 0:
+            pool.page_count[r, page] -= 1
+            if pool.page_count[r, page] == 0:
+                _remove(pool.page_table[r], pool.page_group[r], page)
+                pool.page_count[r, page] = pool.state[r].spare_page
+                pool.state[r].spare_page = page
+    else:
+        other = pool.block[r, places[at] - 1]
+        while other.twin != b + 1:
+            other = pool.block[r, other.twin - 1]
+        other.twin = it.twin
+    it.place = 0
 
 
 @lean
 def _pop(pool: Pool, r: int, me: Any) -> Any:
     """Allocate the next block to be used: eviction, if it could still have been found."""
-    before, after = pool.before[r], pool.after[r]
-    b = np.int64(after[after.size - 1])
+    block = pool.block[r]
+    b = np.int64(block[block.size - 1].after)
     if pool.fifo:
-        while pool.reference[r, b] > 0:
-            b = np.int64(after[b])
-    _unlink(before, after, b)
+        while block[b].reference > 0:
+            b = np.int64(block[b].after)
+    _unlink(block, b)
     if pool.fifo:
-        _link_last(before, after, b)
-    key = pool.key[r, b]
-    if key:
-        _remove(pool.table[r], pool.key[r], b)
+        _link_last(block, b)
+    it = block[b]
+    if it.place > 0:
+        if pool.host_key.shape[1] > 0:
+            _to_host(pool, r, _content(pool.page_group[r, (it.place - 1) // PAGE], (it.place - 1) % PAGE))
+        _unregister(pool, r, b)
         pool.state[r].evictions += 1
-        pool.key[r, b] = np.uint64(0)
-        _to_host(pool, r, key)
-    pool.reference[r, b] = 1
+    it.reference = 1
     me.free -= 1
     return b
 
@@ -221,64 +294,98 @@ def _hold(pool: Pool, r: int, sequence: Any, b: int) -> None:
     state = pool.state[r]
     if state.spare >= 0:
         node = state.spare
-        state.spare = pool.node_before[r, node]
+        state.spare = pool.node[r, node].before
     else:
         node = state.nodes
         state.nodes += 1
-    pool.node_block[r, node] = b
-    pool.node_before[r, node] = sequence.node
+    pool.node[r, node].block = b
+    pool.node[r, node].before = sequence.node
     sequence.node = node
     sequence.blocks += 1
 
 
 @lean
-def _register(pool: Pool, r: int, b: int, key: Any) -> None:
-    if key:
-        pool.key[r, b] = key
-        _insert(pool.table[r], key, b)
-        if key == pool.state[r].miss:
-            pool.state[r].wake = 1
+def _register(pool: Pool, r: int, b: int, group: Any, i: Any) -> None:
+    """Block `b` can be found as block `i` of the group."""
+    if group == 0:
+        return
+    state = pool.state[r]
+    page = _find(pool.page_table[r], pool.page_group[r], group)
+    if page < 0:
+        if state.spare_page >= 0:
+            page = state.spare_page
+            state.spare_page = pool.page_count[r, page]
+        else:
+            page = state.pages
+            state.pages += 1
+            pool.page_block[r, page, :] = 0
+        pool.page_group[r, page] = group
+        pool.page_count[r, page] = 0
+        _insert(pool.page_table[r], group, page)
+    at = i % PAGE
+    it = pool.block[r, b]
+    it.place = 1 + page * PAGE + at
+    it.twin = 0
+    first = pool.page_block[r, page, at]
+    if first == 0:
+        pool.page_block[r, page, at] = b + 1
+        pool.page_count[r, page] += 1
+    else:
+        other = pool.block[r, first - 1]
+        while other.twin > 0:
+            other = pool.block[r, other.twin - 1]
+        other.twin = b + 1
+    if _content(group, i) == state.miss:
+        state.wake = 1
 
 
 @lean
 def grow(pool: Pool, r: int, me: Any, sequence: Any, request: int, count: int, known: int) -> None:
     """Give the sequence `count` more blocks; what is now full of its first `known` tokens can be found from now on."""
-    bs = pool.block_size
-    full = min(sequence.computed, known) // bs
+    full = min(sequence.computed, known) // pool.block_size
     held = sequence.blocks
+    group, until = np.uint64(0), np.int64(0)
     for i in range(sequence.registered, min(held, full)):
         node = sequence.node
         for _ in range(held - 1 - i):
-            node = pool.node_before[r, node]
-        _register(pool, r, pool.node_block[r, node], block_key(pool, request, i, sequence.prompt))
+            node = pool.node[r, node].before
+        if i >= until:
+            group, until = _group(pool, request, i, sequence.prompt)
+        _register(pool, r, pool.node[r, node].block, group, i)
     for i in range(held, held + count):
         b = _pop(pool, r, me)
         _hold(pool, r, sequence, b)
         if i < full:
-            _register(pool, r, b, block_key(pool, request, i, sequence.prompt))
+            if i >= until:
+                group, until = _group(pool, request, i, sequence.prompt)
+            _register(pool, r, b, group, i)
     sequence.registered = max(sequence.registered, full)
 
 
 @lean
 def longest_hit(pool: Pool, r: int, request: int, prompt: int, most: int) -> Any:
     """Blocks at the beginning of the request that are found: on the GPU, of these not in use, then on the host; and
-    the first key that is not found."""
+    the content of the first one that is not found."""
     hits = 0
     idle: Any = 0
     miss = np.uint64(0)
+    group, until, page = np.uint64(0), np.int64(0), np.int64(-1)
     while hits < most:
-        miss = block_key(pool, request, hits, prompt)
-        b = _find(pool.table[r], pool.key[r], miss) if miss else np.int64(-1)
+        if hits >= until:
+            group, until = _group(pool, request, hits, prompt)
+            page = _find(pool.page_table[r], pool.page_group[r], group) if group else np.int64(-1)
+        b = np.int64(pool.page_block[r, page, hits % PAGE]) - 1 if page >= 0 else np.int64(-1)
         if b < 0:
+            if group:
+                miss = _content(group, hits)
             break
-        miss = np.uint64(0)
-        idle += pool.reference[r, b] == 0
+        idle += pool.block[r, b].reference == 0
         hits += 1
     host = 0
     if pool.host_key.shape[1] > 0:
         while hits + host < most:
-            key = block_key(pool, request, hits + host, prompt)
-            if not key or _find(pool.host_table[r], pool.host_key[r], key) < 0:
+            group, until = _group(pool, request, hits + host, prompt)
+            if not group or _find(pool.host_table[r], pool.host_key[r], _content(group, hits + host)) < 0:
                 break
             host += 1
     return hits, idle, host, miss
@@ -294,23 +401,29 @@ def find_hits(pool: Pool, r: int, request: int, prompt: int) -> Any:
 @lean
 def take_hits(pool: Pool, r: int, me: Any, sequence: Any, request: int, hits: int, host: int) -> None:
     """Give the sequence the blocks that longest_hit found, those of the host copied into new ones."""
+    block = pool.block[r]
+    group, until, page = np.uint64(0), np.int64(0), np.int64(-1)
     for i in range(hits):
-        b = _find(pool.table[r], pool.key[r], block_key(pool, request, i, sequence.prompt))
-        if pool.reference[r, b] == 0:
+        if i >= until:
+            group, until = _group(pool, request, i, sequence.prompt)
+            page = _find(pool.page_table[r], pool.page_group[r], group)
+        b = np.int64(pool.page_block[r, page, i % PAGE]) - 1
+        it = block[b]
+        if it.reference == 0:
             me.free -= 1
             if not pool.fifo:
-                _unlink(pool.before[r], pool.after[r], b)
-        pool.reference[r, b] += 1
+                _unlink(block, b)
+        it.reference += 1
         _hold(pool, r, sequence, b)
     for i in range(hits, hits + host):
-        key = block_key(pool, request, i, sequence.prompt)
-        slot = _find(pool.host_table[r], pool.host_key[r], key)
+        group, until = _group(pool, request, i, sequence.prompt)
+        slot = _find(pool.host_table[r], pool.host_key[r], _content(group, i))
         if slot >= 0:  # else it was displaced by what made room for those before it
-            _unlink(pool.host_before[r], pool.host_after[r], slot)
-            _link_last(pool.host_before[r], pool.host_after[r], slot)
+            _unlink_host(pool.host_before[r], pool.host_after[r], slot)
+            _link_last_host(pool.host_before[r], pool.host_after[r], slot)
         b = _pop(pool, r, me)
         _hold(pool, r, sequence, b)
-        _register(pool, r, b, key)
+        _register(pool, r, b, group, i)
     sequence.registered = hits + host
     pool.state[r].hits += hits
     pool.state[r].host_hits += host
@@ -320,16 +433,17 @@ def take_hits(pool: Pool, r: int, me: Any, sequence: Any, request: int, hits: in
 def give_back(pool: Pool, r: int, me: Any, node: Any) -> None:
     """Nobody needs the blocks of the list any more that ends at `node`: the last one first; what is full stays
     findable."""
-    state = pool.state[r]
+    state, block = pool.state[r], pool.block[r]
     while node >= 0:
-        b = pool.node_block[r, node]
-        pool.reference[r, b] -= 1
-        if pool.reference[r, b] == 0:
+        at = pool.node[r, node]
+        it = block[at.block]
+        it.reference -= 1
+        if it.reference == 0:
             me.free += 1
             if not pool.fifo:
-                _link_last(pool.before[r], pool.after[r], b)
-        following = np.int64(pool.node_before[r, node])
-        pool.node_before[r, node] = state.spare
+                _link_last(block, at.block)
+        following = np.int64(at.before)
+        at.before = state.spare
         state.spare = node
         node = following
     state.wake = 1
@@ -349,32 +463,46 @@ def register_prompt(pool: Pool, r: int, request: int, prompt: int, node: Any) ->
     """A prompt computed elsewhere has arrived in the blocks of the list that ends at `node`: it can be found now."""
     i = (prompt + pool.block_size - 1) // pool.block_size - 1
     while node >= 0:
-        b = pool.node_block[r, node]
-        if (i + 1) * pool.block_size <= prompt and pool.key[r, b] == 0:
-            _register(pool, r, b, block_key(pool, request, i, prompt))
-        node = np.int64(pool.node_before[r, node])
+        b = pool.node[r, node].block
+        if (i + 1) * pool.block_size <= prompt and pool.block[r, b].place == 0:
+            _register(pool, r, b, _group(pool, request, i, prompt)[0], i)
+        node = np.int64(pool.node[r, node].before)
         i -= 1
 
 
 @lean
 def holds_invariants(pool: Pool, r: int, blocks: int, free: int) -> bool:
-    """Whether free blocks and references agree, and the table finds exactly what has a key (debug builds)."""
+    """Whether free blocks and references agree, and the pages find exactly what has a place (debug builds)."""
+    block = pool.block[r]
     unused: Any = 0
     findable: Any = 0
     listed: Any = 0
     for b in range(blocks):
-        unused += pool.reference[r, b] == 0
-        if pool.key[r, b]:
+        it = block[b]
+        unused += it.reference == 0
+        if it.place > 0:
             findable += 1
-            if _find(pool.table[r], pool.key[r], pool.key[r, b]) < 0:
+            page = (it.place - 1) // PAGE
+            if _find(pool.page_table[r], pool.page_group[r], pool.page_group[r, page]) != page:
                 return False
-    for slot in range(pool.table.shape[1]):
-        listed += pool.table[r, slot] != 0
-    linked = 0
-    at: Any = np.int64(pool.after[r, -1])
-    while at != pool.after.shape[1] - 1:
-        linked += 1
-        if not pool.fifo and pool.reference[r, at] > 0:
+    for slot in range(pool.page_table.shape[1]):
+        page = np.int64(pool.page_table[r, slot]) - 1
+        if page < 0:
+            continue
+        used = 0
+        for at in range(PAGE):
+            here: Any = np.int64(pool.page_block[r, page, at]) - 1
+            used += here >= 0
+            while here >= 0:
+                listed += block[here].place == 1 + page * PAGE + at
+                here = np.int64(block[here].twin) - 1
+        if used != pool.page_count[r, page]:
             return False
-        at = np.int64(pool.after[r, at])
+    linked = 0
+    free_block: Any = np.int64(block[block.size - 1].after)
+    while free_block != block.size - 1:
+        linked += 1
+        if not pool.fifo and block[free_block].reference > 0:
+            return False
+        free_block = np.int64(block[free_block].after)
     return unused == free and findable == listed and linked == (blocks if pool.fifo else free)

@@ -30,6 +30,9 @@ later got its first."""
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
 
+# Requests that cannot be simulated, without a prompt or without a known response length, as states of attempts.
+_NO_PROMPT, _RECORDED_FAILURE = kernel.RESET + 1, kernel.RESET + 2
+
 # state of an attempt -> status, reason, http_status, message
 _WORDS = {
     kernel.OK: ("ok", None, 200, None),
@@ -43,6 +46,8 @@ _WORDS = {
         400,
         "prompt and response exceed max_model_len or the whole KV cache",
     ),
+    _NO_PROMPT: ("cancelled", "no_prompt", None, None),
+    _RECORDED_FAILURE: ("cancelled", "recorded_failure", None, None),
 }
 
 
@@ -58,7 +63,7 @@ class Outcome(msgspec.Struct, frozen=True):
     pool: Pool | None
     """blocks.Pool as it ended, with prefix caching."""
     token_start: np.ndarray
-    """(attempts,) where the tokens of an attempt's request begin in `token_ticks`."""
+    """(attempts,) where the tokens of an attempt's request begin in `token_ticks`; empty if these are."""
     events: np.ndarray
     """kernel.EVENT, in time order; empty unless asked for."""
     steps: np.ndarray
@@ -94,12 +99,15 @@ def run_requests(
     replicas, costs, points = cluster.machines()
     sent = np.rint(arrival * TICKS).astype(np.int64)
     # The engines see a request after its ingestion, which may take longer for a longer prompt.
-    order = np.argsort(sent + limits.ingest_per_token * prompt.astype(np.int64), kind="stable")
-    ends = np.cumsum(output[order], dtype=np.int64)
-    start = ends - output[order]
+    seen = sent + limits.ingest_per_token * prompt.astype(np.int64)
+    order = np.arange(len(sent)) if (seen[1:] >= seen[:-1]).all() else np.argsort(seen, kind="stable")
+    start, tokens = np.empty(0, np.int64), 0
+    if int(output.sum(dtype=np.int64)) <= token_times:
+        ends = np.cumsum(output[order], dtype=np.int64)
+        start, tokens = ends - output[order], int(ends[-1])
     chosen = cluster.choices
     pool, queue, affinity = None, None, np.empty(0, np.uint64)
-    if chosen.scheduler != "fcfs" or chosen.prefix_caching or chosen.router == "session-affinity":
+    if _looks_at_requests(cluster):
         generated = output[order].astype(np.int64)
         asked = _described(arrival, prompt, output, asked)[order]
         queue = queue_for(chosen, asked, generated, limits.replicas, seed)
@@ -127,7 +135,7 @@ def run_requests(
         chosen.outages(limits.replicas, float(arrival[-1]), seed),
         _kernel_seeds(seed),
         start,
-        int(ends[-1]) if ends[-1] <= token_times else 0,
+        tokens,
         TICKS // 64,
         events,
         steps,
@@ -139,18 +147,25 @@ def run_requests(
             f"request {order[attempts['request'][livelock - 1]]} was preempted over {kernel.LIVELOCK:,} times without"
             " progress; this cluster cannot serve it beside the others: give it more --kv-blocks."
         )
-    event_log = event_log[np.argsort(event_log["time"], kind="stable")]
+    if events:
+        event_log = event_log[np.argsort(event_log["time"], kind="stable")]
     stuck = int((attempts["state"] < kernel.OK).sum())
     if stuck:
         raise SquallError(
             f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall,"
             " please report it."
         )
-    token_start = start[attempts["request"]]
+    token_start = start[attempts["request"]] if tokens else start
     attempts["request"] = order[attempts["request"]]
     return Outcome(
         attempts, replicas, samples, int(width), int(end), token_ticks, pool, token_start, event_log, step_log
     )
+
+
+def _looks_at_requests(cluster: Cluster) -> bool:
+    """Whether anything hangs on more than the times and lengths of the requests."""
+    chosen = cluster.choices
+    return chosen.scheduler != "fcfs" or chosen.prefix_caching or chosen.router == "session-affinity"
 
 
 def _described(arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, asked: pl.DataFrame | None) -> pl.DataFrame:
@@ -193,14 +208,12 @@ def run_trace(
         token_times=TOKEN_TIMES if token_times is None else int(token_times) * 2**62,
         events=logs,
         steps=logs,
-        asked=trace.table if len(rows) == len(trace) else trace.table[rows],
+        asked=trace.table[rows] if _looks_at_requests(cluster) else None,
         hash_tokens=trace.meta.block_size,
     )
     if observe is not None:
         observe(outcome, rows)
-    left_out = trace.table.with_row_index("request").filter(
-        (pl.col("request_tokens") <= 0) | (pl.col("response_tokens") <= 0)
-    )
+    left_out = np.flatnonzero((prompt <= 0) | (output <= 0))
     totals = _totals(outcome, cluster)
     meta = RunMeta(
         kind="simulation",
@@ -211,14 +224,9 @@ def run_trace(
         offered=len(trace),
         seed=seed,
         version=__version__,
-        notes=[*_notes(cluster, outcome, totals, left_out), *remarks],
+        notes=[*_notes(cluster, outcome, totals, prompt[left_out]), *remarks],
     )
-    table = _attempts(trace.table, rows, outcome, cluster)
-    if len(left_out) or len(table) > len(rows):
-        table = pl.concat([table, _left_out(left_out)], how="diagonal_relaxed")
-    if not table["request"].is_sorted() or table["request"].n_unique() < len(table):
-        table = table.sort("request", "attempt")
-    return Run.of(table, meta, _series(outcome, cluster))
+    return Run.of(_attempts(trace.table, rows, left_out, outcome, cluster), meta, _series(outcome, cluster))
 
 
 def _kernel_seeds(seed: int) -> np.ndarray:
@@ -228,54 +236,83 @@ def _kernel_seeds(seed: int) -> np.ndarray:
     )
 
 
-def _attempts(requests: pl.DataFrame, rows: np.ndarray, outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
-    """The rows of all attempts that were sent."""
+def _attempts(
+    requests: pl.DataFrame, rows: np.ndarray, left_out: np.ndarray, outcome: Outcome, cluster: Cluster
+) -> pl.DataFrame:
+    """All attempts, and the requests that were left out, in the order of the requests.
+
+    Column by column, each put in its place when it is made: a run of ten million requests is most of the memory.
+    """
     it, edge = outcome.attempts, cluster.step_time.a2
-    request = rows[it["request"]]
-    first_ones = len(it) == len(requests) and bool((request == np.arange(len(it))).all())
-    asked = requests.select("arrival", "service", "model", "failed")
-    asked = asked if first_ones else asked[request]
-    state = it["state"]
-    status, reason, code, message = _outcomes(state)
-    first = _when(it["first"], edge)
-    ended = pl.Series(it["ended"] / TICKS)
+    request = np.concatenate([rows[it["request"]], left_out])
+    place = None
+    if not (request[1:] > request[:-1]).all():
+        place = np.argsort(request, kind="stable")  # the retries of a request stand in their order
+        request = request[place]
+    once = len(request) == len(requests)
+
+    def placed(values: np.ndarray, otherwise: Any) -> np.ndarray:
+        if len(left_out):
+            rest = np.broadcast_to(np.asarray(otherwise, values.dtype), (len(left_out),))
+            values = np.concatenate([values, rest])
+        return values if place is None else values[place]
+
+    asked = requests.select("arrival", "service", "model", "failed", "request_tokens")
+    asked = asked if once else asked[request]
+    no_prompt = requests["request_tokens"].to_numpy()[left_out] <= 0
+    state = placed(it["state"], np.where(no_prompt, _NO_PROMPT, _RECORDED_FAILURE))
+    unsent = pl.Series(state >= _NO_PROMPT)
+
+    def known(name: str) -> pl.Series:
+        values = pl.Series(np.ascontiguousarray(placed(it[name], 0)))
+        return values.set(unsent, None) if len(left_out) else values
+
+    number = placed(it["number"], 1).astype(np.int32)
     sent = asked["arrival"]
-    if not first_ones:
-        sent = pl.Series(np.where(it["number"] == 1, sent.to_numpy(), it["sent"] / TICKS))
-    replica = pl.Series(it["replica"])
+    if not once:
+        sent = pl.Series(np.where(number == 1, sent.to_numpy(), placed(it["sent"], 0) / TICKS))
+    arrival = requests["arrival"].to_numpy()[left_out]
+    ended = pl.Series(placed(it["ended"] / TICKS, arrival))
+    first = _when(placed(it["first"], -1), edge)
+    status, reason, code, message = _outcomes(state)
+    prompt = known("prompt")
     return pl.DataFrame(
         {
             "request": request.astype(np.int64, copy=False),
-            "attempt": it["number"].astype(np.int32),
+            "attempt": number,
             "scheduled": asked["arrival"],
-            "sent": sent,
+            "sent": sent.set(unsent, None) if len(left_out) else sent,
             "first_byte": first,
             "first_token": first,
-            "last_token": _when(it["last"], edge),
+            "last_token": _when(placed(it["last"], -1), edge),
             "done": ended.set(pl.Series(state != kernel.OK), None),
             "ended": ended,
             "status": status,
             "reason": reason,
             "http_status": code,
             "message": message,
-            "request_tokens": it["prompt"],
-            "response_tokens": it["generated"],
-            "asked_request_tokens": it["prompt"],
-            "asked_response_tokens": it["output"],
-            "token_source": pl.repeat("server", len(it), dtype=pl.Enum(TOKEN_SOURCES), eager=True),
-            "chunks": _chunks(outcome),
-            "replica": replica.set(replica < 0, None),
-            "preemptions": it["preemptions"],
-            "cached_tokens": it["cached"] if outcome.pool is not None else _nulls(len(it), pl.Int32),
+            "request_tokens": prompt,
+            "response_tokens": known("generated"),
+            "asked_request_tokens": asked["request_tokens"] if len(left_out) else prompt,
+            "asked_response_tokens": known("output"),
+            "token_source": _constant("server", pl.Enum(TOKEN_SOURCES), len(request)).set(unsent, None),
+            "replica": _where_positive(placed(it["replica"], -1)),
+            "preemptions": known("preemptions"),
             "service": asked["service"],
             "model": asked["model"],
             "failed": asked["failed"],
         }
+        | ({"cached_tokens": known("cached")} if outcome.pool is not None else {})
+        | ({"chunks": _chunks(outcome, len(left_out), place)} if outcome.token_ticks.size else {})
     )
 
 
-def _nulls(count: int, dtype: Any) -> pl.Series:
-    return pl.Series([None], dtype=dtype).new_from_index(0, count)
+def _constant(value: str, dtype: Any, count: int) -> pl.Series:
+    return pl.Series([value], dtype=dtype).new_from_index(0, count)
+
+
+def _where_positive(values: np.ndarray) -> pl.Series:
+    return pl.Series(np.ascontiguousarray(values)).set(pl.Series(values < 0), None)
 
 
 def _outcomes(state: np.ndarray) -> tuple[pl.Series, pl.Series, pl.Series, pl.Series]:
@@ -296,11 +333,9 @@ def _when(ticks: np.ndarray, edge: float) -> pl.Series:
     return pl.Series(np.where(ticks >= 0, ticks / TICKS + edge, np.nan), nan_to_null=True)
 
 
-def _chunks(outcome: Outcome) -> pl.Series:
+def _chunks(outcome: Outcome, left_out: int, place: np.ndarray | None) -> pl.Series:
     """Seconds from the first token to each, for the attempts that succeeded (the last ones of their requests)."""
     it = outcome.attempts
-    if not outcome.token_ticks.size:
-        return _nulls(len(it), pl.List(pl.Float64))
     tokens = np.where(it["state"] == kernel.OK, it["generated"], 0).astype(np.int64)
     begins = np.repeat(outcome.token_start, tokens)
     within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
@@ -310,28 +345,9 @@ def _chunks(outcome: Outcome) -> pl.Series:
         .group_by("attempt", maintain_order=True)
         .agg("chunks")
     )
-    return pl.DataFrame({"attempt": np.arange(len(it))}).join(lists, on="attempt", how="left", maintain_order="left")[
-        "chunks"
-    ]
-
-
-def _left_out(requests: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the requests that cannot be simulated: without a prompt, or without a known response length."""
-    return requests.select(
-        pl.col("request").cast(pl.Int64),
-        pl.lit(1, pl.Int32).alias("attempt"),
-        pl.col("arrival").alias("scheduled"),
-        pl.col("arrival").alias("ended"),
-        pl.lit("cancelled").alias("status"),
-        pl.when(pl.col("request_tokens") <= 0)
-        .then(pl.lit("no_prompt"))
-        .otherwise(pl.lit("recorded_failure"))
-        .alias("reason"),
-        pl.col("request_tokens").alias("asked_request_tokens"),
-        "service",
-        "model",
-        "failed",
-    )
+    rows = np.arange(len(it) + left_out)
+    wanted = pl.DataFrame({"attempt": rows if place is None else rows[place]})
+    return wanted.join(lists, on="attempt", how="left", maintain_order="left")["chunks"]
 
 
 def _series(outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
@@ -411,7 +427,8 @@ def overtaken_for(attempts: np.ndarray) -> np.ndarray:
     return waited
 
 
-def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out: pl.DataFrame) -> list[str]:
+def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out: np.ndarray) -> list[str]:
+    """`left_out` are the prompt lengths of the requests that were."""
     notes = []
     if cluster.kv_blocks_from.startswith("estimated"):
         notes.append(
@@ -427,7 +444,7 @@ def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out:
     notes.append("Responses have the recorded length and end as if max_tokens had been set to it.")
     if cluster.model.experts:
         notes.append("Mixture-of-experts step times assume uniform routing and were not validated.")
-    no_prompt = int((left_out["request_tokens"] <= 0).sum())
+    no_prompt = int((left_out <= 0).sum())
     if no_prompt:
         notes.append(f"{no_prompt:,} requests without a prompt were not sent (cancelled, no_prompt).")
     if len(left_out) > no_prompt:

@@ -35,6 +35,7 @@ from squall.simulate.blocks import (
     give_back,
     grow,
     holds_invariants,
+    inlined,
     lean,
     longest_hit,
     register_prompt,
@@ -346,7 +347,7 @@ def _between(points: np.ndarray, tokens: float) -> float:
     return max(0.0, points[at - 1, 1] + rise * (tokens - points[at - 1, 0]))
 
 
-@lean
+@inlined
 def _gemm_seconds(cost: StepCost, tokens: float, sequences: float) -> float:
     """The part of a step that all its tokens pass together."""
     if cost.points.shape[0] > 0:
@@ -367,12 +368,12 @@ def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: floa
     return _gemm_seconds(cost, tokens, sequences) + attention
 
 
-@lean
+@inlined
 def _ticks(seconds: float) -> Any:
     return np.int64(np.rint(seconds * TICKS))
 
 
-@lean
+@inlined
 def _blocks(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
@@ -388,13 +389,13 @@ def _random(state: np.ndarray) -> Any:
     return np.float64(z >> np.uint64(11)) * 2.0**-53
 
 
-@lean
+@inlined
 def _seen(limits: Limits, sent: Any, prompt: int) -> Any:
     """When the cluster sees a request that is sent at `sent`."""
     return sent + limits.ingest + limits.ingest_per_token * prompt
 
 
-@lean
+@inlined
 def _log(engines: Engines, now: Any, kind: int, attempt: int, replica: int) -> None:
     if engines.events.size > 0:
         it = engines.events[engines.shared.counters[LOGGED]]
@@ -455,7 +456,7 @@ def _pop(engines: Engines) -> None:
         i = child
 
 
-@lean
+@inlined
 def _set_end(engines: Engines, r: int, end: Any) -> None:
     ends = engines.shared.ends
     i = ends.size // 2 + r
@@ -465,7 +466,7 @@ def _set_end(engines: Engines, r: int, end: Any) -> None:
         ends[i] = min(ends[2 * i], ends[2 * i + 1])
 
 
-@lean
+@inlined
 def _account(engines: Engines, r: int, now: Any) -> None:
     """Add the state that held since the last call to the samples."""
     me = engines.state[r]
@@ -485,7 +486,7 @@ def _account(engines: Engines, r: int, now: Any) -> None:
         start = end
 
 
-@lean
+@inlined
 def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
     """Merge neighbouring samples until `now` lies in the last one or before."""
     while now >= width[0] * SAMPLES:
@@ -584,14 +585,14 @@ def _let_go(engines: Engines, attempts: np.ndarray, a: int, pool: Any, limits: L
     it.computed = 0
 
 
-@lean
+@inlined
 def _write_back(attempts: np.ndarray, sequence: Any) -> None:
     it = attempts[sequence.attempt]
     it.generated = sequence.generated
     it.last = sequence.last
 
 
-@lean
+@inlined
 def _free_blocks(engines: Engines, r: int, pool: Any, sequence: Any) -> None:
     me = engines.state[r]
     if pool is None:
@@ -666,19 +667,19 @@ def _preempt(
 # Steady sequences
 
 
-@lean
+@inlined
 def _first_need(s: Any, final: Any, block_size: int) -> Any:
     """The remainder of the steps in which a steady sequence needs a block."""
     return (final - (s.prompt + s.output - 2)) % block_size
 
 
-@lean
+@inlined
 def _steady_tokens(s: Any, final: Any, received: Any) -> Any:
     """How many tokens a steady sequence has when step `received` was the last one received."""
     return max(np.int64(s.generated), s.output - (final - received))
 
 
-@lean
+@inlined
 def _leaves_with(me: Any, s: Any, final: Any, block_size: int) -> None:
     """Take the steady sequence into account of who ends first."""
     if final < me.final:
@@ -690,7 +691,7 @@ def _leaves_with(me: Any, s: Any, final: Any, block_size: int) -> None:
         me.leaving_need += (s.prompt + s.output - 1) % block_size == 0
 
 
-@lean
+@inlined
 def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
     """Whoever got its prompt computed, or its next token, in the step just composed goes on like that by itself."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
@@ -715,7 +716,7 @@ def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
     me.young = young
 
 
-@lean
+@inlined
 def _forget(engines: Engines, r: int, s: Any, final: Any, limits: Limits) -> None:
     me = engines.state[r]
     me.steady -= 1
@@ -748,7 +749,7 @@ def _write_out(engines: Engines, r: int, limits: Limits, composing: bool) -> Non
     me.young = 0
 
 
-@lean
+@inlined
 def _blocks_taken(engines: Engines, r: int, limits: Limits, steps: Any) -> Any:
     """How many blocks the steady sequences take in the next `steps` steps to be composed."""
     size = np.int64(limits.block_size)
@@ -760,7 +761,7 @@ def _blocks_taken(engines: Engines, r: int, limits: Limits, steps: Any) -> Any:
     return taken
 
 
-@lean
+@inlined
 def _steps_with_blocks(engines: Engines, r: int, limits: Limits) -> Any:
     """For how many steps to be composed the free blocks suffice, at most a round more than that takes all."""
     size = np.int64(limits.block_size)
@@ -777,7 +778,7 @@ def _steps_with_blocks(engines: Engines, r: int, limits: Limits) -> Any:
     return steps
 
 
-@lean
+@inlined
 def _serve_steady(engines: Engines, r: int, limits: Limits) -> bool:
     """Schedule the steady sequences all at once; returns False, and does nothing, if anybody would fall short."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
@@ -1067,14 +1068,14 @@ def _admit(
         _log(engines, now, ADMIT, a, r)
 
 
-@lean
+@inlined
 def _duration(cost: Any, gpu: Any, size: int, asynchronous: int) -> Any:
     """Ticks of a step whose GPU work takes `gpu` ticks."""
     host = _ticks(cost.host + cost.host_per_sequence * size)
     return max(gpu, host) + _ticks(cost.gap) if asynchronous else gpu + host
 
 
-@lean
+@inlined
 def _price(engines: Engines, r: int, limits: Limits) -> None:
     """How long the composed step takes."""
     me = engines.state[r]
@@ -1193,7 +1194,7 @@ def _compose(
 # Windows of decode steps
 
 
-@lean
+@inlined
 def _window_end(me: Any, i: Any) -> Any:
     """The end of the i-th step of the window, from 1."""
     return me.first_end + (i - 1) * me.second + me.slope * ((i - 1) * (i - 2) // 2)
@@ -1212,7 +1213,7 @@ def _steps_before(me: Any, now: Any) -> Any:
     return low
 
 
-@lean
+@inlined
 def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
     """After a step was started: enter as many as possible of those that must follow it.
 
@@ -1369,7 +1370,7 @@ def _interrupt(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue:
 # Steps begin and end
 
 
-@lean
+@inlined
 def _finish(engines: Engines, r: int, attempts: np.ndarray, queue: Any, limits: Limits, a: int, now: Any) -> None:
     it = attempts[a]
     it.state = OK
@@ -1621,7 +1622,7 @@ def _wake(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any,
 # The cluster
 
 
-@lean
+@inlined
 def _load(engines: Engines, r: int, limits: Limits, by_blocks: bool) -> Any:
     """What the router knows of replica `r`: its requests, or its used blocks."""
     if limits.scrape > 0:
@@ -1650,7 +1651,7 @@ def _look(engines: Engines, limits: Limits, now: Any) -> None:
                         engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
 
 
-@lean
+@inlined
 def _can_take(engines: Engines, r: int, limits: Limits, prompt: int, output: int) -> bool:
     """Whether a request could ever run on replica `r`."""
     me = engines.state[r]
@@ -1658,7 +1659,7 @@ def _can_take(engines: Engines, r: int, limits: Limits, prompt: int, output: int
     return tokens <= me.blocks * limits.block_size
 
 
-@lean
+@inlined
 def _fits(engines: Engines, limits: Limits, prompt: int, output: int) -> bool:
     """Whether a request could ever run in the cluster."""
     total = np.int64(prompt) + output
@@ -1672,7 +1673,7 @@ def _fits(engines: Engines, limits: Limits, prompt: int, output: int) -> bool:
     return enters and runs
 
 
-@lean
+@inlined
 def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.ndarray) -> Any:
     """The replica for attempt `it`, among those that are ready and large enough; -1 if there is none."""
     state, shared = engines.state, engines.shared
@@ -2002,7 +2003,7 @@ def _change_role(
         _wake(engines, chosen, attempts, pool, queue, limits, now)
 
 
-@lean
+@inlined
 def _needs_room(engines: Engines) -> bool:
     """Whether one more event could overrun the heap or a log."""
     counters = engines.shared.counters

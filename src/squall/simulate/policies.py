@@ -16,7 +16,7 @@ import polars as pl
 from squall.errors import InputError
 from squall.seeds import stream
 from squall.simulate import kernel
-from squall.simulate.blocks import POOL, Pool
+from squall.simulate.blocks import BLOCK, NODE, PAGE, POOL, Pool
 from squall.simulate.kernel import TICKS
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.units import seconds
@@ -500,13 +500,12 @@ def pool_for(
     host = int((choices.host_cache or 0.0) * 2**30 // block_bytes)
     return Pool(
         state=np.zeros(count, POOL),
-        reference=np.zeros((count, most), np.int32),
-        key=np.zeros((count, most), np.uint64),
-        before=np.zeros((count, most + 1), np.int32),
-        after=np.zeros((count, most + 1), np.int32),
-        table=np.zeros((count, 1 << (2 * most).bit_length()), np.int32),
-        node_block=np.empty((count, nodes), np.int32),
-        node_before=np.empty((count, nodes), np.int32),
+        block=np.zeros((count, most + 1), BLOCK),
+        page_group=np.empty((count, most), np.uint64),
+        page_count=np.empty((count, most), np.int32),
+        page_block=np.empty((count, most, PAGE), np.int32),
+        page_table=np.zeros((count, 1 << (2 * most).bit_length()), np.int32),
+        node=np.empty((count, nodes), NODE),
         host_key=np.zeros((count, host), np.uint64),
         host_before=np.zeros((count, host + 1), np.int32),
         host_after=np.zeros((count, host + 1), np.int32),
