@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py                          # 200 requests/s for 20 s, 32 chunks each
     python benchmarks/capture.py --litellm PYTHON         # PYTHON: an interpreter that has `litellm[proxy]`
+    python benchmarks/capture.py --streams 2000           # so many at once: 20 chunks each, a second apart
 
 The bare relay copies bytes between two sockets on uvloop and reads nothing: the least that any relay in Python costs.
 Prints CPU per request of the relaying process and the first-token latency that it adds. The load comes from
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -132,20 +134,28 @@ def main() -> None:
     parser.add_argument("--litellm", help="a Python that has litellm[proxy]")
     parser.add_argument("--litellm-rate", type=float, default=20)
     parser.add_argument("--port", type=int, default=4517)
+    parser.add_argument("--streams", type=int)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if given.bare:
         bare_relay(given.bare)
         return
     kinds = ["direct", "bare relay", "squall capture", *(["LiteLLM"] if given.litellm else [])]
     print(f"{'through':<16} {'rate':>5} {'ok':>6} {'CPU/request':>12} {'TTFT p50':>9} {'p99':>9}  verdict")
-    with tempfile.TemporaryDirectory() as scratch, program(sys.executable, str(MOCK)) as mock:
+    pace = ("--gap", "1000") if given.streams else ()
+    with tempfile.TemporaryDirectory() as scratch, program(sys.executable, str(MOCK), *pace) as mock:
         upstream = int(mock.stdout.readline())
         for kind in kinds:
             rate = given.litellm_rate if kind == "LiteLLM" else given.rate
             count = round(rate * given.seconds)
+            tokens = 32
+            if given.streams:
+                count, rate, tokens = given.streams, given.streams / 10, 20
             arrival = np.cumsum(np.random.default_rng(1).exponential(1 / rate, count))
-            columns = {"arrival": arrival, "request_tokens": np.full(count, 200), "response_tokens": np.full(count, 32)}
+            columns = {"arrival": arrival, "request_tokens": np.full(count, 200)}
+            columns["response_tokens"] = np.full(count, tokens)
             trace = Trace.of(columns, TraceMeta(source="benchmark", format="generated"))
             with relay(kind, upstream, given, Path(scratch)) as (pid, port):
                 before = cpu_of(pid) if pid else 0.0

@@ -33,17 +33,18 @@ import numpy as np
 PEERS = {"aiperf": ("aiperf",), "guidellm": ("torch==2.13.0", "guidellm")}
 """What pip is given, one after the other: a torch asked for by its version may be a small build for CPUs."""
 CACHE = Path.home() / ".cache" / "squall-peers"
-WORDS = "squall/words"
+BYTES = "squall/bytes"
 """The tokenizer's name."""
 MILLION = 1_000_000
-# A tokenizer of whole words, made by the peer's own libraries: nothing is downloaded.
+# A tokenizer with a token for every byte, made by the peer's own libraries: nothing is downloaded.
 TOKENIZER = """
 import sys
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-words = {f"w{i}": i + 4 for i in range(2000)} | {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
-made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-made.pre_tokenizer = pre_tokenizers.Whitespace()
+special = ["<unk>", "<s>", "</s>", "<pad>"]
+alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+made = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
 PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
                         pad_token="<pad>").save_pretrained(sys.argv[1])
 """
@@ -80,7 +81,7 @@ def peer(name: str, cache: Path) -> Path:
             subprocess.run([home / "bin" / "pip", "install", "--quiet", package], check=True, stderr=subprocess.DEVNULL)
         (home / ".done").touch()
     # As if it had been downloaded: AIPerf takes no directory while offline, only a name that lies in the hub's cache.
-    model, revision = cache / "hub" / f"models--{WORDS.replace('/', '--')}", "0" * 40
+    model, revision = cache / "hub" / f"models--{BYTES.replace('/', '--')}", "0" * 40
     tokenizer = model / "snapshots" / revision
     if not (tokenizer / "config.json").exists():
         subprocess.run([home / "bin" / "python", "-c", TOKENIZER, tokenizer], check=True, capture_output=True)
@@ -105,7 +106,7 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
     tools = peer(name, given.peers) / "bin"
     if name == "aiperf":
         return [
-            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", WORDS),
+            *(str(tools / "aiperf"), "profile", "--url", url, "--model", "loopback", "--tokenizer", BYTES),
             *("--endpoint-type", "chat", "--streaming", "--isl", str(given.request), "--osl", str(given.response)),
             *("--request-rate", str(rate), "--arrival-pattern", "gamma", "--arrival-smoothness", str(given.shape)),
             *("--request-count", str(count), "--num-dataset-entries", "1000", "--ui", "none", "--no-gpu-telemetry"),
@@ -115,7 +116,7 @@ def command(name: str, given: argparse.Namespace, url: str, rate: float, count: 
     return [  # GuideLLM knows no burstiness: Poisson
         *(str(tools / "guidellm"), "run", "--backend", f"kind=openai_http,target={url},model=loopback"),
         *("--profile", f"kind=poisson,rate={rate}", "--constraint", f"kind=max_requests,count={count}"),
-        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={WORDS}"),
+        *("--data", f"kind=synthetic_text,{lengths}", "--tokenizer", f"kind=hf_auto,model={BYTES}"),
         *("--output", f"kind=json,path={room / 'guidellm.json'}", "--disable-console"),
     ]
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import openai
+import polars as pl
 import pytest
 
 import squall
@@ -102,13 +105,18 @@ def serve(request: bytes) -> list:
 
 
 class Proxy:
-    """A `squall capture` of its own."""
+    """A `squall capture` of its own; with `room`, on a disk that takes no file of more bytes."""
 
-    def __init__(self, upstream: str, out: Path, *flags: str) -> None:
+    def __init__(self, upstream: str, out: Path, *flags: str, room: int | None = None) -> None:
         self.out = out
         command = [sys.executable, "-m", "squall", "capture", "--upstream", upstream, "-o", str(out), "--port", "0"]
         self.process = subprocess.Popen(
-            [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+            [*command, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            preexec_fn=None if room is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
         )
         line = self.process.stdout.readline()
         assert line, self.process.stderr.read()
@@ -278,6 +286,40 @@ def test_what_replay_sends_is_what_capture_records(tmp_path: Path) -> None:
     assert got["response_tokens"].to_list() == sent.table["response_tokens"].to_list()
 
 
+@pytest.mark.alone
+def test_the_loop_closes_replay_capture_serve(tmp_path: Path) -> None:
+    """What was sent is what was captured, and characterising either gives the same numbers."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+    from serving import serving
+
+    from squall.trace import Trace, TraceMeta
+
+    count, random = 240, squall.seeds.stream(2, "test")
+    arrival = random.gamma(0.3, 0.05 / 0.3, count).cumsum()
+    lengths = {"request_tokens": random.integers(20, 400, count), "response_tokens": random.integers(1, 60, count)}
+    sent = Trace.of({"arrival": arrival - arrival[0], **lengths}, TraceMeta(source="test", format="generated"))
+    with serving(speed=4.0) as (host, port, _):
+        it = Proxy(f"http://{host}:{port}", tmp_path / "c")
+        run = squall.replay(sent, url=it.url, out=tmp_path / "run.parquet", api="completions", model="modelled")
+        it.stop()
+    whole = squall.read_trace(it.out / "trace.parquet")
+    got = whole.replace(whole.table.tail(count).with_columns(pl.col("arrival") - whole.table["arrival"][-count]))
+    assert (run.table["status"] == "ok").all()
+    shift = run.table["sent"] - got.table["arrival"]
+    assert (shift - shift[0]).abs().max() < 0.005
+    assert got.table["request_tokens"].to_list() == sent.table["request_tokens"].to_list()
+    assert got.table["response_tokens"].to_list() == sent.table["response_tokens"].to_list()
+    assert got.table["failed"].to_list() == sent.table["failed"].to_list()
+    asked, seen = squall.characterize(sent), squall.characterize(got)
+    assert (asked.requests, asked.failed_share) == (seen.requests, seen.failed_share)
+    assert seen.rate == pytest.approx(asked.rate, rel=1e-3)
+    for one, other in zip(asked.classes, seen.classes, strict=True):
+        assert other.gaps.cv == pytest.approx(one.gaps.cv, rel=0.01)
+        for name in ("request_tokens", "response_tokens"):
+            ours, theirs = getattr(one, name), getattr(other, name)
+            assert (ours.mean, ours.p50, ours.p99, ours.max) == (theirs.mean, theirs.p50, theirs.p99, theirs.max)
+
+
 def test_capture_tells_what_failed_and_whose_fault_it_was(tmp_path: Path) -> None:
     def behave(request: bytes) -> list:
         if b"cut" in request:
@@ -330,6 +372,11 @@ def test_capture_tells_what_failed_and_whose_fault_it_was(tmp_path: Path) -> Non
         (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
         (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n" + b"x" * 99999, 413),
         (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X-A: " + b"y" * 300_000 + b"\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length : 3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX-A: b\x00c\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n", 501),
         (b"GET /squall/nothing HTTP/1.1\r\nHost: a\r\n\r\n", 404),
     ],
@@ -361,6 +408,121 @@ def test_capture_passes_malformed_bodies_on_and_limits_the_rate(strict: tuple[Pr
     assert f'squall_requests_total{{status="http_error"}} {codes.count(b"429")}' in page
     assert "squall_window_gap_cv" in page
     assert b'"ok"' in it.say(b"GET /squall/health HTTP/1.1\r\nHost: a\r\n\r\n")
+
+
+def test_a_chunked_request_reaches_the_upstream_with_its_length(strict: tuple[Proxy, Upstream]) -> None:
+    it, upstream = strict
+    head = b"POST /v1/../../etc/passwd HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\n"
+    head += b"Connection: keep-alive, X-Hop\r\nX-Hop: mine\r\n\r\n"
+    assert it.say(head + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n").split()[1] in (b"200", b"429")
+    time.sleep(1.1)  # until the rate limit of this proxy lets one through in any case
+    assert it.say(head + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n") == document(DOCUMENT)
+    seen = upstream.seen[-1].lower()
+    assert seen.endswith(b"content-length: 5\r\n\r\nabcde")
+    assert b"transfer-encoding" not in seen
+    assert b"evil" not in seen
+    assert b"x-hop" not in seen
+    assert seen.count(b"host:") == 1
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b'{"prompt_tokens":-5,"completion_tokens":99999999999999999999}',
+        b'{"prompt_tokens":"many","completion_tokens":1.5}',
+        b'{"prompt_tokens":true,"completion_tokens":[1]}',
+        b'{"prompt_tokens":null,"prompt_tokens_details":{"cached_tokens":-1}}',
+        b'"none"',
+    ],
+)
+def test_a_server_that_lies_about_its_tokens_breaks_no_segment(tmp_path: Path, usage: bytes) -> None:
+    told = DOCUMENT.replace(DOCUMENT[DOCUMENT.index(b'{"prompt_tokens"') : -1], usage)
+    events = [*STREAM[:4], b'data: {"id":"a","choices":[],"usage":' + usage + b"}\n\n", STREAM[5]]
+
+    def behave(request: bytes) -> list:
+        return streamed(events) if b'"stream":true' in request else [document(told)]
+
+    with proxy(behave, tmp_path / "c") as (it, _):
+        assert it.say(post(chat("a"))) == document(told)
+        assert b"canary" in it.say(post(chat("a", stream=True)))
+        run = it.stop()
+    assert run.table["request_tokens"].to_list() == [None, None]
+    assert run.table["response_tokens"].to_list()[1] == 2  # the pieces are counted
+    assert run.table["token_source"].to_list()[1] == "chunks"
+    # What is not even an object makes the answer none of the API's.
+    assert run.table["status"].to_list() == ["truncated" if usage == b'"none"' else "ok"] * 2
+    assert squall.read_trace(it.out / "trace.parquet").table["request_tokens"].min() > 0
+
+
+def test_a_full_disk_does_not_stop_the_traffic(tmp_path: Path) -> None:
+    """No file of more than 6,000 bytes can be written; answers go on, and what is lost is counted."""
+    upstream = Upstream(serve)
+    it = Proxy(upstream.url, tmp_path / "c", room=6000)
+    try:
+        for _ in range(3):
+            for _ in range(10):
+                assert it.say(post(chat("a"), extra=b"Connection: close\r\n")) == document(DOCUMENT)
+            time.sleep(1.1)
+        page = it.say(b"GET /squall/metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").decode()
+        counts = {
+            name: int(re.search(rf"^squall_records_{name}_total (\d+)$", page, re.MULTILINE)[1])
+            for name in ("written", "dropped")
+        }
+        assert counts["dropped"] > 0
+        assert counts["written"] > 0
+        assert sum(counts.values()) == 30
+        it.process.send_signal(signal.SIGTERM)
+        _, said = it.process.communicate(timeout=20)
+        assert it.process.returncode == 0
+        assert f"{counts['dropped']} records could not be written" in said
+        assert "--finish" in said
+    finally:
+        it.process.kill()
+        it.process.wait()
+        upstream.close()
+    trace, _ = squall.capture.finish(it.out)  # now there is room
+    assert len(trace) == counts["written"]
+
+
+def test_a_slow_disk_does_not_slow_the_traffic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from squall.capture.record import Captured, Header, Recorder
+
+    stuck = threading.Event()
+    monkeypatch.setattr("squall.capture.record.FLUSH", 0.01)
+    monkeypatch.setattr("squall.capture.record.MOST_WAITING", 50)
+    monkeypatch.setattr("squall.capture.record.os.write", lambda file, data: (stuck.wait(10), len(data))[1])
+    header = Header(upstream="http://u", epoch=10**18, midnight=0.0, weekday=0)
+    recorder = Recorder(tmp_path, header, rotate_seconds=100, rotate_bytes=10**9)
+    recorder.take(Captured(arrival=0.0, ended=1.0, status="ok"))
+    time.sleep(0.1)  # the writer hangs in its first write
+    began = time.monotonic()
+    for _ in range(200):
+        recorder.take(Captured(arrival=0.0, ended=1.0, status="ok"))
+    assert time.monotonic() - began < 0.1
+    assert recorder.dropped == 150
+    stuck.set()
+    recorder.close()
+    assert recorder.written == 51
+
+
+def test_capture_killed_loses_two_seconds_at_most(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    with proxy(serve, out, "--rotate-size", "2000") as (it, _):
+        ended = []
+        began = time.monotonic()
+        while time.monotonic() - began < 4:
+            it.say(post(chat(CANARY), extra=b"Connection: close\r\n"))
+            ended.append(time.monotonic())
+        it.process.kill()
+        killed = time.monotonic()
+        it.process.wait()
+    for file in out.iterdir():
+        assert CANARY.encode() not in file.read_bytes()
+    closed = {file: file.read_bytes() for file in out.glob("*-?????.parquet")}
+    assert closed
+    trace, _ = squall.capture.finish(out)
+    assert sum(moment < killed - 2 for moment in ended) <= len(trace) <= len(ended)
+    assert all(file.read_bytes() == before for file, before in closed.items())
 
 
 def test_capture_killed_loses_only_what_was_not_yet_written(tmp_path: Path) -> None:

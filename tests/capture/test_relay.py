@@ -153,3 +153,20 @@ def test_conversations_forget_the_oldest_and_use_response_ids() -> None:
 def test_hasher_is_keyed(size: int) -> None:
     assert Hasher(b"a" * 16).number(b"x" * size) != Hasher(b"b" * 16).number(b"x" * size)
     assert Hasher(b"a" * 16).number(b"x" * size) == Hasher(b"a" * 16).number(b"x" * size) < 2**63
+
+
+def test_a_request_that_never_comes_in_is_given_up() -> None:
+    """A head byte by byte, and a body that stops: 408, after the time that its size so far allows."""
+    for data, patience in (
+        (b"POST /v1/chat/completions HT", 20),
+        (b"POST /a HTTP/1.1\r\nContent-Length: 9\r\n\r\nab", 20),
+    ):
+        relay = Relay(Settings(upstream="http://u:1"), Kept(), Hasher(b"s" * 16), 0, None)  # type: ignore[arg-type]
+        client, wire = Client(relay), Wire()
+        client.connection_made(wire)  # type: ignore[arg-type]
+        client.data_received(data)
+        client.check(client._since + patience - 1, 600.0)
+        assert wire.data == b""
+        client.check(client._since + patience + 1, 600.0)
+        assert wire.data.startswith(b"HTTP/1.1 408")
+        assert wire.closed

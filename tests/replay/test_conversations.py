@@ -247,4 +247,5 @@ def test_block_hashes_become_shared_prefixes():
     assert prompts[0][16:32] != prompts[2][16:32]
     assert prompts[3] != prompts[0][:5]
     assert len({tuple(prompt[:4]) for prompt in alone}) == 4  # --salt request shares nothing
+    assert run.meta.target["prefix_cache"] == {"shared": (32 + 16) / (36 + 33 + 32 + 5), "cached": None, "n": 0}
     assert WIDTH == 5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from squall.errors import InputError
 from squall.replay.pacer import Alarm, Pacer
-from squall.replay.schedule import rows_of, schedule_of
+from squall.replay.schedule import Schedule, rows_of, schedule_of
 from squall.trace.table import Trace, TraceMeta
 
 META = TraceMeta(source="test", format="generated")
@@ -102,3 +102,18 @@ def test_the_alarm_is_never_early_and_a_miss_is_not_carried_on(timer):
     assert min(late) >= 0
     assert late[21] > 20_000_000  # the stall shows …
     assert np.median(late[35:]) < 3_000_000  # … and is not carried on
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 12), max_size=5), st.integers(1, 90)), min_size=1, max_size=12))
+def test_what_prompts_share_is_what_a_cache_without_limit_would_know(rows):
+    tokens = np.array([length for _, length in rows], dtype=np.int32)
+    numbers = np.arange(len(rows), dtype=np.int32)
+    blocks = np.array([block for hashes, _ in rows for block in hashes], dtype=np.int64)
+    ends = np.cumsum([len(hashes) for hashes, _ in rows])
+    schedule = Schedule(numbers, numbers.astype(np.int64), tokens, tokens, blocks=blocks, block_ends=ends)
+    known: set[int] = set()
+    hit = 0
+    for hashes, length in rows:
+        hit += sum(min(16, max(0, length - 16 * place)) for place, block in enumerate(hashes) if block in known)
+        known.update(hashes)
+    assert schedule.shared_share(16) == pytest.approx(hit / tokens.sum())

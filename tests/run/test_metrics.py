@@ -407,3 +407,23 @@ def test_failures_raise_an_upper_bound_and_take_it_away():
     assert bounds[0] > 900
     assert bounds[2] is None  # a fifth was never answered: P90 has no bound
     assert upper_bound(np.zeros(0), 0, 0.9) is None
+
+
+def test_between_counts_what_was_scheduled_in_that_time():
+    at = np.arange(100.0)
+    columns = {"request": range(100), "attempt": [1] * 100, "status": ["ok"] * 100, "scheduled": at, "sent": at}
+    run = Run.of(columns | {"first_token": at + np.where(at < 20, 5, 0.5)}, RunMeta(kind="replay", offered=100))
+    whole, steady = metrics(run), metrics(run, between="20s:1m")
+    assert (whole.requests, whole.ttft.max) == (100, 5)
+    assert (steady.requests, steady.ttft.n, steady.ttft.max) == (40, 40, 0.5)
+    assert any("--between 20s:1m" in note for note in steady.notes)
+    for text, words in (("2h:", "no request"), ("5m", "START:END"), ("9s:3s", "after the start")):
+        with pytest.raises(InputError, match=words):
+            metrics(run, between=text)
+
+
+def test_between_looks_at_a_requests_first_attempt():
+    columns = {"request": [0, 1, 1], "attempt": [1, 1, 2], "status": ["ok", "http_error", "ok"]}
+    run = Run.of(columns | {"scheduled": [0.0, 8.0, 12.0], "sent": [0.0, 8.0, 12.0]}, RunMeta(kind="replay", offered=2))
+    assert metrics(run, between=":10").attempts == 3
+    assert metrics(run, between="5:").attempts == 2

@@ -10,8 +10,8 @@ from squall.run.verdict import judge
 QUIET = {"stall_p999": 0.001, "collection": 0.0, "cpu": 1.0, "wall": 10.0}
 
 
-def _run(late, ttft=0.05, status="ok"):
-    scheduled = np.cumsum(np.random.default_rng(0).exponential(0.05, len(late)))
+def _run(late, ttft=0.05, status="ok", gaps=None):
+    scheduled = np.cumsum(np.random.default_rng(0).exponential(0.05, len(late)) if gaps is None else gaps)
     sent = scheduled + late
     columns = {"request": range(len(late)), "attempt": [1] * len(late), "status": [status] * len(late)}
     return Run.of(columns | {"scheduled": scheduled, "sent": sent, "first_token": sent + ttft}, RunMeta(kind="replay"))
@@ -53,3 +53,11 @@ def test_the_clients_own_trouble_is_named(client, words):
 def test_faults_of_the_client_always_count():
     run = _run(np.zeros(200), status="client_fault")
     assert "client's own fault" in _verdict(run)
+
+
+@pytest.mark.parametrize(("jitter", "limited"), [(1e-4, False), (5e-4, False), (2e-3, True)])
+def test_even_gaps_can_be_kept(jitter, limited):
+    """The CV of even gaps is 0, or 1e-15: nobody comes within 3 % of that."""
+    late = np.random.default_rng(1).uniform(0, jitter, 500)
+    said = _verdict(_run(late, gaps=np.full(500, 0.01)))
+    assert ("gaps between sends" in said) == limited, said

@@ -8,11 +8,10 @@ from typing import Any
 
 import uvloop
 
-from squall.serve import _compile
+from squall.serve import _compile, cluster_of
 from squall.serve.api import Limits
 from squall.serve.http import listen
 from squall.serve.service import Service
-from squall.simulate.cluster import resolve
 
 
 @contextmanager
@@ -26,12 +25,12 @@ def serving(
 ) -> Iterator[tuple[str, int, Service]]:
     """Host, port and the service; `cluster` as for `squall simulate`."""
     words = {"gpu": "a100", "model": "llama-3.1-8b", "kv_blocks": 2000, "max_num_seqs": 64, "max_model_len": 8192}
-    _compile(resolve(**(words | cluster)))  # as `squall serve` does before it listens
+    _compile(cluster_of(words | cluster))  # as `squall serve` does before it listens
     ready, made = threading.Event(), {}
 
     async def run() -> None:
         service = Service(
-            resolve(**(words | cluster)),
+            cluster_of(words | cluster),
             Limits("modelled", 8192, 16),
             speed=speed,
             seed=1,

@@ -169,6 +169,93 @@ def test_a_timeout_of_the_modelled_clock():
         assert settled(service)
 
 
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_begin_alike_are_found_in_the_cache():
+    with serving(prefix_caching=True) as (host, port, service):
+        url = f"http://{host}:{port}"
+        ask = client(url).chat.completions.create
+        system = {"role": "system", "content": " ".join(f"w{k}" for k in range(200))}
+
+        def cached(*texts: str, **more) -> int:
+            messages = [system, *({"role": "user", "content": text} for text in texts)]
+            return ask(
+                model="modelled", messages=messages, max_tokens=2, **more
+            ).usage.prompt_tokens_details.cached_tokens
+
+        assert cached("one") == 0
+        assert cached("two") == 208 // 16 * 16  # the template, the system's words
+        assert cached("two") == 208 // 16 * 16  # the last block is never full
+        assert cached("two", extra_body={"cache_salt": "mine"}) == 0
+        assert cached("two", extra_body={"cache_salt": "mine"}) == 208 // 16 * 16
+        chunks = ask(
+            model="modelled",
+            messages=[system],
+            max_tokens=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        assert list(chunks)[-1].usage.prompt_tokens_details.cached_tokens == 192  # of 208: one token is always computed
+        ids = client(url).completions.create(model="modelled", prompt=list(range(100)), max_tokens=2)
+        again = client(url).completions.create(model="modelled", prompt=[*range(64), *range(900, 950)], max_tokens=2)
+        assert ids.usage.prompt_tokens_details.cached_tokens == 0
+        assert again.usage.prompt_tokens_details.cached_tokens == 64
+        page = urlopen(f"{url}/metrics").read().decode()
+        assert 'enable_prefix_caching="True"' in page
+        hits = 208 * 3 + 192 + 64
+        assert f'vllm:prefix_cache_hits_total{{model_name="modelled",engine="0"}} {float(hits)}' in page
+        assert "w7" not in repr(vars(service)) + repr(service.live._hashes.ids)
+        assert not service.live._hashes._sizes  # nothing is kept of requests that are over
+        assert settled(service)
+
+
+def test_priorities_are_the_requests_own():
+    with serving(scheduler="priority", max_num_seqs=1, speed=5.0) as (host, port, service):
+        ended: list[int] = []
+
+        def ask(priority: int) -> None:
+            body = {"priority": priority}
+            client(f"http://{host}:{port}").completions.create(
+                model="modelled", prompt="a", max_tokens=150, extra_body=body
+            )
+            ended.append(priority)
+
+        threads = [threading.Thread(target=ask, args=(priority,)) for priority in (0, 5, 3, 4, -1)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        assert ended == [0, -1, 3, 4, 5]  # the first one was already running
+        assert settled(service)
+
+
+def test_a_priority_needs_the_scheduler(served):
+    url, _ = served
+    with pytest.raises(openai.BadRequestError, match="Priority scheduling is not enabled"):
+        client(url).completions.create(model="modelled", prompt="a", extra_body={"priority": 2})
+
+
+def test_users_share_fairly():
+    """One user's flood does not keep the other from its turn."""
+    with serving(scheduler="vtc", max_num_seqs=1, speed=5.0) as (host, port, service):
+        ended: list[str] = []
+
+        def ask(user: str) -> None:
+            client(f"http://{host}:{port}").completions.create(model="modelled", prompt="a", max_tokens=80, user=user)
+            ended.append(user)
+
+        threads = [threading.Thread(target=ask, args=(user,)) for user in "aaaaaab"]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+        for thread in threads:
+            thread.join()
+        assert ended.index("b") <= 2
+        assert settled(service)
+
+
 # --- bad clients ------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +440,10 @@ def test_the_command_serves_until_it_is_stopped():
         ({"timeout": 0}, "--timeout"),
         ({"fail_rate": 0.1, "failures": "x.csv"}, "give one"),
         ({"ports_per_replica": True, "router": "random"}, "changes nothing"),
+        ({"ports_per_replica": True, "prefill_replicas": 1, "decode_replicas": 1}, "not alike"),
+        ({"scheduler": "priority", "priorities": "api=1"}, "a request's own `priority` counts"),
+        ({"mtbf": "1h"}, "--fail-rate and --failures"),
+        ({"flavour": 1}, "there is no such option"),
         ({"gpu": "abacus"}, "abacus"),
     ],
 )

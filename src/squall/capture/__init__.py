@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import ssl
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from squall.capture.record import Header, Recorder, finish, write_header
 from squall.capture.relay import Relay, Settings, make_client
 from squall.errors import InputError, SquallError
 from squall.progress import note
+from squall.replay.pacer import rare_collections
 from squall.run import Run
 from squall.trace import Trace
 from squall.trace.table import SERVICES
@@ -28,6 +30,8 @@ from squall.verb import callable_room
 
 __all__ = ["capture", "finish", "import_log"]
 
+SWITCH = 0.0005
+"""Seconds after which a thread gives the interpreter to one that waits for it."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -101,8 +105,12 @@ def capture(
         recorder.close()
     if recorder.dropped:
         note(f"capture: {recorder.dropped:,} records could not be written and are lost.")
+    if list(folder.glob("live-?????.jsonl")):
+        note(f"capture: a segment could not be closed; `squall capture --finish {folder}` does so when there is room.")
+        return None
     if not list(folder.glob("trace-?????.parquet")):
-        note("capture: no request for generated text came by; nothing was captured.")
+        why = "" if recorder.dropped else ": no request for generated text came by"
+        note(f"capture: nothing was captured{why}.")
         return None
     return finish(folder)
 
@@ -199,8 +207,14 @@ def _serve(relay: Relay, host: str, port: int, drain: float, listening: Callable
         relay.close()
         await asyncio.sleep(0)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
+    # The recorder's thread may not keep the loop waiting for the interpreter's lock.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def _wait(event: asyncio.Event, limit: float) -> None:

@@ -107,7 +107,7 @@ class Recorder:
     def __init__(self, folder: Path, header: Header, *, rotate_seconds: float, rotate_bytes: int) -> None:
         self._folder, self._header = folder, header
         self._rotate_seconds, self._rotate_bytes = rotate_seconds, rotate_bytes
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = msgspec.json.Encoder().encode_lines
         self._waiting: deque[Captured] = deque()
         self._number = 1 + max((_number(path) for path in segments(folder)), default=0)
         self._file: int | None = None
@@ -146,7 +146,7 @@ class Recorder:
         records = [self._waiting.popleft() for _ in range(len(self._waiting))]
         if not records:
             return
-        data = b"".join(self._encode(record) + b"\n" for record in records)
+        data = self._encode(records)
         try:
             if self._file is None:
                 self._open()

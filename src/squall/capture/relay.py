@@ -370,9 +370,10 @@ class Client(asyncio.Protocol):
             exchange.place = relay.conversations.place(said)
             body = said.body
         lines = [b"%s %s HTTP/%s" % (method, (relay.base + path).encode("latin-1"), exchange.version.encode())]
+        named = [word.strip().lower() for word in names.get("connection", b"").split(b",")]  # of this hop too
         for name, value in self._headers:
             low = name.lower()
-            if low not in _HOP_BY_HOP and low not in _REWRITTEN:
+            if low not in _HOP_BY_HOP and low not in _REWRITTEN and low not in named:
                 lines.append(b"%s: %s" % (name, value))
         lines += [b"Host: " + relay.authority, b"Accept-Encoding: identity"]
         if exchange.version == "1.0":

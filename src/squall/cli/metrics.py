@@ -20,6 +20,7 @@ def metrics(
     slo: str | None = None,
     min_goodput: Annotated[float | None, Parameter(name="--min-goodput")] = None,
     window: str | None = None,
+    between: str | None = None,
     export: Annotated[Literal["vllm", "aiperf", "br02", "csv", "parquet"] | None, Parameter(name="--export")] = None,
     out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
     seed: Seed = Seed(),
@@ -40,6 +41,8 @@ def metrics(
         Exit with 4 if less than this share (0 to 1) of the requests offered met the SLO; needs --slo.
     window
         Length of the windows of the per-window series. [default: 60s, or more minutes for a run of many days]
+    between
+        Count only the requests scheduled in this time of the run, as START:END: 60s: leaves a warm-up out.
     export
         Also write the run in another tool's format: vllm (bench serve JSON), aiperf (a directory), br02 (llm-d's
         benchmark report 0.2), csv or parquet (a row per attempt with its latencies); needs --out.
@@ -52,11 +55,13 @@ def metrics(
     if (export is None) != (out is None):
         raise InputError("--export and --out belong together: the format, and the file (for aiperf the directory).")
 
+    if export is not None and between is not None:
+        raise InputError("--export writes the whole run; leave --between out.")
     if min_goodput is not None and slo is None:
         raise InputError("--min-goodput: it is a share of requests that meet an SLO; give one with --slo ttft=1s,….")
     if min_goodput is not None and not 0 <= min_goodput <= 1:
         raise InputError(f"--min-goodput: {min_goodput:g} is not a share; give a number from 0 to 1, such as 0.99.")
-    result = measure(run, slo=slo, window=window)
+    result = measure(run, slo=slo, window=window, between=between)
     if export is not None and out is not None:
         from squall.progress import note
         from squall.run.exports import export as write

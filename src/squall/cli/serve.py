@@ -5,6 +5,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from squall.cli.common import Output, Seed
+from squall.cli.simulate import PolicyOptions
 
 SERVER = Group("Server", sort_key=10)
 CLUSTER = Group("Cluster", sort_key=20)
@@ -24,7 +25,7 @@ def serve(
     gpu: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     tp: Annotated[int | None, Parameter(group=CLUSTER)] = None,
     replicas: Annotated[int, Parameter(group=CLUSTER)] = 1,
-    router: Annotated[str, Parameter(group=CLUSTER)] = "round-robin",
+    fleet: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     engine: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     calibration: Annotated[str | None, Parameter(group=CLUSTER)] = None,
     kv_blocks: Annotated[int | None, Parameter(group=LIMITS)] = None,
@@ -36,6 +37,7 @@ def serve(
     timeout: Annotated[str | None, Parameter(group=LIMITS)] = None,
     fail_rate: Annotated[float, Parameter(group=FAILURES)] = 0.0,
     failures: Annotated[str | None, Parameter(group=FAILURES)] = None,
+    policies: PolicyOptions = PolicyOptions(),
     seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
@@ -43,7 +45,9 @@ def serve(
 
     Real queueing, batching, KV pressure and preemption, chat and completions with streaming and usage, and /metrics
     with vLLM's names. It serves on 127.0.0.1 until it is interrupted, and prints one JSON line with its URL when it is
-    ready. Step times are those of `squall simulate`: estimates, unless there is a --calibration.
+    ready. Step times are those of `squall simulate`: estimates, unless there is a --calibration. So are its policies,
+    but for those that need to know the future or have no result here, which are refused: priorities come with the
+    requests (`priority`), clients for vtc are their `user`, and what prompts share is seen in their texts.
 
     Parameters
     ----------
@@ -67,8 +71,8 @@ def serve(
         GPUs per replica.
     replicas
         How many engines there are.
-    router
-        Who gets a request: round-robin, random, least-outstanding.
+    fleet
+        Engines on several GPUs in place of --gpu and --replicas: h100=2,a100=4.
     engine
         vllm-0.11, vllm-0.14, vllm-0.19 or vllm-0.24.
     calibration
@@ -107,7 +111,7 @@ def serve(
         gpu=gpu,
         tp=tp,
         replicas=replicas,
-        router=router,
+        fleet=fleet,
         kv_blocks=kv_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
@@ -118,5 +122,6 @@ def serve(
         engine=engine,
         calibration=calibration,
         seed=seed.seed,
+        **vars(policies),
     )
     return 0

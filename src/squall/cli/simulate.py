@@ -265,8 +265,8 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         longest = number(target["longest_overtaken"])
         lines["starved"] = f"{target['starved']:,} requests, overtaken for up to {longest} s"
     if target.get("role_changes") is not None and "roles" in target["choices"]:
-        mean = number(target["mean_prefill_replicas"])
-        lines["roles"] = f"{target['role_changes']:,} changes; {mean} replicas for prefill in the mean"
+        changes, mean = target["role_changes"], number(target["mean_prefill_replicas"])
+        lines["roles"] = f"{changes:,} change{'s' * (changes != 1)}; {mean} replicas for prefill in the mean"
     if "prefix_cache" in target:
         rate = target["prefix_cache"]["hit_rate"]
         lines["prefix hits"] = "none asked" if rate is None else percent(rate)

@@ -244,7 +244,11 @@ def replay(
             f"{plan.journal}: cannot be written ({error.strerror}); what was recorded before is in it."
         ) from error
     run = read_journal(plan.journal)
-    facts = {"lengths": _asked_and_measured(run), "sent_against_asked": sent_against_asked(run)}
+    facts = {
+        "lengths": _asked_and_measured(run),
+        "sent_against_asked": sent_against_asked(run),
+        "prefix_cache": _prefix_cache(run, schedule, 0 if salt == "request" else plan.block_size),
+    }
     run = Run(run.table, msgspec.structs.replace(run.meta, target=run.meta.target | facts), run.series)
     if out is not None:
         write_run(run, out)
@@ -552,6 +556,19 @@ def _asked_and_measured(run: Run) -> dict[str, Any]:
                 "worst": worst,
             }
     return result
+
+
+def _prefix_cache(run: Run, schedule: Schedule, block_size: int) -> dict[str, Any] | None:
+    """Shares of the prompt tokens: what the prompts of different requests share, and what the server's cache knew.
+
+    Turns of a conversation that carry the ones before share more than that. None where nothing is known of either.
+    """
+    told = run.table.filter(pl.col("status") == "ok").select("cached_tokens", "request_tokens").drop_nulls()
+    shared = schedule.shared_share(block_size) if block_size else None
+    if shared is None and told.is_empty():
+        return None
+    prompts = int(told["request_tokens"].sum())
+    return {"shared": shared, "cached": told["cached_tokens"].sum() / prompts if prompts else None, "n": len(told)}
 
 
 def _progress(counts: Counts, elapsed: float) -> str:

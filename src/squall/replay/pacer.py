@@ -6,9 +6,11 @@ late send never delays the next. Loop timers are no use here: uvloop's count in 
 
 import asyncio
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
 
@@ -115,3 +117,17 @@ class Alarm:
         except BlockingIOError:  # it was set anew between the wake-up and this read
             return
         self._ring()
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """What is there is never collected, and the rest seldom: a full collection would hold every stream up."""
+    gc.collect()
+    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 100, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

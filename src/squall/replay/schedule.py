@@ -79,6 +79,19 @@ class Schedule:
             taken["block_ends"] = ends
         return Schedule(**taken)
 
+    def shared_share(self, block_size: int) -> float | None:
+        """Share of the prompt tokens that stand in a block which an earlier row has had: what a cache without limit
+        would know. None without blocks."""
+        if self.blocks is None or self.block_ends is None:
+            return None
+        counts = np.diff(self.block_ends, prepend=0)
+        row = np.repeat(np.arange(len(self)), counts)
+        place = np.arange(len(row)) - np.repeat(self.block_ends - counts, counts)
+        size = np.clip(self.request_tokens[row] - place * block_size, 0, block_size)
+        _, first, block = np.unique(self.blocks, return_index=True, return_inverse=True)
+        known = row[first][block] < row
+        return float(size[known].sum() / max(int(self.request_tokens.sum(dtype=np.int64)), 1))
+
     def turns(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Indices of the rows that open a conversation, and for each row the index of the next turn (-1: none).
 

@@ -348,7 +348,7 @@ def judge(ending: str, http_status: int | None, reply: Reply | None) -> Outcome:
 
 
 def _number(value: Any, known: int | None) -> int | None:
-    return value if isinstance(value, int) and 0 <= value < 2**31 else known
+    return value if type(value) is int and 0 <= value < 2**31 else known
 
 
 def _complete(payload: bytes) -> bool:

@@ -27,6 +27,7 @@ from squall.run.files import read_run
 from squall.run.server import Agreement, agreements
 from squall.run.slo import SLO, parse_slo
 from squall.run.table import Run, RunSource
+from squall.trace.select import window_of
 from squall.units import Duration, seconds
 from squall.verb import callable_room
 
@@ -182,14 +183,19 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
-def metrics(run: RunSource, *, slo: str | None = None, window: Duration | None = None) -> Metrics:
+def metrics(
+    run: RunSource, *, slo: str | None = None, window: Duration | None = None, between: str | None = None
+) -> Metrics:
     """Efficiency, stability and reliability of `run`, and its goodput under `slo` (like `ttft=1s,tpot=100ms,e2e=30s`).
 
     `window` is the length of the windows of the per-window series; by default 60 s, or as many whole minutes as make at
-    most 10,000 of them. An empty run or one in which all requests failed
+    most 10,000 of them. `between` (`60s:`, `1m:10m`, of the run's clock) counts only the requests scheduled in that
+    time, as where a server warms up first and drains last. An empty run or one in which all requests failed
     gives nulls. Raises InputError if the run cannot be read, or the SLO or the window make no sense.
     """
     run = read_run(run)
+    if between is not None:
+        run = _between(run, between)
     limits = parse_slo(slo) if slo is not None else None
     requests = per_request(run.table)
     offered = max(run.meta.offered, len(requests))
@@ -262,6 +268,24 @@ def metrics(run: RunSource, *, slo: str | None = None, window: Duration | None =
         agreement=agreements(run.meta.server, run.table),
         notes=run.meta.notes,
     )
+
+
+def _between(run: Run, text: str) -> Run:
+    """Only what was scheduled (and the server's numbers read) in the window `text`; a note says so."""
+    start, end = window_of(text)
+    moment = "scheduled" if run.table["scheduled"].null_count() < len(run.table) else "sent"
+    first = pl.col(moment).min().over("request")
+    table = run.table.filter((first >= start) & (first < end))
+    if table.is_empty():
+        raise InputError(f"--between {text}: no request of the run is scheduled in that time.")
+    series = run.series.filter(pl.col("time").is_between(start, end, closed="left"))
+    meta = msgspec.structs.replace(
+        run.meta,
+        offered=table["request"].n_unique(),
+        server=None,  # its histograms are of the whole run
+        notes=[*run.meta.notes, f"Only requests scheduled in --between {text} are counted."],
+    )
+    return Run.of(table, meta, series)
 
 
 def statistic(values: np.ndarray, weights: np.ndarray | None = None) -> Statistic:

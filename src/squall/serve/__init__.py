@@ -5,12 +5,10 @@ and preemptions are those of the simulator, in real time or faster.
 """
 
 import asyncio
-import gc
 import ipaddress
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -21,6 +19,7 @@ import uvloop
 
 from squall.errors import InputError, SquallError
 from squall.progress import note
+from squall.replay.pacer import rare_collections
 from squall.seeds import DEFAULT_SEED
 from squall.serve.api import Limits
 from squall.serve.http import listen
@@ -29,7 +28,8 @@ from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.hardware import GPU, Model
 from squall.simulate.kernel import TICKS
-from squall.simulate.live import LiveCluster
+from squall.simulate.live import LiveCluster, check_live
+from squall.simulate.policies import Choices
 from squall.trace import TraceSource, open_trace
 from squall.units import Duration, seconds
 from squall.verb import callable_room
@@ -56,7 +56,7 @@ def serve(
     gpu: str | GPU | None = None,
     tp: int | None = None,
     replicas: int = 1,
-    router: str = "round-robin",
+    fleet: str | None = None,
     kv_blocks: int | None = None,
     block_size: int | None = None,
     max_num_seqs: int | None = None,
@@ -67,6 +67,7 @@ def serve(
     engine: str | None = None,
     calibration: "str | Path | Calibration | None" = None,
     seed: int = DEFAULT_SEED,
+    **choices: Any,
 ) -> None:
     """Serve until interrupted, at `host`:`port` (0: any free port); prints one JSON line with the URLs when ready.
 
@@ -74,7 +75,9 @@ def serve(
     its replicas stand behind one port and its router, or with `ports_per_replica` each behind a port of its own, from
     `port` on. `timeout` (of the modelled clock) ends a request with an error 504. A request without `max_tokens` gets
     `default_tokens`. `fail_rate` is the share of requests that get an error 500; `failures` is a trace whose recorded
-    failures, in bins of 10 s and again and again, say the share instead.
+    failures, in bins of 10 s and again and again, say the share instead. `choices` are the fields of
+    `squall.simulate.Choices` that can be had live: the queue's order (`priority` goes by the requests' own, `vtc` by
+    their `user`), prefix caching, swapping, routers, prefill and decode replicas, ….
 
     Raises InputError for values that cannot be used, SquallError if a port is taken.
     """
@@ -88,8 +91,7 @@ def serve(
         raise InputError("--fail-rate and --failures both say how many requests fail; give one of them.")
     if default_tokens < 1:
         raise InputError(f"--default-tokens {default_tokens}: an answer has at least 1 token.")
-    if ports_per_replica and router != "round-robin":
-        raise InputError(f"--router {router} changes nothing with --ports-per-replica: the clients choose the replica.")
+    _check_choices(choices, ports_per_replica, fleet)
     limit = None if timeout is None else seconds(timeout, "--timeout")
     if limit is not None and limit <= 0:
         raise InputError(f"--timeout {timeout}: no request can be answered in no time; leave it out for none.")
@@ -98,7 +100,7 @@ def serve(
         "gpu": gpu,
         "tp": tp,
         "replicas": replicas,
-        "router": router,
+        "fleet": fleet,
         "kv_blocks": kv_blocks,
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,
@@ -106,8 +108,9 @@ def serve(
         "max_model_len": max_model_len,
         "queue_limit": queue_limit,
         "engine": engine,
+        **choices,
     }
-    cluster = resolve(**words) if calibration is None else calibrated(read_calibration(calibration), words)
+    cluster = cluster_of(words, calibration)
     failing = (lambda at: fail_rate) if fail_rate else None if failures is None else _recorded(failures)
     if not _is_loopback(host):
         note(f"serve: WARNING: {host} can be reached from other machines, without any key; use it in closed networks.")
@@ -126,6 +129,34 @@ def serve(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+def cluster_of(words: dict[str, Any], calibration: "str | Path | Calibration | None" = None) -> Cluster:
+    """The cluster that these words describe, for one that lives: a request's priority needs no --priorities."""
+    by_priority = words.get("scheduler") == "priority"
+    words = words | ({"scheduler": "fcfs"} if by_priority else {})
+    cluster = resolve(**words) if calibration is None else calibrated(read_calibration(calibration), words)
+    if not by_priority:
+        return cluster
+    return msgspec.structs.replace(cluster, choices=msgspec.structs.replace(cluster.choices, scheduler="priority"))
+
+
+def _check_choices(choices: dict[str, Any], ports_per_replica: bool, fleet: str | None) -> None:
+    """Raise InputError for what cannot be had live, before the cluster is resolved."""
+    known = Choices.__struct_fields__
+    for name in choices:
+        if name not in known:
+            raise InputError(f"{name}: there is no such option; serve takes {', '.join(known)}.")
+    chosen = Choices(**{name: value for name, value in choices.items() if value is not None})
+    check_live(chosen)
+    if ports_per_replica:
+        if chosen.router != "round-robin":
+            raise InputError(
+                f"--router {chosen.router} changes nothing with --ports-per-replica: the clients choose the replica."
+            )
+        if chosen.disaggregated or fleet is not None:
+            what = "--fleet" if fleet is not None else "--prefill-replicas"
+            raise InputError(f"{what} cannot be combined with --ports-per-replica: its replicas are not alike.")
 
 
 async def _until_stopped(services: list[Service], host: str, port: int, limits: Limits) -> None:
@@ -151,7 +182,7 @@ async def _until_stopped(services: list[Service], host: str, port: int, limits: 
         open_ports.append(listening)
         urls.append(f"http://{where}:{listening[2]}")
     print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
-    with _rare_collections():
+    with rare_collections():
         while not stopped.is_set():
             for _, connections, _ in open_ports:
                 now = monotonic_ns()
@@ -196,26 +227,12 @@ def _is_loopback(host: str) -> bool:
 def _compile(cluster: Cluster) -> None:
     """Have everything compiled before the first client comes."""
     live = LiveCluster(cluster, capacity=4)
-    live.submit(0, 1, 2)
+    live.submit(0, 1, 2, hashes=[1])
     gone = live.submit(0, 1, 1)
     live.advance(live.limits.ingest * 2 + 2)
     live.cancel(gone)
     while live.next() < 1000 * TICKS:
         live.advance(live.next())
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """A full collection would hold every stream up."""
-    gc.collect()
-    gc.freeze()
-    before = gc.get_threshold()
-    gc.set_threshold(50_000, 100, 1000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 callable_room(__name__)

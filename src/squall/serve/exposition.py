@@ -120,6 +120,10 @@ def page(tally: Tally, loads: Sequence[Load], model: str, cluster: Cluster, star
     family("vllm:kv_cache_usage_perc", "gauge", "Share of the KV blocks in use.", per_engine("kv_used"))
     family("vllm:num_preemptions_total", "counter", "Preemptions.", per_engine("preemptions"))
     whole = "vllm:"
+    if cluster.choices.prefix_caching:
+        asked, found = per_engine("prefix_asked"), per_engine("prefix_found")
+        family(f"{whole}prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", asked)
+        family(f"{whole}prefix_cache_hits_total", "counter", "Prompt tokens found in the cache.", found)
     family(f"{whole}prompt_tokens_total", "counter", "Prompt tokens computed.", [("", float(tally.prompt_tokens))])
     family(f"{whole}generation_tokens_total", "counter", "Tokens generated.", [("", float(tally.generated_tokens))])
     done = [(',finished_reason="length"', float(tally.finished)), (',finished_reason="abort"', float(tally.aborted))]
@@ -137,7 +141,8 @@ def page(tally: Tally, loads: Sequence[Load], model: str, cluster: Cluster, star
         lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} histogram", *below))
         lines.append(f'{metric}_count{{model_name="{name}"}} {float(reach)}')
         lines.append(f'{metric}_sum{{model_name="{name}"}} {histogram.total!r}')
-    config = f',block_size="{cluster.block_size}",num_gpu_blocks="{cluster.kv_blocks}",enable_prefix_caching="False"'
+    config = f',block_size="{cluster.block_size}",num_gpu_blocks="{cluster.kv_blocks}",'
+    config += f'enable_prefix_caching="{cluster.choices.prefix_caching}"'
     family(f"{whole}cache_config_info", "gauge", "The cache's settings.", [(config, 1.0)])
     errors = [(f',code="{status}"', float(count)) for status, count in sorted(tally.refusals.items())]
     family("squall:refused_total", "counter", "Answers that are errors, by HTTP status.", errors)

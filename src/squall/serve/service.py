@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable
 from time import monotonic_ns
 
+import msgspec
 import numpy as np
 
 from squall.progress import note
@@ -20,7 +21,7 @@ from squall.serve import api, exposition
 from squall.serve.http import Request, error_body
 from squall.simulate.cluster import Cluster
 from squall.simulate.kernel import NEVER, QUEUE_FULL, TICKS, UNSERVABLE
-from squall.simulate.live import REFUSED, LiveCluster
+from squall.simulate.live import MOST_CLIENTS, REFUSED, LiveCluster
 
 LATE = 0.005
 """Seconds after its moment at which a token is late: the limit of the p99."""
@@ -65,7 +66,14 @@ class Service:
     ) -> None:
         """`failing` gives the share of requests that fail, by the cluster's time in seconds."""
         self.live = LiveCluster(cluster, seed=seed)
-        self._cluster, self._limits, self._speed = cluster, limits, speed
+        self._cluster, self._speed = cluster, speed
+        self._caching = cluster.choices.prefix_caching
+        self._limits = msgspec.structs.replace(
+            limits,
+            block=cluster.block_size if self._caching else 0,
+            priorities=cluster.choices.scheduler == "priority" or ":" in cluster.choices.scheduler,
+        )
+        self._fair, self._clients = cluster.choices.scheduler == "vtc", dict[str, int]()
         self._timeout, self._failing, self._name = timeout, failing, name
         self._random = random.Random(f"{seed} serve {name}")
         self._loop = asyncio.get_running_loop()
@@ -127,13 +135,29 @@ class Service:
         if self.live.full:
             raise api.ApiError(503, "too many requests at once")
         self._number += 1
-        slot = self.live.submit(now, ask.prompt, ask.output)
+        slot = self.live.submit(
+            now,
+            ask.prompt,
+            ask.output,
+            hashes=ask.hashes,
+            priority=float(ask.priority),
+            client=self._client(ask.client) if self._fair else 0,
+            affinity=None if ask.session is None else hash(ask.session),
+        )
+        ask.hashes = []
         stream = Stream(request, ask, api.Reply(ask, self._number, self._limits.model), slot)
         if ask.stream:
             stream.prefix = request.frame(stream.reply.event)
         self._streams[slot] = stream
         request.on_gone = lambda: self._gone(slot)
         self._set()
+
+    def _client(self, name: str) -> int:
+        """A number for the client, the same each time; when there are too many, some share one."""
+        if len(self._clients) < MOST_CLIENTS:
+            return self._clients.setdefault(name, len(self._clients))
+        known = self._clients.get(name)
+        return hash(name) % MOST_CLIENTS if known is None else known
 
     def _gone(self, slot: int) -> None:
         """The client went away."""
@@ -199,6 +223,8 @@ class Service:
 
     def _first(self, stream: Stream) -> None:
         request, ask = stream.request, stream.ask
+        if self._caching:
+            stream.reply.cached = self.live.cached(stream.slot)
         if ask.stream and ask.output > 1:
             request.events(request.frame(stream.reply.first()))
         now = stream.last = monotonic_ns()

@@ -2,75 +2,110 @@
 
 The scheduler, the blocks and the step times are those of a simulation (kernel.py), function by function; only the loop
 around them differs: it stops at a given tick, takes arrivals and cancellations as they come, and tells of every token.
-Windows are off, since nobody knows what will happen within them.
+Windows are off, since nobody knows what will happen within them. What a simulation reads from its trace (the key of a
+queue order, the client, the hashes of prompt blocks) comes here with each request.
+
+A request has a slot, which is its row among the attempts. By `2 * slot` the kernel finds what is kept of it, so that
+the hashes of a prompt have a begin and an end of their own, wherever they lie.
 """
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
+import polars as pl
 from numba import njit
 
 from squall.errors import InputError
-from squall.seeds import DEFAULT_SEED
+from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel
+from squall.simulate.blocks import Pool, clear
 from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import _kernel_seeds
 from squall.simulate.kernel import (
     ATTEMPT,
+    KV_END,
     NEVER,
     OK,
+    PREFILL,
     QUEUED,
     RUNNING,
+    TICKS,
     TRANSFER,
     Engines,
-    Limits,
     _account,
+    _end_transfer,
     _enter,
     _give_up,
     _look,
+    _pop,
     _receive,
     _set_end,
     _start,
     _wake,
     _widen,
 )
+from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_for
+from squall.simulate.waiting import Queue
+from squall.trace.table import SCHEMA
 
 TOKEN = np.dtype([("time", np.int64), ("slot", np.int32), ("index", np.int32)], align=True)
 """What happened to a request: its token number `index` (from 1) is there; or 0: it was refused on arrival."""
 REFUSED = 0
+MOST_CLIENTS = 4096
+"""Clients that `vtc` tells apart; further ones share accounts with them."""
 _EVENTS = 1 << 14
-_MODELLED = {
-    "scheduler": "fcfs",
-    "preemption": "recompute",
-    "prefix_caching": False,
-    "fail": None,
-    "mtbf": None,
-    "autoscale": None,
-    "prefill_replicas": None,
-    "decode_replicas": None,
+_MODELLED = frozenset(
+    (
+        *("scheduler", "prediction_error", "step_order", "chunk_size", "preemption", "swap_space", "swap_bandwidth"),
+        *("watermark", "prefix_caching", "eviction", "host_cache", "host_bandwidth", "router", "scrape_interval"),
+        *("prefill_replicas", "decode_replicas", "kv_bandwidth", "kv_latency"),
+    )
+)
+_INSTEAD = {
+    "clients": "a request's `user` is its client",
+    "priorities": "a request's own `priority` counts, as in vLLM",
+    "deadlines": "requests do not say what their deadline is",
+    "shared_prefix": "what prompts share, their own texts say",
+    "fail": "--fail-rate and --failures make requests fail; a replica behind a port of its own can be killed",
+    "mtbf": "--fail-rate and --failures make requests fail; a replica behind a port of its own can be killed",
+    "autoscale": "start and stop replicas behind ports of their own",
+    "price": "it has no result in which a cost could stand",
 }
-"""What must be as it is: other values need the whole list of requests in advance, or events of their own."""
+"""Why what is not modelled live is not, by the field of Choices."""
 
 
 @njit
-def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Limits, now: Any) -> None:
+def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, queue: Any, now: Any) -> None:
     """Let whatever was touched at this tick schedule."""
     shared = engines.shared
     for t in range(1, shared.touched[0] + 1):
         r = shared.touched[t]
         _account(engines, r, now)
-        _start(engines, r, attempts, None, None, limits, now)
+        _start(engines, r, attempts, pool, queue, limits, now)
     shared.touched[0] = 0
 
 
 @njit
+def _wake_all(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, queue: Any, now: Any) -> None:
+    """Wake those to which something was handed."""
+    shared = engines.shared
+    while shared.woken[0] > 0:
+        shared.woken[0] -= 1
+        _wake(engines, shared.woken[shared.woken[0] + 1], attempts, pool, queue, limits, now)
+
+
+@njit
 def _tell_tokens(
-    engines: Engines, r: int, attempts: np.ndarray, limits: Limits, out: np.ndarray, told: int, now: Any
+    engines: Engines, r: int, attempts: np.ndarray, limits: Any, out: np.ndarray, told: int, now: Any
 ) -> Any:
     """Note the tokens that the end of replica `r`'s step will bring; returns how many entries `out` has then."""
     me = engines.state[r]
+    if me.role == PREFILL:  # its token is the first of the decode replica's
+        return told
     for i in range(me.running):
         s = engines.running[r, i]
         if (s.now if limits.asynchronous else s.next) == 3 and attempts[s.attempt].state == RUNNING:
@@ -88,12 +123,14 @@ def _tell_tokens(
     return told
 
 
-def _entries(sources: int) -> tuple[Any, Any]:
+def _entries(sources: int) -> tuple[Any, Any, Any]:
     @njit(cache=True)
     def advance(
         engines: Engines,
         attempts: np.ndarray,
         settings: np.ndarray,
+        pool: Any,
+        queue: Any,
         affinity: np.ndarray,
         at: np.ndarray,
         slots: np.ndarray,
@@ -105,14 +142,14 @@ def _entries(sources: int) -> tuple[Any, Any]:
         Returns (entries of `out`, arrivals taken, whether `out` was too small to come to the end).
         """
         assert sources >= 0  # noqa: S101 - part of the cache's key
-        limits = settings[0]
-        shared = engines.shared
+        limits: Any = settings[0]
+        shared, heap = engines.shared, engines.heap
         leaves = shared.ends.size // 2
         told, arrived = 0, 0
         most = 2 * engines.running.size + 1
         while True:
             coming = at[arrived] if arrived < at.size else NEVER
-            now = min(coming, shared.ends[1])
+            now = min(coming, shared.ends[1], heap[0].tick)
             if now > until:
                 return told, arrived, False
             if told + most > out.size:
@@ -129,11 +166,16 @@ def _entries(sources: int) -> tuple[Any, Any]:
                     _account(engines, r, now)
                     _set_end(engines, r, NEVER)
                     told = _tell_tokens(engines, r, attempts, limits, out, told, now)
-                    _receive(engines, r, attempts, None, None, limits, now)
-                    _wake(engines, r, attempts, None, None, limits, now)
+                    _receive(engines, r, attempts, pool, queue, limits, now)
+                    _wake(engines, r, attempts, pool, queue, limits, now)
+                elif heap[0].tick == now:
+                    kind, who = heap[0].kind, heap[0].who
+                    _pop(engines)
+                    if kind == KV_END:
+                        _end_transfer(engines, attempts, who, pool, queue, limits, now)
                 elif arrived < at.size and at[arrived] == now and told + most <= out.size:
                     a = slots[arrived]
-                    _enter(engines, attempts, a, None, None, limits, affinity, now)
+                    _enter(engines, attempts, a, pool, queue, limits, affinity, now)
                     if attempts[a].state >= OK:
                         out[told].time = now
                         out[told].slot = a
@@ -142,28 +184,32 @@ def _entries(sources: int) -> tuple[Any, Any]:
                     arrived += 1
                 else:
                     break
-                while shared.woken[0] > 0:
-                    shared.woken[0] -= 1
-                    _wake(engines, shared.woken[shared.woken[0] + 1], attempts, None, None, limits, now)
-            _finish_tick(engines, attempts, limits, now)
+                _wake_all(engines, attempts, limits, pool, queue, now)
+            _finish_tick(engines, attempts, limits, pool, queue, now)
 
     @njit(cache=True)
-    def cancel(engines: Engines, attempts: np.ndarray, settings: np.ndarray, a: int, now: int) -> None:
+    def cancel(
+        engines: Engines, attempts: np.ndarray, settings: np.ndarray, pool: Any, queue: Any, a: int, now: int
+    ) -> None:
         """The client of `a` is gone: its blocks are free at the next schedule."""
         assert sources >= 0  # noqa: S101
-        limits = settings[0]
-        shared = engines.shared
-        _widen(engines.samples, shared.width, now)
-        _give_up(engines, attempts, a, None, None, limits, now)
-        while shared.woken[0] > 0:
-            shared.woken[0] -= 1
-            _wake(engines, shared.woken[shared.woken[0] + 1], attempts, None, None, limits, now)
-        _finish_tick(engines, attempts, limits, now)
+        limits: Any = settings[0]
+        _widen(engines.samples, engines.shared.width, now)
+        _give_up(engines, attempts, a, pool, queue, limits, now)
+        _wake_all(engines, attempts, limits, pool, queue, now)
+        _finish_tick(engines, attempts, limits, pool, queue, now)
 
-    return advance, cancel
+    @njit(cache=True)
+    def begin(engines: Engines, pool: Any) -> None:
+        """Every replica's cache is empty."""
+        assert sources >= 0  # noqa: S101
+        for r in range(engines.state.size):
+            clear(pool, r, engines.state[r].blocks)
+
+    return advance, cancel, begin
 
 
-_advance, _cancel = _entries(kernel._fingerprint())
+_advance, _cancel, _begin = _entries(kernel._fingerprint())
 
 
 class Load(NamedTuple):
@@ -173,6 +219,47 @@ class Load(NamedTuple):
     waiting: int
     kv_used: float
     preemptions: int
+    prefix_asked: int
+    """Prompt tokens looked for in the prefix cache so far, in whole blocks."""
+    prefix_found: int
+
+
+class _Hashes:
+    """The block hashes of the prompts that are in the cluster, one after another in one array that the kernel reads."""
+
+    def __init__(self, capacity: int) -> None:
+        self.ids = np.zeros(1 << 16, np.int64)
+        self.start = np.zeros(2 * capacity + 1, np.int64)
+        """Of the request with slot s: from start[2 * s] to start[2 * s + 1]."""
+        self._sizes: dict[int, int] = {}  # in the order of their places
+        self._end = 0
+
+    def put(self, slot: int, ids: Sequence[int]) -> bool:
+        """Keep those of a slot; returns whether they lie in a new array."""
+        moved = self._end + len(ids) > len(self.ids)
+        if moved:
+            self._gather(len(ids))
+        begin, self._end = self._end, self._end + len(ids)
+        self.ids[begin : self._end] = ids
+        self.start[2 * slot : 2 * slot + 2] = begin, self._end
+        self._sizes[slot] = len(ids)
+        return moved
+
+    def drop(self, slot: int) -> None:
+        """Forget them."""
+        self._sizes.pop(slot, None)
+        self.start[2 * slot : 2 * slot + 2] = 0
+
+    def _gather(self, more: int) -> None:
+        """Close the gaps, in an array with room for as many again."""
+        wider = np.zeros(max(1 << 16, 2 * (sum(self._sizes.values()) + more)), np.int64)
+        end = 0
+        for slot, size in self._sizes.items():
+            begin = self.start[2 * slot]
+            wider[end : end + size] = self.ids[begin : begin + size]
+            self.start[2 * slot : 2 * slot + 2] = end, end + size
+            end += size
+        self.ids, self._end = wider, end
 
 
 class LiveCluster:
@@ -180,27 +267,37 @@ class LiveCluster:
 
     def __init__(self, cluster: Cluster, *, seed: int = DEFAULT_SEED, capacity: int = 16_384) -> None:
         """At most `capacity` requests may be in it at once. Raises InputError for what only a simulation can do."""
+        check_live(cluster.choices)
         limits = cluster.limits()._replace(windows=0, retries=0, timeout=int(NEVER))
-        if any(getattr(cluster.choices, name) != default for name, default in _MODELLED.items()):
-            raise InputError(
-                f"serve: of the cluster's policies these exist only in `squall simulate`: {', '.join(_MODELLED)}."
-            )
-        self.limits = limits
+        self.limits, self._settings = limits, kernel.packed(limits)
         self.now = 0
         state, costs, points = cluster.machines()
-        # Its heap stays empty: nothing is to come but what clients do.
         self._engines = kernel.engines_of(
-            state, costs, points, block_size=limits.block_size, seeds=_kernel_seeds(seed), width=kernel.TICKS
+            state,
+            costs,
+            points,
+            block_size=limits.block_size,
+            seeds=_kernel_seeds(seed),
+            width=kernel.TICKS,
+            heap=capacity + 64,
         )
         self._bundle = bundled(self._engines)
-        self._settings = kernel.packed(limits)
         self._attempts = np.zeros(capacity, ATTEMPT)
-        self._affinity = np.zeros(capacity, np.uint64)
+        self._affinity = np.zeros(2 * capacity, np.uint64)
+        self._pool = _empty_pool(cluster, state, capacity)
+        self._hashes = _Hashes(capacity)
+        if self._pool is not None:
+            self._pool = self._pool._replace(ids=self._hashes.ids, ids_start=self._hashes.start)
+            _begin(self._bundle, bundled(self._pool))
+        self._pool_bundle = bundled(self._pool)
+        self._queue = _empty_queue(cluster.choices, len(state), capacity)
+        self._queue_bundle = bundled(self._queue)
+        self._key = _key_of(cluster.choices, seed)
         self._free = list(range(capacity - 1, -1, -1))
         self._leaving: list[tuple[int, int]] = []  # slots cancelled while they ran, and the steps of their replica
         self._coming: list[tuple[int, int, int]] = []  # tick, order, slot
         self._gone: set[int] = set()  # slots cancelled before they arrived
-        self._order = 0
+        self._order = self._order_of_all = 0
         self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
 
     @property
@@ -208,13 +305,40 @@ class LiveCluster:
         """Whether there is no room for another request."""
         return not self._free
 
-    def submit(self, at: int, prompt: int, output: int) -> int:
-        """A request of so many tokens (both >= 1), sent at tick `at`; returns its slot. There must be room."""
+    def submit(
+        self,
+        at: int,
+        prompt: int,
+        output: int,
+        *,
+        hashes: Sequence[int] = (),
+        priority: float = 0.0,
+        client: int = 0,
+        affinity: int | None = None,
+    ) -> int:
+        """A request of so many tokens (both >= 1), sent at tick `at`; returns its slot. There must be room.
+
+        `hashes` are of the prompt's full blocks, each with all that is before it; `priority` is for the scheduler
+        `priority` (the lowest first), `client` (a number from 0) for `vtc`, and requests of one `affinity` go to one
+        replica with the router `session-affinity`.
+        """
         slot = self._free.pop()
         at = max(at, self.now)
+        if self._pool is not None:
+            if self._hashes.put(slot, hashes):
+                self._pool = self._pool._replace(ids=self._hashes.ids)
+                self._pool_bundle = bundled(self._pool)
+            stuck = self._pool.state["stuck"]
+            stuck[stuck == slot] = -1  # that was another request
+        if self._queue is not None and self._queue.key.size:
+            self._queue.key[2 * slot] = self._key(at / TICKS, prompt, output, priority)
+        elif self._queue is not None:
+            self._queue.client[2 * slot] = client % MOST_CLIENTS
+        self._order_of_all += 1
+        self._affinity[2 * slot] = self._order_of_all if affinity is None else affinity % 2**64
         it = self._attempts[slot : slot + 1]
         it[:] = np.zeros(1, ATTEMPT)
-        for name, value in (("request", slot), ("number", 1), ("sent", at), ("prompt", prompt), ("output", output)):
+        for name, value in (("request", 2 * slot), ("number", 1), ("sent", at), ("prompt", prompt), ("output", output)):
             it[name] = value
         for name in ("first", "last", "ended", "replica", "source", "next", "previous", "child"):
             it[name] = -1
@@ -229,17 +353,17 @@ class LiveCluster:
         if it["replica"] < 0:
             self._gone.add(slot)
         elif it["state"] in (QUEUED, RUNNING, TRANSFER):
-            running = it["state"] == RUNNING
-            _cancel(self._bundle, self._attempts, self._settings, slot, self.now)
-            if running or it["preemptions"] > 0:
+            held = it["state"] in (RUNNING, TRANSFER) or it["preemptions"] > 0
+            _cancel(self._bundle, self._attempts, self._settings, self._pool_bundle, self._queue_bundle, slot, self.now)
+            if held:
                 self._leaving.append((slot, int(self._engines.state[it["replica"]]["steps"])))
             else:
-                self._free.append(slot)
+                self.release(slot)
 
     def next(self) -> int:
         """When something happens next, if nobody comes or goes; NEVER: nothing."""
         coming = self._coming[0][0] if self._coming else int(NEVER)
-        return min(coming, int(self._engines.shared.ends[1]))
+        return min(coming, int(self._engines.shared.ends[1]), int(self._engines.heap[0]["tick"]))
 
     def advance(self, until: int) -> np.ndarray:
         """Run up to and with tick `until`; returns TOKEN entries in the order of time.
@@ -251,14 +375,23 @@ class LiveCluster:
             at, _, slot = heappop(self._coming)
             if slot in self._gone:
                 self._gone.remove(slot)
-                self._free.append(slot)
+                self.release(slot)
             else:
                 due.append((at, slot))
         ticks, slots = np.array(due, np.int64).reshape(-1, 2).T.copy()
         parts, more = [], True
         while more:
             told, arrived, more = _advance(
-                self._bundle, self._attempts, self._settings, self._affinity, ticks, slots, until, self._out
+                self._bundle,
+                self._attempts,
+                self._settings,
+                self._pool_bundle,
+                self._queue_bundle,
+                self._affinity,
+                ticks,
+                slots,
+                until,
+                self._out,
             )
             parts.append(self._out[:told].copy())
             ticks, slots = ticks[arrived:], slots[arrived:]
@@ -274,21 +407,29 @@ class LiveCluster:
         """How many tokens a request will have."""
         return int(self._attempts[slot]["output"])
 
+    def cached(self, slot: int) -> int:
+        """How many tokens of its prompt were found in the prefix cache when it was first admitted."""
+        return int(self._attempts[slot]["cached"])
+
     def release(self, slot: int) -> None:
         """A request that was refused or has ended leaves its slot."""
+        if self._pool is not None:
+            self._hashes.drop(slot)
         self._free.append(slot)
 
     def loads(self) -> list[Load]:
         """What every replica does now."""
-        return [
-            Load(
-                int(me["running"] - me["aborted"]),
-                int(me["waiting"]),
-                float((me["blocks"] - me["free"]) / me["blocks"]),
-                int(me["preemptions"]),
-            )
-            for me in self._engines.state
-        ]
+        loads = []
+        for r, me in enumerate(self._engines.state):
+            asked = found = 0
+            if self._pool is not None:
+                cache = self._pool.state[r]
+                asked = int(cache["asked"]) * self.limits.block_size
+                found = int(cache["hits"] + cache["host_hits"]) * self.limits.block_size
+            used = float((me["blocks"] - me["free"]) / me["blocks"])
+            running, waiting = int(me["running"] - me["aborted"]), int(me["waiting"])
+            loads.append(Load(running, waiting, used, int(me["preemptions"]), asked, found))
+        return loads
 
     def _retire(self) -> None:
         """Slots of cancelled requests that no step and no list of the engines names any more."""
@@ -297,9 +438,90 @@ class LiveCluster:
         state = self._engines.state
         kept = []
         for slot, steps in self._leaving:
-            me = state[self._attempts[slot]["replica"]]
-            if (me["aborted"] == 0 and me["orphans"] == 0) or me["steps"] >= steps + 3:
-                self._free.append(slot)
+            it = self._attempts[slot]
+            me = state[it["replica"]]
+            still = it["source"] >= 0  # its blocks are on their way between replicas
+            if not still and ((me["aborted"] == 0 and me["orphans"] == 0) or me["steps"] >= steps + 3):
+                self.release(slot)
             else:
                 kept.append((slot, steps))
         self._leaving = kept
+
+
+def check_live(choices: Choices) -> None:
+    """Raise InputError for what a simulation can choose and a cluster that lives from moment to moment cannot."""
+    default = Choices()
+    for name in choices.__struct_fields__:
+        if name not in _MODELLED and getattr(choices, name) != getattr(default, name):
+            why = _INSTEAD.get(name, "only `squall simulate` has it")
+            raise InputError(f"--{name.replace('_', '-')} is not for serve: {why}; leave it out.")
+    if choices.scheduler == "edf":
+        raise InputError(f"--scheduler edf is not for serve: {_INSTEAD['deadlines']}; there is --scheduler priority.")
+
+
+def _asked(capacity: int, longest: int) -> pl.DataFrame:
+    """A frame of `2 * capacity` requests, all of them different, with the columns of a trace."""
+    n = 2 * capacity
+    rows = {
+        "arrival": np.arange(n, dtype=float),
+        "request_tokens": np.minimum(np.arange(1, n + 1), longest),
+        "response_tokens": np.ones(n, np.int64),
+        "session": np.arange(n) % MOST_CLIENTS,
+        "prefix": [[1]] + [None] * (n - 1),
+    }
+    known = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in rows})
+    return pl.concat([pl.DataFrame(schema=SCHEMA), known], how="diagonal")
+
+
+def _empty_pool(cluster: Cluster, state: np.ndarray, capacity: int) -> Pool | None:
+    return pool_for(
+        cluster.choices,
+        _asked(capacity, 1),
+        np.full(2 * capacity, cluster.max_model_len),
+        cluster.block_size,
+        replicas=state,
+        block_size=cluster.block_size,
+        block_bytes=cluster.block_bytes,
+    )
+
+
+def _empty_queue(choices: Choices, replicas: int, capacity: int) -> Queue | None:
+    if choices.scheduler == "fcfs":
+        return None
+    # All orders by a key are of one kind, and the keys come with the requests.
+    kind = "vtc" if choices.scheduler == "vtc" else "srf"
+    asked = _asked(max(capacity, MOST_CLIENTS // 2), 2**30)
+    queue = queue_for(msgspec.structs.replace(choices, scheduler=kind), asked, np.ones(len(asked)), replicas, 0)
+    return None if queue is None else queue._replace(key=queue.key.copy(), client=queue.client.copy())
+
+
+def _key_of(choices: Choices, seed: int) -> Any:
+    """The key of a request by (seconds at which it was sent, prompt, output, priority); the lowest goes first."""
+    error, draw = choices.prediction_error or 0.0, stream(seed, "length predictions")
+
+    def predicted(output: int) -> float:
+        return output * float(np.exp(draw.normal(0.0, error))) if error else float(output)
+
+    if ":" in choices.scheduler:
+        from numba import vectorize
+
+        names, own = policy_inputs(choices.scheduler), vectorize(load_policy(choices.scheduler))
+
+        def key(arrival: float, prompt: int, output: int, priority: float) -> float:
+            values = {
+                "arrival": arrival,
+                "request_tokens": float(prompt),
+                "predicted_tokens": predicted(output),
+                "session": -1.0,
+                "turn": -1.0,
+                "priority": priority,
+            }
+            return float(own(*(values[name] for name in names)))
+
+        return key
+    return {
+        "priority": lambda arrival, prompt, output, priority: priority,
+        "sjf": lambda arrival, prompt, output, priority: predicted(output),
+        "srf": lambda arrival, prompt, output, priority: float(prompt),
+        "lrf": lambda arrival, prompt, output, priority: -float(prompt),
+    }.get(choices.scheduler)

@@ -32,7 +32,7 @@ from squall.trace.files import (
 )
 from squall.trace.formats import Finding, Format, Parsed
 from squall.trace.formats.parquet import checked, kept_meta
-from squall.trace.select import TraceOptions, _rebase, _window
+from squall.trace.select import TraceOptions, _rebase, window_of
 from squall.trace.table import SCHEMA, Trace, TraceMeta, TraceSource
 
 WHOLE = 2 << 30
@@ -349,7 +349,7 @@ class Passing:
             names = sorted(self._survey.models)
             have = f"it records {', '.join(names[:8])}" if names else "it records no models"
             raise InputError(f"--model-name {options.model_name}: no such model in {source}; {have}.")
-        window = _window(options.between) if options.between is not None else None
+        window = window_of(options.between) if options.between is not None else None
         sample, thin = stream(options.seed, "sample"), stream(options.seed, "thin")
         for whole in self._survey.frames():
             frame = self._filtered(whole, window)

@@ -107,7 +107,7 @@ def _filter(trace: Trace, options: TraceOptions) -> Trace:
             raise InputError(f"--model-name {options.model_name}: no such model in {trace.meta.source}; {have}.")
         trace = _kept(trace, trace.table["model"] == options.model_name, f"--model-name {options.model_name}")
     if options.between is not None:
-        start, end = _window(options.between)
+        start, end = window_of(options.between)
         arrival = trace.table["arrival"]
         trace = _kept(trace, (arrival >= start) & (arrival < end), f"--between {options.between}")
         trace = _rebase(trace, start)
@@ -120,7 +120,8 @@ def _filter(trace: Trace, options: TraceOptions) -> Trace:
     return trace
 
 
-def _window(text: str) -> tuple[float, float]:
+def window_of(text: str) -> tuple[float, float]:
+    """Seconds of the window START:END; an end left open is infinite."""
     left, colon, right = text.partition(":")
     if not colon:
         raise InputError(f"--between {text}: write START:END, such as 8h:9h, 90: or :2d.")
