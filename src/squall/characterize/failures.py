@@ -115,14 +115,32 @@ def failure_statistics(
         return found
     count = bin_counts(arrivals, BIN, start, end).astype(float)
     lost = bin_counts(arrivals[failed], BIN, start, end).astype(float)
+    return msgspec.structs.replace(found, **msgspec.structs.asdict(clustering(count, lost)))
+
+
+class Clustering(Struct, frozen=True, kw_only=True):
+    """Whether failures come together; the fields are those of Failures."""
+
+    bins_with_failures: int
+    dispersion: float | None
+    lag1_count: float | None
+    lag1_share: float | None
+    load_correlation: float | None
+
+
+def clustering(count: np.ndarray, lost: np.ndarray) -> Clustering:
+    """Of requests and of failures per bin, in order of time."""
     busy = count > 0
-    share = np.divide(lost, count, out=np.zeros_like(count), where=busy)
+    share = np.divide(lost, count, out=np.zeros(count.size), where=busy)
+    overall = lost.sum() / max(count.sum(), 1)
     pair = busy[1:] & busy[:-1]
-    off = (lost - found.share * count)[busy] ** 2 / (found.share * (1 - found.share) * count[busy])
-    return msgspec.structs.replace(
-        found,
+    expected = count[busy] * overall * (1 - overall)
+    dispersed = expected.size > 1 and expected.all()
+    return Clustering(
         bins_with_failures=int(np.count_nonzero(lost)),
-        dispersion=float(off.sum() / (off.size - 1)) if off.size > 1 else None,
+        dispersion=float(((lost - overall * count)[busy] ** 2 / expected).sum() / (expected.size - 1))
+        if dispersed
+        else None,
         lag1_count=correlation(lost[1:], lost[:-1]),
         lag1_share=correlation(share[1:][pair], share[:-1][pair]),
         load_correlation=correlation(share[busy], count[busy]),

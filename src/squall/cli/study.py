@@ -1,11 +1,13 @@
 """`squall study`."""
 
+from itertools import groupby
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from squall.cli.common import Output, print_json
 from squall.errors import InputError
+from squall.progress import printable
 
 
 def study(
@@ -42,20 +44,20 @@ def study(
         return 4 if result.failed else 0
     from squall.report.terminal import console, number, row, table
 
-    shown = table("Published statistics beside squall's", "", "quantity", "published", "squall's", "difference", "")
-    title = None
-    for check in result.checks:
-        percent = 100.0 if check.published.endswith("%") else 1.0
-        ours = "-" if check.ours is None else number(check.ours * percent, 5) + (" %" if percent > 1 else "")
-        verdict = "pass" if check.passed else "FAIL"
-        place = check.trace if check.trace != title else ""
-        row(
-            shown, place, f"{check.section}: {check.quantity}", check.published, ours, number(check.difference), verdict
-        )
-        title = check.trace
     page = console()
-    page.print(shown)
-    page.print(f"{result.passed:,} of {len(result.checks):,} figures agree.")
+    for name, checks in groupby(result.checks, key=lambda check: check.trace):
+        shown = table(f"{printable(name)}: published statistics beside squall's", "quantity", "published", "squall's",
+                      "difference", "")  # fmt: skip
+        for check in checks:
+            percent = 100.0 if check.published.endswith("%") else 1.0
+            ours = "-" if check.ours is None else number(check.ours * percent, 5) + (" %" if percent > 1 else "")
+            verdict = "-" if check.passed is None else "pass" if check.passed else "FAIL"
+            row(shown, f"{check.section}: {check.quantity}", check.published, ours, number(check.difference), verdict)
+        page.print(shown)
+    unjudged = f"; {result.not_judged:,} are not judged (-): how they were computed is not known" * bool(
+        result.not_judged
+    )
+    page.print(f"{result.passed:,} of {result.passed + result.failed:,} figures agree{unjudged}.")
     return 4 if result.failed else 0
 
 
