@@ -21,7 +21,7 @@ import polars as pl
 from hard_traces import CASES
 
 from squall.characterize.concurrency import despread
-from squall.fidelity import LOADS, _distances, _downstream, _same_clock, felt, statistics
+from squall.fidelity import LOADS, _distances, _downstream, _same_clock, _samples, felt, statistics
 from squall.progress import notes
 from squall.seeds import stream
 from squall.simulate import saturation_rate, simulate
@@ -104,7 +104,7 @@ def hard(folder: Path, cases: list[str], seeds: int) -> None:
             if index
         }
         off = max(curve.values(), key=lambda ratio: abs(np.log(ratio)), default=float("nan"))
-        distances = [_distances(real, one)["ks"] for one in others[0]]
+        distances = [_distances(_samples(real), _samples(one))["ks"] for one in others[0]]
         ks = max(
             float(np.median([one[key] or 0.0 for one in distances])) for key in ("request_tokens", "response_tokens")
         )

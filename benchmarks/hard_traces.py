@@ -213,10 +213,120 @@ def cascade(folder: Path) -> Trace:
     return trace.replace(trace.table.head(rows).with_columns(arrival=pl.Series(arrival)), tick=None)
 
 
+def cluster(folder: Path) -> Trace:
+    """Half an hour of code completion on a cluster that is served in turns: silences of minutes, self-exciting calls.
+
+    A Hawkes process (each call brings 0.85 others on average, within milliseconds or within seconds) while the cluster
+    is served, heavy-tailed off-times between; prompts of a workspace resemble each other, answers are a line.
+    """
+    rng = stream(15, "cluster")
+    phases = np.stack([40 * (rng.pareto(1.6, 60) + 0.2), 45 * (rng.pareto(1.2, 60) + 0.2)], axis=1)
+    ends = np.cumsum(phases)
+    roots = np.sort(rng.random(3600)) * HOUR
+    roots = roots[np.searchsorted(ends, roots) % 2 == 0]
+    level = rng.lognormal(np.log(1450), 0.75, roots.size)
+    times, levels, born, own = [roots], [level], roots, level
+    while born.size:
+        children = rng.poisson(0.85, born.size)
+        every = int(children.sum())
+        delay = np.where(rng.random(every) < 0.7, rng.exponential(0.012, every), 0.8 * rng.pareto(2.2, every))
+        born, own = np.repeat(born, children) + delay, np.repeat(own, children)
+        times.append(born)
+        levels.append(own)
+    arrival, level = np.concatenate(times), np.concatenate(levels)
+    order = np.argsort(arrival)[:8819]
+    columns = {"arrival": arrival[order], "request_tokens": _tokens(rng, level[order], 0.3, 7437, order.size)}
+    columns["response_tokens"] = _tokens(rng, 12.0, 1.2, 1900, order.size)
+    return _trace("cluster", columns)
+
+
+def loops(folder: Path) -> Trace:
+    """Two days in whole seconds: scripts that ask again once answered, limits that refuse them, and conversations.
+
+    A script has 1 to 15 workers, each sends when its answer is there, for minutes to hours; when more than 8 requests a
+    second come in, those above fail at once. People talk by day, with sessions and two models.
+    """
+    rng = stream(16, "loops")
+    parts = []
+    for begin in np.sort(rng.random(9)) * 44 * HOUR:
+        workers, until = int(rng.integers(1, 16)), begin + 60 * rng.lognormal(np.log(10), 1.1)
+        prompt, answer = rng.lognormal(np.log(500), 0.9), rng.lognormal(np.log(30), 0.9)
+        for _ in range(workers):
+            size = int((until - begin) / (1.0 + answer / 25)) + 2
+            out = _tokens(rng, answer, 0.5, 2000, size)
+            at = begin + rng.random() * 5 + np.cumsum(0.8 + out / 25 * rng.lognormal(0, 0.3, size))
+            kept = at < until
+            parts.append((at[kept], _tokens(rng, prompt, 0.2, 8000, size)[kept], out[kept], np.full(kept.sum(), -1)))
+    day = np.array([5, 3, 2, 1, 1, 1, 1, 3, 12, 45, 60, 50, 25, 35, 55, 60, 60, 50, 30, 30, 32, 30, 25, 15])
+    for hour in range(48):
+        for begin in HOUR * (hour + rng.random(rng.poisson(day[hour % 24] / 2))):
+            turns = int(np.ceil(rng.pareto(1.3) + 0.4))
+            at = begin + np.cumsum(np.append(0, rng.lognormal(np.log(100), 1.2, turns - 1)))
+            out = _tokens(rng, 200, 0.8, 3000, turns)
+            prompt = np.cumsum(_tokens(rng, 60, 1.2, 4000, turns) + np.append(0, out[:-1]))
+            parts.append((at, prompt, out, np.full(turns, len(parts))))
+    at, request, response, session = (np.concatenate([part[side] for part in parts]) for side in range(4))
+    order = np.argsort(np.floor(at), kind="stable")
+    at, request, response, session = np.floor(at)[order], request[order], response[order], session[order]
+    failed = (np.arange(at.size) - np.searchsorted(at, at)) >= 8
+    table = pl.DataFrame(
+        {"arrival": at - at[0], "request_tokens": request, "response_tokens": np.where(failed, 0, response)}
+    )
+    table = table.with_columns(
+        failed=pl.Series(failed),
+        service=pl.Series(np.where(session < 0, "api", "conversation")),
+        model=pl.Series(np.where(session % 3 == 0, "GPT-4", "ChatGPT")),
+        session=pl.Series(session).replace(-1, None),
+    ).with_columns(turn=pl.when(pl.col("session").is_not_null()).then(pl.int_range(pl.len()).over("session") + 1))
+    return Trace.of(table, TraceMeta(source="loops", format="test", tick=1.0, rows=len(table)))
+
+
+def agents(folder: Path) -> Trace:
+    """One hour of tool agents on a clock of 3 s: runs of steps whose prompts grow, fleets that begin together."""
+    rng = stream(17, "agents")
+    times, request, response = [], [], []
+    for begin in np.sort(rng.random(260)) * HOUR:
+        system = rng.choice([1200, 3500, 6800, 9000])
+        for _ in range(1 + int(rng.pareto(1.3) * 1.5)):
+            steps = int(rng.geometric(0.12))
+            out = _tokens(rng, 70, 1.0, 2000, steps)
+            tool = _tokens(rng, 250, 1.3, 20_000, steps)
+            times.append(begin + rng.exponential(4) + np.cumsum(out / 30 + rng.lognormal(np.log(4), 0.9, steps)))
+            request.append(np.minimum(system + np.cumsum(tool), 120_000))
+            response.append(out)
+    columns = {
+        "arrival": np.concatenate(times),
+        "request_tokens": np.concatenate(request),
+        "response_tokens": np.concatenate(response),
+    }
+    keep = columns["arrival"] < HOUR
+    return _trace("agents", {key: value[keep] for key, value in columns.items()}, tick=3.0)
+
+
+def busy(folder: Path) -> Trace:
+    """Ten minutes of a large service: 55 requests/s whose rate wanders, clients that retry, two kinds of prompts."""
+    rng = stream(18, "busy")
+    step = 0.5
+    wander = np.empty(int(600 / step))
+    state = 0.0
+    for k in range(wander.size):
+        state = state * (1 - step / 45) + rng.normal(0, 0.35 * np.sqrt(2 * step / 45))
+        wander[k] = state
+    counts = rng.poisson(42 * step * np.exp(wander))
+    at = (np.repeat(np.arange(wander.size), counts) + rng.random(counts.sum())) * step
+    again = rng.random(at.size) < 0.06
+    at = np.concatenate([at, at[again] + 1.0 + rng.exponential(0.2, again.sum())])
+    chat = rng.random(at.size) < 0.55 + 0.25 * np.sin(at / 95)
+    request = np.where(chat, _tokens(rng, 700, 1.0, 16_000, at.size), _tokens(rng, 3800, 0.35, 16_000, at.size))
+    response = np.where(chat, _tokens(rng, 180, 0.7, 1500, at.size), _tokens(rng, 40, 0.9, 1500, at.size))
+    return _trace("busy", {"arrival": at, "request_tokens": request, "response_tokens": response})
+
+
 CASES: dict[str, Callable[[Path], Trace]] = {
     one.__name__: one
     for one in (
         clumped, clients, completion, floods, ties, pool, mixed, seconds, week, talks, outages, few, thin, cascade,
+        cluster, loops, agents, busy,
     )
 }  # fmt: skip
 

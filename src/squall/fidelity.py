@@ -176,8 +176,8 @@ def fidelity(
     asked = open_trace(real, **options)
     if len(asked) < 10 or asked.span <= 0:
         raise InputError(
-            f"{asked.meta.source}: {len(asked)} requests over {asked.span:g} s are too few to compare with; 10 at "
-            "different times are needed."
+            f"{asked.meta.source}: {len(asked)} request{'s' * (len(asked) > 1)} over {asked.span:g} s: too few to "
+            "compare with; 10 at different times are needed."
         )
     first = int(options.get("seed", DEFAULT_SEED))
     drawn, draws, name = _generated(generated, asked, range(first, first + seeds), options)

@@ -257,3 +257,8 @@ def test_real_mooncake_is_fitted_inside_its_ticks(traces):
     # Three-second ticks would give a CV of 3 (alpha 0.1); inside them arrivals are near Poisson.
     assert found.alpha[1] == pytest.approx(1.0, abs=0.15)
     assert any("prefix" in line for line in model.notes)
+
+
+def test_a_model_cannot_be_written_where_there_is_no_directory(tmp_path):
+    with pytest.raises(InputError, match="there is no directory"):
+        fit("burstgpt://gpt4-conversation?duration=1h", out=tmp_path / "absent" / "model.json")

@@ -90,6 +90,8 @@ def fit(
     does not use.
     """
     plan = Plan(kind, method, gaps, zipf, day, average, playback, warm_up, warm_up_rate, block)
+    if out is not None and not Path(out).parent.is_dir():
+        raise InputError(f"--out {out}: there is no directory {Path(out).parent}; make it, or name another.")
     seed = int(options.get("seed", DEFAULT_SEED))
     if isinstance(trace, str | Path) and Path(trace).is_dir():
         return _fit_pool(trace, plan, out, options)
