@@ -67,7 +67,7 @@ def test_the_captured_trace_is_the_one_that_was_sent(proxy: Proxy, tmp_path: Pat
     assert got["request_tokens"].to_list() == answered["request_tokens"].to_list()
     assert got["response_tokens"].to_list() == sent.table["response_tokens"].to_list()
     assert its["status"].to_list() == ["ok"] * COUNT
-    assert (shift - shift.median()).abs().quantile(0.9) < 0.02
+    assert (shift - shift.median()).abs().median() < 0.005
 
 
 def lengths_of(answer: object) -> tuple[int, int]:
@@ -93,8 +93,11 @@ def test_the_official_client_sees_what_the_server_says(proxy: Proxy) -> None:
         assert whole == again == (whole[0], 12)
         prompts.append(whole[0])
         for options in ({}, {"stream_options": {"include_usage": True}}):
-            chunks = list(through.create(**asked, **what, **options, stream=True))
-            assert [lengths_of(chunk) for chunk in chunks if chunk.usage] == ([whole] if options else [])
+            chunks, same = (list(it.create(**asked, **what, **options, stream=True)) for it in (through, past))
+            # Some servers tell the usage of completions unasked (llama.cpp): then the client sees it here too.
+            told, direct_told = ([lengths_of(chunk) for chunk in each if chunk.usage] for each in (chunks, same))
+            assert told == direct_told
+            assert told == [whole] or (told == [] and not options)
             texts = [
                 (choice.text if api == "completions" else choice.delta.content) or ""
                 for chunk in chunks

@@ -252,3 +252,38 @@ def test_a_worker_imports_no_tables():
     code = "import sys, squall.replay.workers; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"polars", "numba", "scipy", "rich", "squall.trace"} & set(found.stdout.split())
+
+
+MILLION = """
+import asyncio, os, time
+from pathlib import Path
+import numpy as np
+import squall.replay.workers
+from squall.replay.prompt import Dialect
+from squall.replay.schedule import Schedule
+from squall.replay.sender import Plan, Sender, prepare
+from squall.replay.target import Target
+
+n = 1_000_000
+target = Target(url="", host="h", address=("127.0.0.1", 1), tls=False, base="/v1", query="", headers=b"", secrets=())
+dialect = Dialect("chat", "m", "words")
+plan = Plan(target=target, dialect=dialect, salt="run", seed=0, fresh=b"", journal=Path.cwd())
+lengths = np.full(n, 200, np.int32)
+rows = Schedule(np.arange(n, dtype=np.int32), np.arange(n) * 1_000_000, lengths, lengths)
+
+async def main():
+    prepare(plan)
+    sender = Sender(plan, rows, time.monotonic_ns() + 10**10, watch=lambda counts: 2)
+    for times in vars(sender._stages).values():
+        times.frombytes(bytes(4 * n))  # as after a million requests
+    await sender.run()
+
+asyncio.run(main())
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_with_a_million_requests_stays_small(tmp_path):
+    found = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert int(found.stdout) < 150_000  # KB

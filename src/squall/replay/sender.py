@@ -43,6 +43,8 @@ BATCH, BACKLOG = 8, 512
 AHEAD = 128
 """Requests whose bytes are made ahead of their time."""
 AHEAD_BYTES = 1 << 24
+MADE_AT_ONCE = 4
+"""So many of them in a turn of the loop: a burst that comes meanwhile waits no longer than they take."""
 LONGEST_BACKOFF = 30.0
 LONGEST_RETRY_AFTER = 120
 SHORT_DRAIN = 3_000_000_000
@@ -212,7 +214,8 @@ class Sender:
         cpu, began = _cpu(), monotonic_ns()
         self._beat_at, self._beats = began, 0
         self._beat()
-        self._make_ahead()
+        while self._make_ahead():
+            pass
         try:
             with _collections() as longest:
                 self._ring()
@@ -325,16 +328,18 @@ class Sender:
             self._texts[row] = text
         return self._plan.target.request(dialect.path, dialect.body(text, self._answer[row], history))
 
-    def _make_ahead(self) -> None:
-        """Make the bytes of the next requests while nothing is due."""
+    def _make_ahead(self) -> bool:
+        """Make the bytes of the next few requests while nothing is due; whether there is room for more."""
         number = max(self._make_next, self._pacer.next)
-        while number < len(self._pacer) and len(self._made) < AHEAD and self._made_bytes < AHEAD_BYTES:
+        last = min(number + MADE_AT_ONCE, len(self._pacer))
+        while number < last and len(self._made) < AHEAD and self._made_bytes < AHEAD_BYTES:
             row = number if self._rows is None else self._rows[number]
             if 0 < self._prompt[row] <= PROMPT_LIMIT:
                 self._made[row] = made = self._make(row)
                 self._made_bytes += len(made)
             number += 1
         self._make_next = number
+        return number == last < len(self._pacer) and len(self._made) < AHEAD and self._made_bytes < AHEAD_BYTES
 
     # --- outcomes ------------------------------------------------------------------------------------------------
 
@@ -362,11 +367,12 @@ class Sender:
         deadline = self._deadline()
         if deadline is not None and deadline - monotonic_ns() < QUIET and len(self._ended) < BACKLOG:
             return
+        more = False
         if self._ended:
             self._record(self._ended.popleft())
         else:
-            self._make_ahead()
-        if self._ended:
+            more = self._make_ahead()
+        if self._ended or more:
             self._settle_soon()
         elif self._done():
             self._finish()
