@@ -101,8 +101,6 @@ POLICIES = [
 @pytest.mark.parametrize("choices", POLICIES, ids=lambda it: "-".join(map(str, it.values())))
 @pytest.mark.parametrize("engine", ["vllm-0.11", "vllm-0.24"])
 def test_every_token_at_its_tick_under_every_policy(choices, engine):
-    if choices.get("scheduler") == "vtc" and engine == "vllm-0.11":
-        pytest.xfail("a simulation's windows are not settled before a client becomes active, so its account is stale")
     draw = np.random.default_rng(11)
     n = 120
     words = WORDS | {"engine": engine} | choices

@@ -1766,7 +1766,7 @@ def _enter(
         _log(engines, now, REJECT, a, r)
         _fail(engines, attempts, a, QUEUE_FULL, now, limits)
         return
-    if me.window > 0 and always_asks(queue):
+    if me.window > 0 and always_asks(queue):  # what was served within it says where a new client begins
         _wake(engines, r, attempts, pool, queue, limits, now)
     _account(engines, r, now)
     becomes_active(queue, r, it.request)
