@@ -26,6 +26,7 @@ from squall.replay import replay
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate.calibrate import (
+    DECISIVE,
     Calibration,
     Errors,
     Recording,
@@ -57,9 +58,6 @@ UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 
 STRAIGHT = 0.02
 """How much a bend in the table counts against a relative error of the same size."""
-
-DECISIVE = 1.5
-"""How much worse the other engine must fit before the choice between them is taken for settled."""
 
 KNOTS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Tokens of a step at which a table has its points, as far as they were measured."""
@@ -260,12 +258,12 @@ def _calibrate_live(
         fits.append(fit_coefficients(of, recordings, (*free, *gap), seed))
     fit = min(fits, key=lambda each: each.misfit)
     if len(fits) > 1:
-        other = max(each.misfit for each in fits)
+        lead = max(each.misfit for each in fits) - fit.misfit
         unsure = " That is no proof: give --engine if you know (on a CPU vLLM's steps are synchronous)."
         said.append(
             "Whether steps are scheduled asynchronously cannot be read from a server: both were fitted, and"
-            f" {fit.cluster.engine} explains the measurements better (misfit {fit.misfit:.1f} against {other:.1f})."
-            + (unsure if other < DECISIVE * fit.misfit else "")
+            f" {fit.cluster.engine} explains the measurements better (by {lead:.1f} in the log posterior)."
+            + (unsure if lead < DECISIVE else "")
         )
     errors = {}
     for kind in ("prefill", "batch", "context", "mixed"):

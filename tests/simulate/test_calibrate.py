@@ -74,6 +74,17 @@ def test_it_finds_the_step_time_that_made_the_run(fitted):
     assert result.errors["fit"].requests == result.errors["held_out"].requests == 100
 
 
+def test_a_host_bound_server_is_recognised(trace):
+    """0.25 ms a sequence, five times what is usual at most: with many running, the host is all of a step."""
+    words = {"model": "llama-3.2-1b", "gpu": "rtx4090", "engine": "vllm-0.11", "kv_blocks": 30000}
+    slow = StepTime(o0=2e-3, o1=2.5e-4)
+    crowd = trace.replace(trace.table.with_columns(arrival=pl.col("arrival") / 20))
+    result = calibrate(run=run_trace(crowd, resolve(**words, step_time=slow)), first=100, **words)
+    assert result.step_time.o1 == pytest.approx(2.5e-4, rel=0.1)
+    assert any("host-bound" in line for line in result.notes)
+    assert abs(result.errors["held_out"].mean["e2e"]) < 0.03
+
+
 def test_it_is_used_and_named_by_a_simulation(fitted, trace, run):
     result, path = fitted
     again = squall.simulate(trace, calibration=path)
@@ -151,11 +162,11 @@ def test_a_real_server_is_met(recorded):
     result = squall.calibrate(run=recorded, first=100, **REAL)
     for part in ("held_out", "all"):
         errors = result.errors[part]
-        assert abs(errors.mean["ttft"]) < 0.05
-        assert abs(errors.mean["e2e"]) < 0.05
-        assert abs(errors.p50["e2e"]) < 0.08
-        assert errors.mean_absolute["e2e"] < 0.05
-    assert abs(result.errors["held_out"].p50["e2e"]) < 0.05
+        assert abs(errors.mean["ttft"]) < 0.03
+        assert abs(errors.p50["ttft"]) < 0.03
+        assert abs(errors.mean["e2e"]) < 0.03
+        assert errors.mean_absolute["e2e"] < 0.025
+    assert abs(result.errors["held_out"].p50["e2e"]) < 0.03
 
 
 def test_the_block_count_matters_most(recorded):

@@ -46,6 +46,9 @@ STEPS, POLISH = 12, 150
 DISTANCES = (0.1, 0.3, 0.6)
 """In spreads: what a coefficient is moved by to see its influence. Far enough for jumps to average out."""
 
+DECISIVE = 10.0
+"""By how much (a log posterior) one kind of engine must explain a run better to be taken for the right one."""
+
 BLOCK = 10
 """So many neighbouring requests, which wait for the same steps, count as one observation."""
 
@@ -135,6 +138,7 @@ class Fit(NamedTuple):
     informed: dict[str, float]
     notes: list[str]
     misfit: float
+    """Minus the logarithm of the posterior, up to a constant that fits to the same recordings share."""
 
 
 class Recording(NamedTuple):
@@ -279,7 +283,20 @@ def fit_coefficients(cluster: Cluster, recordings: list[Recording], free: tuple[
     that what the data leave open stays where other servers are. Gauss-Newton steps on the weighted residuals, with
     derivatives over a finite distance, since who is preempted when changes in jumps; from several starts.
     """
-    return _Problem(cluster, recordings, free).solve(seed)
+    fit = _Problem(cluster, recordings, free).solve(seed)
+    slope = _host_slope(cluster, recordings) if "o1" in free else 0.0
+    if slope <= BOUNDS["o1"].high:
+        return fit
+    # The host is slower than any prior expects: that is another kind of server, tried beside the usual one.
+    bound = Bound(0.0, 2 * slope, 0.5 * slope)
+    host_bound = _Problem(_with(cluster, {"o1": slope}), recordings, free, {"o1": bound}).solve(seed)
+    if host_bound.misfit > fit.misfit - DECISIVE:
+        return fit
+    said = (
+        f"This server is host-bound: a step takes {host_bound.cluster.step_time.o1 * 1e6:.0f} us longer with each"
+        " sequence, which its GPU does not explain."
+    )
+    return host_bound._replace(notes=[said, *host_bound.notes])
 
 
 class _Problem:
@@ -288,10 +305,16 @@ class _Problem:
     The errors of requests that wait for each other go together, so BLOCK neighbours count as one observation.
     """
 
-    def __init__(self, cluster: Cluster, recordings: list[Recording], free: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        recordings: list[Recording],
+        free: tuple[str, ...],
+        bounds_of: dict[str, Bound] | None = None,
+    ) -> None:
         self.cluster, self.free = cluster, free
         self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
-        bounds = [_bound(cluster, name) for name in free]
+        bounds = [(bounds_of or {}).get(name) or _bound(cluster, name) for name in free]
         self.spread = np.array([bound.spread for bound in bounds])
         self.low = (np.array([bound.low for bound in bounds]) - self.mean) / self.spread
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
@@ -372,7 +395,9 @@ class _Problem:
                 z, residuals, misfit = self.descend(z)
                 z, residuals, misfit = self.polish(z, residuals, misfit, self.covariance(z, residuals), seed)
             covariance = self.covariance(z, residuals)
-        return self.described(z, covariance, misfit)
+        # The width of the noise was fitted too: only with its norm are the misfits of two fits comparable.
+        norm = residuals.shape[1] / BLOCK * float(np.log(self.noise).sum())
+        return self.described(z, covariance, misfit + norm)
 
     def covariance(self, z: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         """Of the posterior at `z`, in spreads, as if it were normal."""
@@ -425,6 +450,30 @@ class _Problem:
                 )
         intervals = {name: (float(low[k]), float(high[k])) for k, name in enumerate(self.free)}
         return Fit(self.at(z), intervals, correlations, informed, notes, misfit)
+
+
+def _host_slope(cluster: Cluster, recordings: list[Recording]) -> float:
+    """Seconds by which the recorded time per token rises with each request that runs beside, beyond what `cluster`
+    makes of the same requests."""
+    slopes = []
+    for table, n in recordings:
+        simulated = simulated_requests(table, cluster)
+        begin = table["sent"].to_numpy()
+        of = [
+            (table["first_token"].to_numpy(), table["last_token"].to_numpy()),
+            (begin + simulated["ttft"].to_numpy(), begin + simulated["e2e"].to_numpy()),
+        ]
+        gaps = table["response_tokens"].to_numpy() - 1
+        for first, last in of:
+            middle = (first + last) / 2
+            beside = np.searchsorted(np.sort(first), middle) - np.searchsorted(np.sort(last), middle)
+            several = (gaps > 0) & (np.arange(len(gaps)) < n)
+            if several.sum() < LEAST or np.ptp(beside[several]) == 0:
+                return 0.0
+            per_token, weight = (last - first)[several] / gaps[several], np.sqrt(gaps[several])
+            slopes.append(np.polyfit(beside[several], per_token, 1, w=weight)[0])
+    recorded, expected = np.array(slopes).reshape(-1, 2).mean(axis=0)
+    return float(recorded - expected)
 
 
 class _Part(NamedTuple):

@@ -602,6 +602,25 @@ def _free_blocks(engines: Engines, r: int, pool: Any, sequence: Any) -> None:
         release(pool, r, me, sequence)
 
 
+@inlined
+def _move(running: np.ndarray, to: Any, at: Any) -> None:
+    """Put the sequence at place `at` in place `to`; field by field, since numba copies records by a call."""
+    a, b = running[to], running[at]
+    a.attempt = b.attempt
+    a.last = b.last
+    a.request = b.request
+    a.prompt = b.prompt
+    a.output = b.output
+    a.computed = b.computed
+    a.generated = b.generated
+    a.blocks = b.blocks
+    a.node = b.node
+    a.registered = b.registered
+    a.new = b.new
+    a.next = b.next
+    a.now = b.now
+
+
 @lean
 def _drop_gone(engines: Engines, r: int, attempts: np.ndarray, pool: Any) -> None:
     """Take what has left out of the running, keeping their order; free the blocks it still holds."""
@@ -612,7 +631,7 @@ def _drop_gone(engines: Engines, r: int, attempts: np.ndarray, pool: Any) -> Non
             _free_blocks(engines, r, pool, running[i])
         else:
             if kept < i:
-                running[kept] = running[i]
+                _move(running, kept, i)
             kept += 1
     me.running = kept
     me.aborted = 0
@@ -650,7 +669,7 @@ def _preempt(
         me.lost += sequence.computed
     _free_blocks(engines, r, pool, sequence)
     for i in range(at, me.running - 1):
-        running[i] = running[i + 1]
+        _move(running, i, i + 1)
     me.running -= 1
     if yields:
         engines.orphans[r, me.orphans] = a
@@ -1436,7 +1455,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
             if final <= me.final:
                 _leaves_with(me, s, final, limits.block_size)
             if kept < i:
-                running[kept] = s
+                _move(running, kept, i)
                 finals[kept] = final
             kept += 1
             continue
@@ -1486,7 +1505,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
             if young < 0 and (final == 0 or s.generated == 0):
                 young = kept
             if kept < i:
-                running[kept] = running[i]
+                _move(running, kept, i)
                 finals[kept] = final
             kept += 1
     me.running = kept
