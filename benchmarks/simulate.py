@@ -52,7 +52,7 @@ print(json.dumps({"seconds": best, "simulated": simulated, "completed": complete
 
 def workloads(folder: str | None) -> dict[str, tuple[Trace, int, bool]]:
     """Name -> trace, replicas, prefix caching."""
-    chat = squall.generate("burstgpt://all", requests=20_000, seed=1)
+    chat = squall.generate("burstgpt://all", requests=100_000, seed=1)
     found = {"BurstGPT-like, 40/s": (open_trace(chat, rate=40.0, drop_failed=True), 4, False)}
     if folder:
         azure = Path(folder) / "azure-2023" / "AzureLLMInferenceTrace_conv.csv"
