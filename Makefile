@@ -26,9 +26,9 @@ unit: $(VENV)/.developed
 nightly: $(VENV)/.developed
 	SQUALL_NIGHTLY=1 $(BIN)/python -m pytest tests/simulate/test_kernel.py -k oracle
 
-# derive_*.py make numbers that lie in the package, readme_*.py pictures: neither measures.
+# derive_*.py make numbers that lie in the package, readme_*.py pictures, steady_core.py a quieter core: none measures.
 bench: $(VENV)/.developed
-	@for script in $(filter-out benchmarks/derive_% benchmarks/readme_%,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/derive_% benchmarks/readme_% benchmarks/steady_core.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # What any bytes from a server do to the replay's parser; more arguments in ARGS are libFuzzer's.
