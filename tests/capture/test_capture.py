@@ -4,8 +4,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -49,10 +51,10 @@ def streamed(events: list[bytes]) -> list[bytes]:
 class Upstream:
     """Answers each request with what `behave` says: pieces of bytes to write, a pause (float), or None to close."""
 
-    def __init__(self, behave: Callable[[bytes], list]) -> None:
-        self.behave, self.seen, self.closed = behave, [], threading.Event()
+    def __init__(self, behave: Callable[[bytes], list], tls: ssl.SSLContext | None = None) -> None:
+        self.behave, self.seen, self.closed, self.tls = behave, [], threading.Event(), tls
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -65,6 +67,8 @@ class Upstream:
 
     def _talk(self, connection: socket.socket) -> None:
         try:
+            if self.tls:
+                connection = self.tls.wrap_socket(connection, server_side=True)
             while request := read_message(connection):
                 self.seen.append(request)
                 for piece in self.behave(request):
@@ -214,6 +218,34 @@ def test_capture_relays_bytes_and_records_no_content(tmp_path: Path) -> None:
     assert trace.meta.block_size == 64
     for file in it.out.iterdir():
         assert CANARY.encode() not in file.read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_capture_speaks_tls_to_its_upstream(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    upstream = Upstream(serve, tls)
+    answers = []
+    for flags in ((), ("--insecure",)):  # nobody vouches for the certificate
+        it = Proxy(upstream.url, tmp_path / f"c{len(answers)}", *flags)
+        answers.append((it.say(post(chat("u"))), it.stop().table["reason"].to_list()))
+    upstream.close()
+    assert answers[0][0].startswith(b"HTTP/1.1 502")
+    assert answers[0][1] == ["tls"]
+    assert answers[1] == (document(DOCUMENT), [None])
+
+
+def test_capture_warns_where_everyone_can_reach_it(tmp_path: Path) -> None:
+    upstream = Upstream(serve)
+    it = Proxy(upstream.url, tmp_path / "c", "--host", "0.0.0.0")
+    it.process.send_signal(signal.SIGTERM)
+    assert "everyone who reaches it can use the server" in it.process.communicate(timeout=20)[1]
+    upstream.close()
 
 
 def test_capture_follows_conversations_of_the_official_client(tmp_path: Path) -> None:
