@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import polars as pl
 from numba import njit
@@ -48,8 +47,8 @@ from squall.simulate.kernel import (
     _wake,
     _widen,
 )
-from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_for
-from squall.simulate.waiting import Queue
+from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_of
+from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA
 
 TOKEN = np.dtype([("time", np.int64), ("slot", np.int32), ("index", np.int32)], align=True)
@@ -340,7 +339,7 @@ class LiveCluster:
         it[:] = np.zeros(1, ATTEMPT)
         for name, value in (("request", 2 * slot), ("number", 1), ("sent", at), ("prompt", prompt), ("output", output)):
             it[name] = value
-        for name in ("first", "last", "ended", "replica", "source", "next", "previous", "child"):
+        for name in ("first", "last", "ended", "replica", "source", "next", "previous", "child", "held", "node"):
             it[name] = -1
         seen = at + self.limits.ingest + self.limits.ingest_per_token * prompt
         heappush(self._coming, (max(seen, self.now + 1), self._order, slot))
@@ -488,11 +487,9 @@ def _empty_pool(cluster: Cluster, state: np.ndarray, capacity: int) -> Pool | No
 def _empty_queue(choices: Choices, replicas: int, capacity: int) -> Queue | None:
     if choices.scheduler == "fcfs":
         return None
-    # All orders by a key are of one kind, and the keys come with the requests.
-    kind = "vtc" if choices.scheduler == "vtc" else "srf"
-    asked = _asked(max(capacity, MOST_CLIENTS // 2), 2**30)
-    queue = queue_for(msgspec.structs.replace(choices, scheduler=kind), asked, np.ones(len(asked)), replicas, 0)
-    return None if queue is None else queue._replace(key=queue.key.copy(), client=queue.client.copy())
+    if choices.scheduler == "vtc":
+        return queue_of(VTC, replicas, client=np.arange(max(2 * capacity, MOST_CLIENTS)) % MOST_CLIENTS)
+    return queue_of(KEYED, replicas, key=np.zeros(2 * capacity))  # the keys come with the requests
 
 
 def _key_of(choices: Choices, seed: int) -> Any:

@@ -330,10 +330,11 @@ def queue_for(choices: Choices, asked: pl.DataFrame, output: np.ndarray, replica
     if choices.aging is not None:
         # key - aging * (now - arrival): what is the same for all at any time can be left out, so the order is fixed.
         key = key + choices.aging * asked["arrival"].to_numpy()
-    return _queue(KEYED, replicas, key=np.ascontiguousarray(key, float))
+    return queue_of(KEYED, replicas, key=np.ascontiguousarray(key, float))
 
 
-def _queue(kind: int, replicas: int, *, key: np.ndarray | None = None, client: np.ndarray | None = None) -> Queue:
+def queue_of(kind: int, replicas: int, *, key: np.ndarray | None = None, client: np.ndarray | None = None) -> Queue:
+    """A queue with nobody in it, by the keys or the clients of the requests (waiting.py)."""
     clients = 0 if client is None else int(client.max()) + 1
     return Queue(
         kind=kind,
@@ -364,7 +365,7 @@ def _fair_queue(choices: Choices, asked: pl.DataFrame, replicas: int) -> Queue:
         )
     if client.min() == client.max():
         raise InputError(f"--scheduler vtc changes nothing here: all requests are of one {column}.")
-    return _queue(VTC, replicas, client=np.ascontiguousarray(client))
+    return queue_of(VTC, replicas, client=np.ascontiguousarray(client))
 
 
 def _by_class(asked: pl.DataFrame, text: str, flag: str, read: Any) -> np.ndarray:
