@@ -155,6 +155,7 @@ SEQUENCE = np.dtype(
     ],
     align=True,
 )
+WORDS = SEQUENCE.itemsize // 8
 
 REPLICA = np.dtype(
     [
@@ -199,8 +200,9 @@ REPLICA = np.dtype(
         ("received", np.int64),
         ("received_at", np.int64),
         ("steady", np.int64),  # how many of the running are
-        ("final", np.int64),  # the least of their finals; how many have it, their part of `base`, and how many of them
-        ("leaving", np.int64),  # would need a block in the step after it
+        ("final", np.int64),  # the least of their finals; how many have it, none before which place, their part of
+        ("leaving", np.int64),  # `base`, and how many of them would need a block in the step after it
+        ("leaving_from", np.int64),
         ("leaving_base", np.int64),
         ("leaving_need", np.int64),
         ("base", np.int64),  # their tokens in the cache once they have the one of step n, less n for each
@@ -321,7 +323,8 @@ class Engines(NamedTuple):
 
     state: np.ndarray  # REPLICA
     running: np.ndarray  # (, max_seqs) SEQUENCE in the order of their admission
-    finals: np.ndarray  # (, max_seqs) the number of a steady sequence's last step; 0 if it is not steady
+    words: np.ndarray  # (, max_seqs * 8) the same memory, for moving them
+    finals: np.ndarray  # (, max_seqs) the number of a steady sequence's last step; NEVER if it is not steady
     phases: np.ndarray  # (, block_size) how many of the steady need a block in the steps of this remainder
     orphans: np.ndarray  # (, max_seqs) attempts
     costs: np.ndarray  # COST
@@ -603,22 +606,26 @@ def _free_blocks(engines: Engines, r: int, pool: Any, sequence: Any) -> None:
 
 
 @inlined
-def _move(running: np.ndarray, to: Any, at: Any) -> None:
-    """Put the sequence at place `at` in place `to`; field by field, since numba copies records by a call."""
-    a, b = running[to], running[at]
-    a.attempt = b.attempt
-    a.last = b.last
-    a.request = b.request
-    a.prompt = b.prompt
-    a.output = b.output
-    a.computed = b.computed
-    a.generated = b.generated
-    a.blocks = b.blocks
-    a.node = b.node
-    a.registered = b.registered
-    a.new = b.new
-    a.next = b.next
-    a.now = b.now
+def _move(engines: Engines, r: int, to: Any, at: Any, count: Any) -> None:
+    """Put `count` sequences from place `at` on in place `to`, which is before it; word by word, as numba copies records
+    by a call, and unsigned, as it would look at each for an index from the end."""
+    words = engines.words[r]
+    back = np.uint64(WORDS * (at - to))
+    for k in range(np.uint64(WORDS * at), np.uint64(WORDS * (at + count))):
+        words[k - back] = words[k]
+
+
+@inlined
+def _remove(engines: Engines, r: int, to: Any, at: Any, end: Any) -> Any:
+    """Let the sequences of the places from `at` to before `end`, and their finals, follow those before place `to`;
+    returns the place after them."""
+    finals = engines.finals[r]
+    back = at - to
+    if back > 0 and at < end:
+        _move(engines, r, to, at, end - at)
+        for i in range(np.uint64(at), np.uint64(end)):
+            finals[i - np.uint64(back)] = finals[i]
+    return end - back
 
 
 @lean
@@ -631,7 +638,7 @@ def _drop_gone(engines: Engines, r: int, attempts: np.ndarray, pool: Any) -> Non
             _free_blocks(engines, r, pool, running[i])
         else:
             if kept < i:
-                _move(running, kept, i)
+                _move(engines, r, kept, i, 1)
             kept += 1
     me.running = kept
     me.aborted = 0
@@ -668,8 +675,7 @@ def _preempt(
         it.computed = 0
         me.lost += sequence.computed
     _free_blocks(engines, r, pool, sequence)
-    for i in range(at, me.running - 1):
-        _move(running, i, i + 1)
+    _move(engines, r, at, at + 1, me.running - at - 1)
     me.running -= 1
     if yields:
         engines.orphans[r, me.orphans] = a
@@ -699,10 +705,11 @@ def _steady_tokens(s: Any, final: Any, received: Any) -> Any:
 
 
 @inlined
-def _leaves_with(me: Any, s: Any, final: Any, block_size: int) -> None:
-    """Take the steady sequence into account of who ends first."""
+def _leaves_with(me: Any, s: Any, i: Any, final: Any, block_size: int) -> None:
+    """Take the steady sequence at place `i` into account of who ends first."""
     if final < me.final:
         me.final = final
+        me.leaving_from = i
         me.leaving = me.leaving_base = me.leaving_need = 0
     if final == me.final:
         me.leaving += 1
@@ -719,14 +726,14 @@ def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
     young = me.running
     for i in range(me.young, me.running):
         s = running[i]
-        if finals[i] == 0:
+        if finals[i] == NEVER:
             if s.next != 3:
                 young = min(young, i)
                 continue
             coming = 1 + (limits.asynchronous & (s.now >> 1))
             final = me.composed + s.output - s.generated - coming
             finals[i] = final
-            _leaves_with(me, s, final, limits.block_size)
+            _leaves_with(me, s, i, final, limits.block_size)
             me.steady += 1
             me.base += s.prompt + s.output - 1 - final
             engines.phases[r, _first_need(s, final, limits.block_size)] += 1
@@ -750,11 +757,11 @@ def _write_out(engines: Engines, r: int, limits: Limits, composing: bool) -> Non
     in_last = composing or not limits.asynchronous or me.queued or not me.busy  # else the last composed step was empty
     for i in range(me.running):
         final = finals[i]
-        if final == 0:
+        if final == NEVER:
             continue
         s = running[i]
         _forget(engines, r, s, final, limits)
-        finals[i] = 0
+        finals[i] = NEVER
         if limits.asynchronous and final >= me.flying and s.output - (final - me.flying) > s.generated:
             s.now = 3
         tokens = _steady_tokens(s, final, me.received)
@@ -812,7 +819,7 @@ def _serve_steady(engines: Engines, r: int, limits: Limits) -> bool:
     if left < 0 or free < 0:
         return False
     for i in range(me.young, me.running):
-        if finals[i] == 0:
+        if finals[i] == NEVER:
             s = running[i]
             in_flight = limits.asynchronous & (s.next >> 1)
             wanted = s.prompt + s.generated + in_flight - s.computed
@@ -848,7 +855,7 @@ def _serve_running(
     preempted, over = False, False
     i = np.int64(me.young)
     while i < me.running:
-        if finals[i] > 0:
+        if finals[i] < NEVER:
             i += 1
             continue
         s = running[i]
@@ -1031,7 +1038,7 @@ def _admit(
             return
         dequeue(queue, me, r, attempts, a)
         s = running[me.running]
-        engines.finals[r, me.running] = 0
+        engines.finals[r, me.running] = NEVER
         me.running += 1
         s.attempt = a
         s.last = it.last
@@ -1140,7 +1147,7 @@ def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.nda
     for i in range(me.running):
         it = running[i]
         final = engines.finals[r, i]
-        if final > 0:
+        if final < NEVER:
             sound &= final > me.received
             held += _blocks(it.prompt + it.output - 1 - max(0, final - me.composed - 1), limits.block_size)
         else:
@@ -1291,17 +1298,17 @@ def _settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
     for i in range(0 if ticks.size > 0 else me.young, me.running):
         s = running[i]
         if ticks.size > 0:
-            had = _steady_tokens(s, finals[i], me.received) if finals[i] > 0 else np.int64(s.generated)
+            had = _steady_tokens(s, finals[i], me.received) if finals[i] < NEVER else np.int64(s.generated)
             begin = engines.token_start[s.request] + had
             for k in range(j):
                 ticks[begin + k] = _window_end(me, k + 1)
         if s.generated == 0:
             attempts[s.attempt].first = me.first_end
             _log(engines, me.first_end, FIRST, s.attempt, r)
-            if finals[i] > 0:
+            if finals[i] < NEVER:
                 s.generated = 1
                 s.last = me.first_end
-        if finals[i] > 0:
+        if finals[i] < NEVER:
             continue
         s.last = last
         s.generated += j
@@ -1434,6 +1441,43 @@ def _hand_over(
     _hand_something_to(engines, best)
 
 
+@inlined
+def _end_steady(
+    engines: Engines, r: int, attempts: np.ndarray, queue: Any, limits: Limits, known: Any, now: Any
+) -> Any:
+    """Those before place `known` whose last step has just been received leave, and the others move up; returns the
+    place after them."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    received = me.received
+    to = begin = min(np.int64(me.leaving_from), known)
+    for i in range(begin, known):
+        if finals[i] == received:
+            s = running[i]
+            s.generated = s.output
+            s.last = now
+            _forget(engines, r, s, received, limits)
+            _write_back(attempts, s)
+            _finish(engines, r, attempts, queue, limits, s.attempt, now)
+            me.free += _blocks(s.prompt + s.output - 1, limits.block_size)
+            to = _remove(engines, r, to, begin, i)
+            begin = i + 1
+    return _remove(engines, r, to, begin, known)
+
+
+@inlined
+def _next_final(engines: Engines, r: int, limits: Limits) -> None:
+    """Who of the steady ends first."""
+    me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
+    least = NEVER
+    for i in range(me.running):
+        least = min(least, finals[i])
+    me.final = NEVER
+    if least < NEVER:
+        for i in range(me.running):
+            if finals[i] == least:
+                _leaves_with(me, running[i], i, least, limits.block_size)
+
+
 @lean
 def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
     """The step in flight has ended: what yields gets one more token; the finished leave and free their blocks."""
@@ -1442,25 +1486,16 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
     me.received = me.flying
     me.received_at = now
     ending = me.final == me.received
-    begin = np.int64(0) if ending or ticks.size > 0 else me.young
-    known = me.young if ticks.size == 0 else np.int64(0)
-    if ending:
-        me.final = NEVER
+    begin = np.int64(me.young) if ticks.size == 0 else np.int64(0)
+    kept, before = begin, np.int64(me.running)
+    if ending and begin > 0:
+        kept = _end_steady(engines, r, attempts, queue, limits, begin, now)
     young = np.int64(-1)
-    kept = begin
-    for i in range(begin, me.running):
+    for i in range(begin, before):
         final = finals[i]
         s = running[i]
-        if i < known and final > me.received:
-            if final <= me.final:
-                _leaves_with(me, s, final, limits.block_size)
-            if kept < i:
-                _move(running, kept, i)
-                finals[kept] = final
-            kept += 1
-            continue
         gone = False
-        if final > 0:
+        if final < NEVER:
             tokens = s.output - (final - me.received)
             if tokens > s.generated:
                 if ticks.size > 0:
@@ -1478,8 +1513,6 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
                 _forget(engines, r, s, final, limits)
                 _write_back(attempts, s)
                 _finish(engines, r, attempts, queue, limits, s.attempt, now)
-            elif ending:
-                _leaves_with(me, s, final, limits.block_size)
         elif (s.now if limits.asynchronous else s.next) == 3 and not (
             me.aborted > 0 and attempts[s.attempt].state != RUNNING  # timed out while the step ran
         ):
@@ -1502,14 +1535,15 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
         if gone:
             _free_blocks(engines, r, pool, s)
         else:
-            if young < 0 and (final == 0 or s.generated == 0):
+            if young < 0 and (final == NEVER or s.generated == 0):
                 young = kept
             if kept < i:
-                _move(running, kept, i)
-                finals[kept] = final
+                _remove(engines, r, kept, i, i + 1)
             kept += 1
     me.running = kept
     me.young = young if young >= 0 else kept
+    if ending or (kept < before and me.steady > 0):
+        _next_final(engines, r, limits)
     for k in range(me.orphans):
         a = engines.orphans[r, k]
         it = attempts[a]
@@ -1665,7 +1699,7 @@ def _look(engines: Engines, limits: Limits, now: Any) -> None:
                 if me.steady > 0:
                     engines.shared.used[r] += _blocks_taken(engines, r, limits, j)
                 for i in range(me.young, me.running):
-                    if engines.finals[r, i] == 0:
+                    if engines.finals[r, i] == NEVER:
                         s = engines.running[r, i]
                         engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
 
@@ -2219,10 +2253,12 @@ def engines_of(
     state["final"] = NEVER
     to_come = np.zeros(heap, TO_COME)
     to_come["tick"] = NEVER
+    running = np.zeros((count, most), SEQUENCE)
     return Engines(
         state,
-        np.zeros((count, most), SEQUENCE),
-        np.zeros((count, most), np.int64),
+        running,
+        running.view(np.int64),
+        np.full((count, most), NEVER),
         np.zeros((count, block_size), np.int64),
         np.empty((count, most), np.int64),
         costs,
@@ -2338,7 +2374,7 @@ def run_cluster(
         memory,
     ):
         engines = _with_room(engines)
-        if counters[USED] == len(attempts):
+        if counters[USED] == len(attempts) and counters[PENDING] > 0:
             attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])
     return (
         attempts[: counters[USED]],
