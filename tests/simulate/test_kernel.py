@@ -88,8 +88,9 @@ def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None,
         True,
         log_steps,
     )
-    assert result[-1] == 0
-    return (*result[:-1], ends - output)
+    counters = result[-1]
+    assert counters[kernel.STUCK] == 0
+    return (*result[:4], counters[kernel.NOW], *result[4:-1], ends - output)
 
 
 def make_pool(setup, prompt, output, chain):

@@ -1,11 +1,12 @@
 """Requests through the kernel, and what comes out of it as a Run: attempts, token times, time series, notes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import polars as pl
+from numba import njit
 
 from squall import __version__
 from squall.errors import InputError, SquallError
@@ -27,6 +28,7 @@ STARVED = 60.0
 """Seconds: an attempt is starved if it was still without a token so long after an attempt that had come to its replica
 later got its first."""
 
+_TICKS = float(TICKS)
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
 
@@ -59,6 +61,10 @@ class Outcome(msgspec.Struct, frozen=True):
     samples: np.ndarray
     width: int
     end: int
+    unservable: int
+    """Attempts that can never fit."""
+    in_order: bool
+    """Whether the first attempts are those of the requests in their order."""
     token_ticks: np.ndarray
     pool: Pool | None
     """blocks.Pool as it ended, with prefix caching."""
@@ -100,7 +106,8 @@ def run_requests(
     sent = np.rint(arrival * TICKS).astype(np.int64)
     # The engines see a request after its ingestion, which may take longer for a longer prompt.
     seen = sent + limits.ingest_per_token * prompt.astype(np.int64)
-    order = np.arange(len(sent)) if (seen[1:] >= seen[:-1]).all() else np.argsort(seen, kind="stable")
+    in_order = bool((seen[1:] >= seen[:-1]).all())
+    order: Any = slice(None) if in_order else np.argsort(seen, kind="stable")
     start, tokens = np.empty(0, np.int64), 0
     if int(output.sum(dtype=np.int64)) <= token_times:
         ends = np.cumsum(output[order], dtype=np.int64)
@@ -121,7 +128,7 @@ def run_requests(
             block_size=cluster.block_size,
             block_bytes=cluster.block_bytes,
         )
-    attempts, replicas, samples, width, end, token_ticks, event_log, step_log, livelock = kernel.run_cluster(
+    attempts, replicas, samples, width, token_ticks, event_log, step_log, counters = kernel.run_cluster(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
@@ -140,25 +147,38 @@ def run_requests(
         events,
         steps,
     )
-    if livelock < 0:
+    repeated = int(counters[kernel.STUCK])
+    if repeated < 0:
         raise SquallError("an invariant of the simulation broke; this is a bug in squall, please report it.")
-    if livelock:
+    token_start = start[attempts["request"]] if tokens else start
+    if not in_order:
+        attempts["request"] = order[attempts["request"]]
+    if repeated:
         raise SquallError(
-            f"request {order[attempts['request'][livelock - 1]]} was preempted over {kernel.LIVELOCK:,} times without"
+            f"request {attempts['request'][repeated - 1]} was preempted over {kernel.LIVELOCK:,} times without"
             " progress; this cluster cannot serve it beside the others: give it more --kv-blocks."
         )
     if events:
         event_log = event_log[np.argsort(event_log["time"], kind="stable")]
-    stuck = int((attempts["state"] < kernel.OK).sum())
+    stuck = int(counters[[kernel.OPEN, kernel.PENDING]].sum())
     if stuck:
         raise SquallError(
             f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall,"
             " please report it."
         )
-    token_start = start[attempts["request"]] if tokens else start
-    attempts["request"] = order[attempts["request"]]
     return Outcome(
-        attempts, replicas, samples, int(width), int(end), token_ticks, pool, token_start, event_log, step_log
+        attempts,
+        replicas,
+        samples,
+        int(width),
+        int(counters[kernel.NOW]),
+        int(counters[kernel.UNFIT]),
+        in_order,
+        token_ticks,
+        pool,
+        token_start,
+        event_log,
+        step_log,
     )
 
 
@@ -239,102 +259,160 @@ def _kernel_seeds(seed: int) -> np.ndarray:
 def _attempts(
     requests: pl.DataFrame, rows: np.ndarray, left_out: np.ndarray, outcome: Outcome, cluster: Cluster
 ) -> pl.DataFrame:
-    """All attempts, and the requests that were left out, in the order of the requests.
-
-    Column by column, each put in its place when it is made: a run of ten million requests is most of the memory.
-    """
-    it, edge = outcome.attempts, cluster.step_time.a2
-    request = np.concatenate([rows[it["request"]], left_out])
-    place = None
-    if not (request[1:] > request[:-1]).all():
+    """All attempts, and the requests that were left out, in the order of the requests."""
+    it = outcome.attempts
+    request, at = rows, np.arange(len(it))
+    if len(it) > len(rows) or not outcome.in_order or len(left_out):
+        request = np.concatenate([rows[it["request"]], left_out])
         place = np.argsort(request, kind="stable")  # the retries of a request stand in their order
-        request = request[place]
+        request, at = request[place], np.append(at, np.full(len(left_out), -1))[place]
     once = len(request) == len(requests)
-
-    def placed(values: np.ndarray, otherwise: Any) -> np.ndarray:
-        if len(left_out):
-            rest = np.broadcast_to(np.asarray(otherwise, values.dtype), (len(left_out),))
-            values = np.concatenate([values, rest])
-        return values if place is None else values[place]
-
-    asked = requests.select("arrival", "service", "model", "failed", "request_tokens")
+    asked = requests.select("arrival", "service", "model", "failed", "request_tokens", "response_tokens")
     asked = asked if once else asked[request]
-    no_prompt = requests["request_tokens"].to_numpy()[left_out] <= 0
-    state = placed(it["state"], np.where(no_prompt, _NO_PROMPT, _RECORDED_FAILURE))
-    unsent = pl.Series(state >= _NO_PROMPT)
+    spread = _spread(it, at, cluster.step_time.a2)
+    state, sent, ended = spread.state, asked["arrival"], spread.ended
+    unsent = np.flatnonzero(at < 0)
+    if unsent.size:
+        state[unsent] = np.where(asked["request_tokens"].to_numpy()[unsent] <= 0, _NO_PROMPT, _RECORDED_FAILURE)
+        ended[unsent] = sent.to_numpy()[unsent]
 
-    def known(name: str) -> pl.Series:
-        values = pl.Series(np.ascontiguousarray(placed(it[name], 0)))
-        return values.set(unsent, None) if len(left_out) else values
+    def known(values: np.ndarray) -> pl.Series:
+        series = pl.Series(values)
+        return series.scatter(unsent, None) if unsent.size else series
 
-    number = placed(it["number"], 1).astype(np.int32)
-    sent = asked["arrival"]
     if not once:
-        sent = pl.Series(np.where(number == 1, sent.to_numpy(), placed(it["sent"], 0) / TICKS))
-    arrival = requests["arrival"].to_numpy()[left_out]
-    ended = pl.Series(placed(it["ended"] / TICKS, arrival))
-    first = _when(placed(it["first"], -1), edge)
+        sent = pl.Series(np.where(spread.number == 1, sent.to_numpy(), spread.sent))
+    if unsent.size:
+        sent = sent.clone().scatter(unsent, None)
+    done = pl.Series(ended)
+    if (state != kernel.OK).any():
+        done = done.set(pl.Series(state != kernel.OK), None)
+    first = pl.Series(spread.first, nan_to_null=True)
+    replica = pl.Series(spread.replica)
+    if (spread.replica < 0).any():
+        replica = replica.set(replica < 0, None)
     status, reason, code, message = _outcomes(state)
-    prompt = known("prompt")
-    return pl.DataFrame(
-        {
-            "request": request.astype(np.int64, copy=False),
-            "attempt": number,
-            "scheduled": asked["arrival"],
-            "sent": sent.set(unsent, None) if len(left_out) else sent,
-            "first_byte": first,
-            "first_token": first,
-            "last_token": _when(placed(it["last"], -1), edge),
-            "done": ended.set(pl.Series(state != kernel.OK), None),
-            "ended": ended,
-            "status": status,
-            "reason": reason,
-            "http_status": code,
-            "message": message,
-            "request_tokens": prompt,
-            "response_tokens": known("generated"),
-            "asked_request_tokens": asked["request_tokens"] if len(left_out) else prompt,
-            "asked_response_tokens": known("output"),
-            "token_source": _constant("server", pl.Enum(TOKEN_SOURCES), len(request)).set(unsent, None),
-            "replica": _where_positive(placed(it["replica"], -1)),
-            "preemptions": known("preemptions"),
-            "service": asked["service"],
-            "model": asked["model"],
-            "failed": asked["failed"],
-        }
-        | ({"cached_tokens": known("cached")} if outcome.pool is not None else {})
-        | ({"chunks": _chunks(outcome, len(left_out), place)} if outcome.token_ticks.size else {})
+    prompt = known(spread.prompt)
+    columns = {
+        "request": request.astype(np.int64, copy=False),
+        "attempt": spread.number,
+        "scheduled": asked["arrival"],
+        "sent": sent,
+        "first_byte": first,
+        "first_token": first,
+        "last_token": pl.Series(spread.last, nan_to_null=True),
+        "done": done,
+        "ended": ended,
+        "status": status,
+        "reason": reason,
+        "http_status": code,
+        "message": message,
+        "request_tokens": prompt,
+        "response_tokens": known(spread.generated),
+        "asked_request_tokens": asked["request_tokens"] if unsent.size else prompt,
+        "asked_response_tokens": known(spread.output),
+        "token_source": _constant("server", pl.Enum(TOKEN_SOURCES), len(request)),
+        "replica": replica,
+        "preemptions": known(spread.preemptions),
+        "service": asked["service"],
+        "model": asked["model"],
+        "failed": asked["failed"],
+    }
+    if unsent.size:
+        columns["token_source"] = columns["token_source"].scatter(unsent, None)
+    if outcome.pool is not None:
+        columns["cached_tokens"] = known(spread.cached)
+    if outcome.token_ticks.size:
+        columns["chunks"] = _chunks(outcome, at)
+    return pl.DataFrame(columns)
+
+
+class _Spread(NamedTuple):
+    """Columns of the run table, (rows,) each: times in seconds, nan for what never came."""
+
+    sent: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    ended: np.ndarray
+    prompt: np.ndarray
+    output: np.ndarray
+    generated: np.ndarray
+    number: np.ndarray
+    replica: np.ndarray
+    preemptions: np.ndarray
+    cached: np.ndarray
+    state: np.ndarray
+
+
+@njit(cache=True, error_model="numpy")
+def _spread(attempts: np.ndarray, at: np.ndarray, edge: float) -> _Spread:
+    """The attempts (kernel.ATTEMPT) of the rows `at`, -1 for none: each is read once, and not once a column.
+
+    `edge` are the seconds until the client sees a token.
+    """
+    n = at.size
+    columns = _Spread(
+        np.empty(n),
+        np.empty(n),
+        np.empty(n),
+        np.empty(n),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.int16),
     )
+    for i in range(n):
+        if at[i] < 0:
+            columns.sent[i] = columns.first[i] = columns.last[i] = columns.ended[i] = np.nan
+            columns.prompt[i] = columns.output[i] = columns.generated[i] = columns.preemptions[i] = 0
+            columns.cached[i] = columns.state[i] = 0
+            columns.number[i] = 1
+            columns.replica[i] = -1
+            continue
+        it = attempts[at[i]]
+        columns.sent[i] = it.sent / _TICKS
+        columns.first[i] = it.first / _TICKS + edge if it.first >= 0 else np.nan
+        columns.last[i] = it.last / _TICKS + edge if it.last >= 0 else np.nan
+        columns.ended[i] = it.ended / _TICKS
+        columns.prompt[i] = it.prompt
+        columns.output[i] = it.output
+        columns.generated[i] = it.generated
+        columns.number[i] = it.number
+        columns.replica[i] = it.replica
+        columns.preemptions[i] = it.preemptions
+        columns.cached[i] = it.cached
+        columns.state[i] = it.state
+    return columns
 
 
-def _constant(value: str, dtype: Any, count: int) -> pl.Series:
+def _constant(value: str | int | None, dtype: Any, count: int) -> pl.Series:
     return pl.Series([value], dtype=dtype).new_from_index(0, count)
-
-
-def _where_positive(values: np.ndarray) -> pl.Series:
-    return pl.Series(np.ascontiguousarray(values)).set(pl.Series(values < 0), None)
 
 
 def _outcomes(state: np.ndarray) -> tuple[pl.Series, pl.Series, pl.Series, pl.Series]:
     """Status, reason, http_status and message of each attempt."""
     code = np.zeros(max(_WORDS) + 1, np.int64)
     code[list(_WORDS)] = np.arange(len(_WORDS))
-    at = pl.Series(code[state])
     types: tuple[Any, ...] = (pl.Enum(STATUSES), pl.String, pl.Int32, pl.String)
+    first = int(state[0])
+    same = bool((state == first).all())
+    at = None if same else pl.Series(code[state])
     columns = []
     for i, dtype in enumerate(types):
-        values = pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype)
-        columns.append(values.gather(at))
+        if same:
+            columns.append(_constant(_WORDS[first][i], dtype, len(state)))
+        else:
+            columns.append(pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype).gather(at))
     return columns[0], columns[1], columns[2], columns[3]
 
 
-def _when(ticks: np.ndarray, edge: float) -> pl.Series:
-    """Ticks as seconds at the client, null where they never came."""
-    return pl.Series(np.where(ticks >= 0, ticks / TICKS + edge, np.nan), nan_to_null=True)
-
-
-def _chunks(outcome: Outcome, left_out: int, place: np.ndarray | None) -> pl.Series:
-    """Seconds from the first token to each, for the attempts that succeeded (the last ones of their requests)."""
+def _chunks(outcome: Outcome, at: np.ndarray) -> pl.Series:
+    """Seconds from the first token to each, for the attempts that succeeded (the last ones of their requests); of the
+    rows `at`, -1 for none."""
     it = outcome.attempts
     tokens = np.where(it["state"] == kernel.OK, it["generated"], 0).astype(np.int64)
     begins = np.repeat(outcome.token_start, tokens)
@@ -345,8 +423,7 @@ def _chunks(outcome: Outcome, left_out: int, place: np.ndarray | None) -> pl.Ser
         .group_by("attempt", maintain_order=True)
         .agg("chunks")
     )
-    rows = np.arange(len(it) + left_out)
-    wanted = pl.DataFrame({"attempt": rows if place is None else rows[place]})
+    wanted = pl.DataFrame({"attempt": at})
     return wanted.join(lists, on="attempt", how="left", maintain_order="left")["chunks"]
 
 
@@ -465,10 +542,9 @@ def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out:
             " one that came to their replica later got its first token they still had none (the longest:"
             f" {totals['longest_overtaken']:,.0f} s); see --aging."
         )
-    unservable = int((outcome.attempts["state"] == kernel.UNSERVABLE).sum())
-    if unservable:
+    if outcome.unservable:
         notes.append(
-            f"{unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens of"
+            f"{outcome.unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens of"
             f" max_model_len or {cluster.usable_blocks:,} KV blocks) and were answered 400."
         )
     if not outcome.token_ticks.size:

@@ -309,13 +309,15 @@ class Clock(NamedTuple):
     ends: np.ndarray  # (2 * 2**k,) a tournament: the earliest step end at [1], that of replica r at [2**k + r]
     touched: np.ndarray  # (1 + replicas,) how many, then which idle replicas schedule at the end of the tick
     woken: np.ndarray  # (1 + replicas,) how many, then which busy or idle ones something was handed to
-    counters: np.ndarray  # (14,) see below
+    counters: np.ndarray  # (15,) see below
     outstanding: np.ndarray  # (replicas,) what the router saw last: requests
     used: np.ndarray  # (replicas,) and blocks
     random: np.ndarray  # (2, 1) uint64 states: of the router and of the retry jitter
 
 
-OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING, ASKED = range(14)
+OPEN, PENDING, ARRIVED, TURN, LOOKED, STUCK, LOGGED, STEPPED, HEAPED, NOW, ENTERED, USED, SENDING, ASKED, UNFIT = range(
+    15
+)
 
 
 class Engines(NamedTuple):
@@ -1801,6 +1803,7 @@ def _enter(
     engines.shared.counters[ARRIVED] += 1
     engines.shared.counters[ASKED] += it.prompt
     if not _fits(engines, limits, it.prompt, it.output):
+        engines.shared.counters[UNFIT] += 1
         _log(engines, now, REJECT, a, -1)
         _fail(engines, attempts, a, UNSERVABLE, now, limits)
         return
@@ -2244,7 +2247,7 @@ def engines_of(
         np.full(2 * leaves_of_tree, NEVER),
         np.zeros(2 * count + 2, np.int64),
         np.zeros(2 * count + 2, np.int64),
-        np.zeros(14, np.int64),
+        np.zeros(UNFIT + 1, np.int64),
         np.zeros(count, np.int64),
         np.zeros(count, np.int64),
         seeds.copy(),
@@ -2338,9 +2341,9 @@ def run_cluster(
     Returns
     -------
     attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
-    (replicas, SAMPLES, 5), their width in ticks, the tick of the end, the token ticks, the events (EVENT), the steps
-    (STEP), and 0, or 1 + the attempt that was preempted again and again, or -1
-    if an invariant broke (debug).
+    (replicas, SAMPLES, 5), their width in ticks, the token ticks, the events (EVENT), the steps (STEP), and the
+    counters: at NOW the tick of the end, at OPEN the attempts that never ended, at UNFIT the unservable ones, at STUCK
+    0, or 1 + the attempt that was preempted again and again, or -1 if an invariant broke (debug).
     """
     n, limits = len(arrival), settings[0]
     engines = engines_of(
@@ -2381,9 +2384,8 @@ def run_cluster(
         engines.state,
         engines.samples,
         engines.shared.width[0],
-        counters[NOW],
         engines.token_ticks,
         engines.events[: counters[LOGGED]],
         engines.steps[: counters[STEPPED]],
-        counters[STUCK],
+        counters,
     )
