@@ -269,21 +269,21 @@ def _attempts(
     once = len(request) == len(requests)
     asked = requests.select("arrival", "service", "model", "failed", "request_tokens", "response_tokens")
     asked = asked if once else asked[request]
-    spread = _spread(it, at, cluster.step_time.a2)
+    again, caching = len(it) > len(rows), outcome.pool is not None
+    spread = _spread(it, at, cluster.step_time.a2, len(at) if again else 0, len(at) if caching else 0)
     state, sent, ended = spread.state, asked["arrival"], spread.ended
     unsent = np.flatnonzero(at < 0)
     if unsent.size:
         state[unsent] = np.where(asked["request_tokens"].to_numpy()[unsent] <= 0, _NO_PROMPT, _RECORDED_FAILURE)
         ended[unsent] = sent.to_numpy()[unsent]
 
-    def known(values: np.ndarray) -> pl.Series:
-        series = pl.Series(values)
+    def known(values: np.ndarray | pl.Series) -> pl.Series:
+        """Null where nothing was sent."""
+        series = pl.Series(values) if isinstance(values, np.ndarray) else values.clone()
         return series.scatter(unsent, None) if unsent.size else series
 
-    if not once:
+    if again:
         sent = pl.Series(np.where(spread.number == 1, sent.to_numpy(), spread.sent))
-    if unsent.size:
-        sent = sent.clone().scatter(unsent, None)
     done = pl.Series(ended)
     if (state != kernel.OK).any():
         done = done.set(pl.Series(state != kernel.OK), None)
@@ -292,12 +292,11 @@ def _attempts(
     if (spread.replica < 0).any():
         replica = replica.set(replica < 0, None)
     status, reason, code, message = _outcomes(state)
-    prompt = known(spread.prompt)
     columns = {
         "request": request.astype(np.int64, copy=False),
-        "attempt": spread.number,
+        "attempt": spread.number if again else _constant(1, pl.Int32, len(at)),
         "scheduled": asked["arrival"],
-        "sent": sent,
+        "sent": known(sent),
         "first_byte": first,
         "first_token": first,
         "last_token": pl.Series(spread.last, nan_to_null=True),
@@ -307,20 +306,18 @@ def _attempts(
         "reason": reason,
         "http_status": code,
         "message": message,
-        "request_tokens": prompt,
+        "request_tokens": known(asked["request_tokens"]),
         "response_tokens": known(spread.generated),
-        "asked_request_tokens": asked["request_tokens"] if unsent.size else prompt,
-        "asked_response_tokens": known(spread.output),
-        "token_source": _constant("server", pl.Enum(TOKEN_SOURCES), len(request)),
+        "asked_request_tokens": asked["request_tokens"],
+        "asked_response_tokens": known(asked["response_tokens"]),
+        "token_source": known(_constant("server", pl.Enum(TOKEN_SOURCES), len(request))),
         "replica": replica,
         "preemptions": known(spread.preemptions),
         "service": asked["service"],
         "model": asked["model"],
         "failed": asked["failed"],
     }
-    if unsent.size:
-        columns["token_source"] = columns["token_source"].scatter(unsent, None)
-    if outcome.pool is not None:
+    if caching:
         columns["cached_tokens"] = known(spread.cached)
     if outcome.token_ticks.size:
         columns["chunks"] = _chunks(outcome, at)
@@ -330,62 +327,55 @@ def _attempts(
 class _Spread(NamedTuple):
     """Columns of the run table, (rows,) each: times in seconds, nan for what never came."""
 
-    sent: np.ndarray
     first: np.ndarray
     last: np.ndarray
     ended: np.ndarray
-    prompt: np.ndarray
-    output: np.ndarray
     generated: np.ndarray
-    number: np.ndarray
     replica: np.ndarray
     preemptions: np.ndarray
-    cached: np.ndarray
     state: np.ndarray
+    number: np.ndarray  # empty, as is the next, where every request was sent once
+    sent: np.ndarray
+    cached: np.ndarray  # empty without a prefix cache
 
 
 @njit(cache=True, error_model="numpy")
-def _spread(attempts: np.ndarray, at: np.ndarray, edge: float) -> _Spread:
+def _spread(attempts: np.ndarray, at: np.ndarray, edge: float, again: int, caching: int) -> _Spread:
     """The attempts (kernel.ATTEMPT) of the rows `at`, -1 for none: each is read once, and not once a column.
 
-    `edge` are the seconds until the client sees a token.
+    `edge` are the seconds until the client sees a token, `again` and `caching` the lengths of the last columns.
     """
     n = at.size
     columns = _Spread(
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        np.empty(n, np.int16),
+        np.full(n, np.nan),
+        np.full(n, np.nan),
+        np.full(n, np.nan),
+        np.zeros(n, np.int32),
+        np.full(n, np.int32(-1)),
+        np.zeros(n, np.int32),
+        np.zeros(n, np.int16),
+        np.ones(again, np.int32),
+        np.full(again, np.nan),
+        np.zeros(caching, np.int32),
     )
     for i in range(n):
         if at[i] < 0:
-            columns.sent[i] = columns.first[i] = columns.last[i] = columns.ended[i] = np.nan
-            columns.prompt[i] = columns.output[i] = columns.generated[i] = columns.preemptions[i] = 0
-            columns.cached[i] = columns.state[i] = 0
-            columns.number[i] = 1
-            columns.replica[i] = -1
             continue
         it = attempts[at[i]]
-        columns.sent[i] = it.sent / _TICKS
-        columns.first[i] = it.first / _TICKS + edge if it.first >= 0 else np.nan
-        columns.last[i] = it.last / _TICKS + edge if it.last >= 0 else np.nan
+        if it.first >= 0:
+            columns.first[i] = it.first / _TICKS + edge
+        if it.last >= 0:
+            columns.last[i] = it.last / _TICKS + edge
         columns.ended[i] = it.ended / _TICKS
-        columns.prompt[i] = it.prompt
-        columns.output[i] = it.output
         columns.generated[i] = it.generated
-        columns.number[i] = it.number
         columns.replica[i] = it.replica
         columns.preemptions[i] = it.preemptions
-        columns.cached[i] = it.cached
         columns.state[i] = it.state
+        if again > 0:
+            columns.number[i] = it.number
+            columns.sent[i] = it.sent / _TICKS
+        if caching > 0:
+            columns.cached[i] = it.cached
     return columns
 
 

@@ -305,7 +305,7 @@ COST = np.dtype([(name, np.float64) for name in StepCost._fields[:-1]] + [("poin
 class Clock(NamedTuple):
     """What the cluster shares."""
 
-    width: np.ndarray  # (1,) ticks of a sample
+    width: np.ndarray  # (3,) ticks of a sample, when the one of now begins, and its number
     ends: np.ndarray  # (2 * 2**k,) a tournament: the earliest step end at [1], that of replica r at [2**k + r]
     touched: np.ndarray  # (1 + replicas,) how many, then which idle replicas schedule at the end of the tick
     woken: np.ndarray  # (1 + replicas,) how many, then which busy or idle ones something was handed to
@@ -478,11 +478,13 @@ def _account(engines: Engines, r: int, now: Any) -> None:
     start = me.since
     if start >= now:
         return
-    width = engines.shared.width[0]
+    width = engines.shared.width
     me.since = now
     while start < now:
-        at = start // width
-        end = min(now, (at + 1) * width)
+        at, end = width[2], now
+        if start < width[1]:
+            at = start // width[0]
+            end = (at + 1) * width[0]
         sums = engines.samples[r, at]
         sums[RUNNING_TIME] += me.running * (end - start)
         sums[WAITING_TIME] += me.waiting * (end - start)
@@ -493,7 +495,9 @@ def _account(engines: Engines, r: int, now: Any) -> None:
 
 @inlined
 def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
-    """Merge neighbouring samples until `now` lies in the last one or before."""
+    """Go on to the sample of `now`; merge neighbouring ones until it is one of them."""
+    if now < width[1] + width[0]:
+        return
     while now >= width[0] * SAMPLES:
         for r in range(samples.shape[0]):
             for i in range(SAMPLES // 2):
@@ -502,6 +506,8 @@ def _widen(samples: np.ndarray, width: np.ndarray, now: Any) -> None:
                     samples[r, i, q] = max(a, b) if q == KV_PEAK else a + b
             samples[r, SAMPLES // 2 :, :] = 0.0
         width[0] *= 2
+    width[2] = now // width[0]
+    width[1] = width[2] * width[0]
 
 
 # The life of an attempt
@@ -783,23 +789,30 @@ def _blocks_taken(engines: Engines, r: int, limits: Limits, steps: Any) -> Any:
     size = np.int64(limits.block_size)
     phases = engines.phases[r]
     me = engines.state[r]
-    taken = steps // size * me.steady
-    for k in range(1, steps % size + 1):
-        taken += phases[(me.composed + k) % size]
+    rounds = steps // size
+    taken = rounds * me.steady
+    at = me.composed % size
+    for _ in range(steps - rounds * size):
+        at = at + 1 if at + 1 < size else np.int64(0)
+        taken += phases[at]
     return taken
 
 
 @inlined
-def _steps_with_blocks(engines: Engines, r: int, limits: Limits) -> Any:
-    """For how many steps to be composed the free blocks suffice, at most a round more than that takes all."""
+def _steps_with_blocks(engines: Engines, r: int, limits: Limits, most: Any) -> Any:
+    """For how many steps to be composed the free blocks suffice, looking no further than `most`."""
     size = np.int64(limits.block_size)
     phases = engines.phases[r]
     me = engines.state[r]
+    if (most // size + 1) * me.steady <= me.free:
+        return most
     rounds = me.free // me.steady
     left = me.free - rounds * me.steady
     steps = rounds * size
-    for k in range(1, size):
-        left -= phases[(me.composed + k) % size]
+    at = me.composed % size
+    for _ in range(1, size):
+        at = at + 1 if at + 1 < size else np.int64(0)
+        left -= phases[at]
         if left < 0:
             break
         steps += 1
@@ -1207,7 +1220,7 @@ def _compose(
             elif me.waiting > 0:
                 _admit(engines, r, attempts, pool, queue, limits, now)
     if me.preemptions > before:
-        engines.samples[r, now // engines.shared.width[0], PREEMPTIONS] += me.preemptions - before
+        engines.samples[r, engines.shared.width[2], PREEMPTIONS] += me.preemptions - before
         me.closed = 0
     if limits.debug and not _check(engines, r, pool, limits, attempts):
         engines.shared.counters[STUCK] = -1
@@ -1257,8 +1270,10 @@ def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
         return
     if limits.asynchronous and (not me.queued or me.emitting != b):
         return
-    fits = _steps_with_blocks(engines, r, limits) if me.steady == b else me.free // b * limits.block_size
-    m = min(min(me.least, me.final - me.received) - 1 - limits.asynchronous, fits, LONGEST_WINDOW)
+    m = min(min(me.least, me.final - me.received) - 1 - limits.asynchronous, LONGEST_WINDOW)
+    if m < 2:
+        return
+    m = min(m, _steps_with_blocks(engines, r, limits, m) if me.steady == b else me.free // b * limits.block_size)
     if m < 2:
         return
     cost = engines.costs[r]
@@ -1390,7 +1405,7 @@ def _interrupt(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue:
     end = _window_end(me, low + 1)
     _settle(engines, r, attempts, pool, queue, limits, low)
     me.token_rate = me.tokens / me.ticks
-    engines.samples[r, now // engines.shared.width[0], TOKENS] += done + me.token_rate * (now - begun) - guessed
+    engines.samples[r, engines.shared.width[2], TOKENS] += done + me.token_rate * (now - begun) - guessed
     _set_end(engines, r, end)
     return end == now
 
@@ -1450,19 +1465,25 @@ def _end_steady(
     """Those before place `known` whose last step has just been received leave, and the others move up; returns the
     place after them."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
-    received = me.received
+    received, left = me.received, me.leaving
     to = begin = min(np.int64(me.leaving_from), known)
-    for i in range(begin, known):
-        if finals[i] == received:
-            s = running[i]
-            s.generated = s.output
-            s.last = now
-            _forget(engines, r, s, received, limits)
-            _write_back(attempts, s)
-            _finish(engines, r, attempts, queue, limits, s.attempt, now)
-            me.free += _blocks(s.prompt + s.output - 1, limits.block_size)
-            to = _remove(engines, r, to, begin, i)
-            begin = i + 1
+    i = np.uint64(begin)
+    while left > 0:
+        while i < np.uint64(known) and finals[i] != received:
+            i += np.uint64(1)
+        if i >= np.uint64(known):
+            break
+        s = running[i]
+        s.generated = s.output
+        s.last = now
+        _forget(engines, r, s, received, limits)
+        _write_back(attempts, s)
+        _finish(engines, r, attempts, queue, limits, s.attempt, now)
+        me.free += _blocks(s.prompt + s.output - 1, limits.block_size)
+        to = _remove(engines, r, to, begin, np.int64(i))
+        begin = np.int64(i) + 1
+        i += np.uint64(1)
+        left -= 1
     return _remove(engines, r, to, begin, known)
 
 
@@ -1470,14 +1491,21 @@ def _end_steady(
 def _next_final(engines: Engines, r: int, limits: Limits) -> None:
     """Who of the steady ends first."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
-    least = NEVER
+    least, left = NEVER, np.int64(0)
     for i in range(me.running):
         least = min(least, finals[i])
     me.final = NEVER
-    if least < NEVER:
-        for i in range(me.running):
-            if finals[i] == least:
-                _leaves_with(me, running[i], i, least, limits.block_size)
+    if least == NEVER:
+        return
+    for i in range(me.running):
+        left += finals[i] == least
+    i = np.uint64(0)
+    while left > 0:
+        while finals[i] != least:
+            i += np.uint64(1)
+        _leaves_with(me, running[i], np.int64(i), least, limits.block_size)
+        i += np.uint64(1)
+        left -= 1
 
 
 @lean
@@ -1716,10 +1744,7 @@ def _can_take(engines: Engines, r: int, limits: Limits, prompt: int, output: int
 
 @inlined
 def _fits(engines: Engines, limits: Limits, prompt: int, output: int) -> bool:
-    """Whether a request could ever run in the cluster."""
-    total = np.int64(prompt) + output
-    if total > limits.max_model_len:
-        return False
+    """Whether any replica, or two of them, could ever hold a request."""
     enters, runs = False, False
     for r in range(engines.state.size):
         fits = _can_take(engines, r, limits, prompt, output)
@@ -1733,6 +1758,15 @@ def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.nd
     """The replica for attempt `it`, among those that are ready and large enough; -1 if there is none."""
     state, shared = engines.state, engines.shared
     n = state.size
+    if limits.router == ROUND_ROBIN:
+        turn = shared.counters[TURN]
+        for _ in range(n):
+            r = turn if turn < n else np.int64(0)
+            turn = r + 1
+            if state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output):
+                shared.counters[TURN] = turn
+                return np.int64(r)
+        return np.int64(-1)
     eligible = 0
     for r in range(n):
         if state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output):
@@ -1741,14 +1775,6 @@ def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.nd
         return np.int64(-1)
     pick = np.int64(-1)
     other = np.int64(-1)
-    if limits.router == ROUND_ROBIN:
-        r = shared.counters[TURN] % n
-        while not (
-            state[r].up == READY and state[r].role != DECODE and _can_take(engines, r, limits, it.prompt, it.output)
-        ):
-            r = (r + 1) % n
-        shared.counters[TURN] = r + 1
-        return np.int64(r)
     if limits.router == RANDOM:
         pick = np.int64(_random(shared.random[0]) * eligible)
     elif limits.router == SESSION_AFFINITY:
@@ -1787,6 +1813,14 @@ def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.nd
 
 
 @lean
+def _reject(engines: Engines, attempts: np.ndarray, a: int, limits: Limits, now: Any) -> None:
+    """Attempt `a` could never run here."""
+    engines.shared.counters[UNFIT] += 1
+    _log(engines, now, REJECT, a, -1)
+    _fail(engines, attempts, a, UNSERVABLE, now, limits)
+
+
+@lean
 def _enter(
     engines: Engines,
     attempts: np.ndarray,
@@ -1802,10 +1836,11 @@ def _enter(
     engines.shared.counters[OPEN] += 1
     engines.shared.counters[ARRIVED] += 1
     engines.shared.counters[ASKED] += it.prompt
-    if not _fits(engines, limits, it.prompt, it.output):
-        engines.shared.counters[UNFIT] += 1
-        _log(engines, now, REJECT, a, -1)
-        _fail(engines, attempts, a, UNSERVABLE, now, limits)
+    fits = np.int64(it.prompt) + it.output <= limits.max_model_len
+    if fits and engines.state[0].role != BOTH:  # else it fits where it is sent to
+        fits = _fits(engines, limits, it.prompt, it.output)
+    if not fits:
+        _reject(engines, attempts, a, limits, now)
         return
     if limits.scrape == 0 and (limits.router == LEAST_KV or limits.router == PREFIX_AFFINITY):
         for other in range(engines.state.size):
@@ -1813,8 +1848,11 @@ def _enter(
                 _wake(engines, other, attempts, pool, queue, limits, now)
     r = _route(engines, limits, it, pool, affinity)
     if r < 0:
-        _log(engines, now, REJECT, a, -1)
-        _fail(engines, attempts, a, REFUSED, now, limits)
+        if _fits(engines, limits, it.prompt, it.output):
+            _log(engines, now, REJECT, a, -1)
+            _fail(engines, attempts, a, REFUSED, now, limits)
+        else:
+            _reject(engines, attempts, a, limits, now)
         return
     it.replica = r
     me = engines.state[r]
@@ -2243,7 +2281,7 @@ def engines_of(
     count, most = len(replicas), int(replicas["max_seqs"].max())
     leaves_of_tree = 1 << max(0, count - 1).bit_length()
     shared = Clock(
-        np.array([width]),
+        np.array([width, 0, 0]),
         np.full(2 * leaves_of_tree, NEVER),
         np.zeros(2 * count + 2, np.int64),
         np.zeros(2 * count + 2, np.int64),
