@@ -13,7 +13,8 @@ pages: what up to 32 neighbouring blocks of a prompt hold has one hash, their gr
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from squall.jit import njit
 
 NEVER: Any = np.int64(2**62)
 lean = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)

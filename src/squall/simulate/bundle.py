@@ -6,6 +6,7 @@ pointer leads; a member is read where it is used. Compiled code sees the attribu
 """
 
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
@@ -21,7 +22,14 @@ class BundleType(types.Type):  # type: ignore[misc]
 
     def __init__(self, name: str, members: tuple[tuple[str, Any], ...]) -> None:
         self.members = members
-        super().__init__(f"{name}({', '.join(f'{key}: {kind}' for key, kind in members)})")
+        of = ", ".join(f"{key}: {kind}" for key, kind in members)
+        # The name is part of the name of every function that takes one: with all members these were kilobytes.
+        super().__init__(f"{name}_{crc32(of.encode()):08x}")
+
+    @property
+    def key(self) -> Any:
+        """What makes two of them equal."""
+        return self.name, self.members
 
     def place(self, name: str) -> int:
         """Where in the table the words of the member begin."""

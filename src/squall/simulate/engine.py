@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import polars as pl
-from numba import njit
 
 from squall import __version__
 from squall.errors import InputError, SquallError
+from squall.jit import njit
 from squall.run.table import SERIES, STATUSES, TOKEN_SOURCES, Run, RunMeta
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel
@@ -388,15 +388,13 @@ def _outcomes(state: np.ndarray) -> tuple[pl.Series, pl.Series, pl.Series, pl.Se
     code = np.zeros(max(_WORDS) + 1, np.int64)
     code[list(_WORDS)] = np.arange(len(_WORDS))
     types: tuple[Any, ...] = (pl.Enum(STATUSES), pl.String, pl.Int32, pl.String)
-    first = int(state[0])
-    same = bool((state == first).all())
-    at = None if same else pl.Series(code[state])
-    columns = []
-    for i, dtype in enumerate(types):
-        if same:
-            columns.append(_constant(_WORDS[first][i], dtype, len(state)))
-        else:
-            columns.append(pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype).gather(at))
+    if (state == state[0]).all():
+        same = [_constant(word, dtype, len(state)) for word, dtype in zip(_WORDS[int(state[0])], types, strict=True)]
+        return same[0], same[1], same[2], same[3]
+    at = pl.Series(code[state])
+    columns = [
+        pl.Series([entry[i] for entry in _WORDS.values()], dtype=dtype).gather(at) for i, dtype in enumerate(types)
+    ]
     return columns[0], columns[1], columns[2], columns[3]
 
 
@@ -534,8 +532,8 @@ def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out:
         )
     if outcome.unservable:
         notes.append(
-            f"{outcome.unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens of"
-            f" max_model_len or {cluster.usable_blocks:,} KV blocks) and were answered 400."
+            f"{outcome.unservable:,} requests could never fit (prompt + response over {cluster.max_model_len:,} tokens"
+            f" of max_model_len or {cluster.usable_blocks:,} KV blocks) and were answered 400."
         )
     if not outcome.token_ticks.size:
         notes.append(

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from squall.jit import njit
 from squall.simulate.blocks import (
     clear,
     find_hits,
@@ -1467,7 +1467,7 @@ def _end_steady(
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
     received, left = me.received, me.leaving
     to = begin = min(np.int64(me.leaving_from), known)
-    i = np.uint64(begin)
+    i: Any = np.uint64(begin)
     while left > 0:
         while i < np.uint64(known) and finals[i] != received:
             i += np.uint64(1)
@@ -1499,12 +1499,12 @@ def _next_final(engines: Engines, r: int, limits: Limits) -> None:
         return
     for i in range(me.running):
         left += finals[i] == least
-    i = np.uint64(0)
+    at: Any = np.uint64(0)
     while left > 0:
-        while finals[i] != least:
-            i += np.uint64(1)
-        _leaves_with(me, running[i], np.int64(i), least, limits.block_size)
-        i += np.uint64(1)
+        while finals[at] != least:
+            at += np.uint64(1)
+        _leaves_with(me, running[at], np.int64(at), least, limits.block_size)
+        at += np.uint64(1)
         left -= 1
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numba import njit
 
 from squall.errors import InputError
+from squall.jit import njit
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel
 from squall.simulate.blocks import Pool, clear

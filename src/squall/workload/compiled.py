@@ -6,7 +6,8 @@ Kept apart because importing numba takes longer than drawing a short trace.
 import math
 
 import numpy as np
-from numba import njit
+
+from squall.jit import njit
 
 
 @njit(cache=True)
