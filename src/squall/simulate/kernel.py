@@ -57,6 +57,7 @@ from squall.simulate.waiting import (
 
 TICKS = 100_000_000_000  # per second
 NEVER: Any = np.int64(2**62)
+UNSETTLED: Any = np.int64(2**42)  # in place of the number of a last step
 
 # States of an attempt; those from OK on are final. TRANSFER: its KV cache is on the way from prefill to decode.
 QUEUED, RUNNING, TRANSFER, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE, REFUSED, RESET = range(9)
@@ -80,6 +81,7 @@ _ALL, _PREFILLS, _DECODES = range(3)
 SAMPLES = 512
 LONGEST_WINDOW = 1 << 20
 LEAST_LOAD = 0.5  # share of a side's capacity below which no replica changes its role
+_PLACE = 20  # bits of a place among the running
 LIVELOCK = 10_000  # preemptions of one attempt, beyond 10 per token that it generated
 
 EVENT = np.dtype(
@@ -326,7 +328,7 @@ class Engines(NamedTuple):
     state: np.ndarray  # REPLICA
     running: np.ndarray  # (, max_seqs) SEQUENCE in the order of their admission
     words: np.ndarray  # (, max_seqs * 8) the same memory, for moving them
-    finals: np.ndarray  # (, max_seqs) the number of a steady sequence's last step; NEVER if it is not steady
+    finals: np.ndarray  # (, max_seqs) the number of a steady sequence's last step; UNSETTLED if it is not steady
     phases: np.ndarray  # (, block_size) how many of the steady need a block in the steps of this remainder
     orphans: np.ndarray  # (, max_seqs) attempts
     costs: np.ndarray  # COST
@@ -734,7 +736,7 @@ def _settle_in(engines: Engines, r: int, limits: Limits) -> None:
     young = me.running
     for i in range(me.young, me.running):
         s = running[i]
-        if finals[i] == NEVER:
+        if finals[i] == UNSETTLED:
             if s.next != 3:
                 young = min(young, i)
                 continue
@@ -765,11 +767,11 @@ def _write_out(engines: Engines, r: int, limits: Limits, composing: bool) -> Non
     in_last = composing or not limits.asynchronous or me.queued or not me.busy  # else the last composed step was empty
     for i in range(me.running):
         final = finals[i]
-        if final == NEVER:
+        if final == UNSETTLED:
             continue
         s = running[i]
         _forget(engines, r, s, final, limits)
-        finals[i] = NEVER
+        finals[i] = UNSETTLED
         if limits.asynchronous and final >= me.flying and s.output - (final - me.flying) > s.generated:
             s.now = 3
         tokens = _steady_tokens(s, final, me.received)
@@ -834,7 +836,7 @@ def _serve_steady(engines: Engines, r: int, limits: Limits) -> bool:
     if left < 0 or free < 0:
         return False
     for i in range(me.young, me.running):
-        if finals[i] == NEVER:
+        if finals[i] == UNSETTLED:
             s = running[i]
             in_flight = limits.asynchronous & (s.next >> 1)
             wanted = s.prompt + s.generated + in_flight - s.computed
@@ -870,7 +872,7 @@ def _serve_running(
     preempted, over = False, False
     i = np.int64(me.young)
     while i < me.running:
-        if finals[i] < NEVER:
+        if finals[i] < UNSETTLED:
             i += 1
             continue
         s = running[i]
@@ -1053,7 +1055,7 @@ def _admit(
             return
         dequeue(queue, me, r, attempts, a)
         s = running[me.running]
-        engines.finals[r, me.running] = NEVER
+        engines.finals[r, me.running] = UNSETTLED
         me.running += 1
         s.attempt = a
         s.last = it.last
@@ -1162,7 +1164,7 @@ def _check(engines: Engines, r: int, pool: Any, limits: Limits, attempts: np.nda
     for i in range(me.running):
         it = running[i]
         final = engines.finals[r, i]
-        if final < NEVER:
+        if final < UNSETTLED:
             sound &= final > me.received
             held += _blocks(it.prompt + it.output - 1 - max(0, final - me.composed - 1), limits.block_size)
         else:
@@ -1315,17 +1317,17 @@ def _settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
     for i in range(0 if ticks.size > 0 else me.young, me.running):
         s = running[i]
         if ticks.size > 0:
-            had = _steady_tokens(s, finals[i], me.received) if finals[i] < NEVER else np.int64(s.generated)
+            had = _steady_tokens(s, finals[i], me.received) if finals[i] < UNSETTLED else np.int64(s.generated)
             begin = engines.token_start[s.request] + had
             for k in range(j):
                 ticks[begin + k] = _window_end(me, k + 1)
         if s.generated == 0:
             attempts[s.attempt].first = me.first_end
             _log(engines, me.first_end, FIRST, s.attempt, r)
-            if finals[i] < NEVER:
+            if finals[i] < UNSETTLED:
                 s.generated = 1
                 s.last = me.first_end
-        if finals[i] < NEVER:
+        if finals[i] < UNSETTLED:
             continue
         s.last = last
         s.generated += j
@@ -1491,21 +1493,22 @@ def _end_steady(
 def _next_final(engines: Engines, r: int, limits: Limits) -> None:
     """Who of the steady ends first."""
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
-    least, left = NEVER, np.int64(0)
+    # Of the least final the first place, in one vectorised pass.
+    first, left = NEVER, np.int64(0)
     for i in range(me.running):
-        least = min(least, finals[i])
+        first = min(first, (finals[i] << _PLACE) | i)
     me.final = NEVER
-    if least == NEVER:
+    least = first >> _PLACE
+    if least >= UNSETTLED:
         return
     for i in range(me.running):
         left += finals[i] == least
-    at: Any = np.uint64(0)
+    at = first & ((1 << _PLACE) - 1)
     while left > 0:
-        while finals[at] != least:
-            at += np.uint64(1)
-        _leaves_with(me, running[at], np.int64(at), least, limits.block_size)
-        at += np.uint64(1)
-        left -= 1
+        if finals[at] == least:
+            _leaves_with(me, running[at], at, least, limits.block_size)
+            left -= 1
+        at += 1
 
 
 @lean
@@ -1525,7 +1528,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
         final = finals[i]
         s = running[i]
         gone = False
-        if final < NEVER:
+        if final < UNSETTLED:
             tokens = s.output - (final - me.received)
             if tokens > s.generated:
                 if ticks.size > 0:
@@ -1565,7 +1568,7 @@ def _receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: A
         if gone:
             _free_blocks(engines, r, pool, s)
         else:
-            if young < 0 and (final == NEVER or s.generated == 0):
+            if young < 0 and (final == UNSETTLED or s.generated == 0):
                 young = kept
             if kept < i:
                 _remove(engines, r, kept, i, i + 1)
@@ -1729,7 +1732,7 @@ def _look(engines: Engines, limits: Limits, now: Any) -> None:
                 if me.steady > 0:
                     engines.shared.used[r] += _blocks_taken(engines, r, limits, j)
                 for i in range(me.young, me.running):
-                    if engines.finals[r, i] == NEVER:
+                    if engines.finals[r, i] == UNSETTLED:
                         s = engines.running[r, i]
                         engines.shared.used[r] += _blocks(s.computed + j, limits.block_size) - s.blocks
 
@@ -2115,6 +2118,7 @@ def _advance(
     attempts: np.ndarray,
     arrival: np.ndarray,
     prompt: np.ndarray,
+    output: np.ndarray,
     pool: Any,
     queue: Any,
     limits: Limits,
@@ -2154,10 +2158,12 @@ def _advance(
                 _receive(engines, r, attempts, pool, queue, limits, now)
                 _wake(engines, r, attempts, pool, queue, limits, now)
             elif coming == now and not (heap[0].tick == now and heap[0].kind < RETRY):
+                a = arrived
                 arrived += 1
                 counters[ENTERED] = arrived
+                _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
                 coming = _seen(limits, arrival[arrived], prompt[arrived]) if arrived < n else NEVER
-                _enter(engines, attempts, arrived - 1, pool, queue, limits, affinity, now)
+                _enter(engines, attempts, a, pool, queue, limits, affinity, now)
             elif heap[0].tick == now:
                 kind, who = heap[0].kind, heap[0].who
                 _pop(engines)
@@ -2228,8 +2234,9 @@ def _entry(sources: int) -> Any:
         counters = engines.shared.counters
         if counters[USED] == 0:
             counters[USED] = arrival.size
-            for a in range(arrival.size):
-                _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
+            if limits.debug:  # the invariants are those of all attempts
+                for a in range(arrival.size):
+                    _new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
             if pool is not None:
                 for r in range(engines.state.size):
                     clear(pool, r, engines.state[r].blocks)
@@ -2237,7 +2244,7 @@ def _entry(sources: int) -> Any:
                 _push(engines, outages[k, 0], DOWN, k)
             if limits.scale_by > 0:
                 _push(engines, limits.scale_every, SCALE, 0)
-        if not _advance(engines, attempts, arrival, prompt, pool, queue, limits, affinity, outages, memory):
+        if not _advance(engines, attempts, arrival, prompt, output, pool, queue, limits, affinity, outages, memory):
             return False
         now = counters[NOW]
         for r in range(engines.state.size):
@@ -2299,7 +2306,7 @@ def engines_of(
         state,
         running,
         running.view(np.int64),
-        np.full((count, most), NEVER),
+        np.full((count, most), UNSETTLED),
         np.zeros((count, block_size), np.int64),
         np.empty((count, most), np.int64),
         costs,
