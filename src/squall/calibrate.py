@@ -42,7 +42,7 @@ from squall.simulate.calibrate import (
 from squall.simulate.cluster import ENGINES, Cluster, resolve
 from squall.simulate.engine import run_requests
 from squall.simulate.hardware import GPU, MODELS, Model, find_model
-from squall.simulate.kernel import TICKS
+from squall.simulate.records import TICKS
 from squall.simulate.step_time import BOUNDS, StepTable, StepTime
 from squall.trace.table import Trace, TraceMeta
 from squall.units import Duration, seconds

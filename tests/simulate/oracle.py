@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from squall.simulate.kernel import BY_FORECAST, LEAST_LOAD, TICKS, StepCost, gpu_seconds
+from squall.simulate.records import BY_FORECAST, LEAST_LOAD, TICKS, StepCost
+from squall.simulate.replica import gpu_seconds
 
 
 @dataclass(eq=False)

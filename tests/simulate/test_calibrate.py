@@ -15,7 +15,7 @@ from squall.simulate import simulate
 from squall.simulate.calibrate import read_calibration
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_trace
-from squall.simulate.kernel import gpu_seconds
+from squall.simulate.replica import gpu_seconds
 from squall.simulate.step_time import StepTime, step_cost
 from squall.trace.table import Trace, TraceMeta
 

@@ -10,14 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squall.simulate import kernel
+from squall.simulate import kernel, records, replica
 from squall.simulate.cluster import kernel_costs, kernel_replicas, resolve
 from squall.simulate.engine import run_requests
-from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
 from squall.simulate.policies import Choices, pool_for
+from squall.simulate.records import NEVER, TICKS, Limits, StepCost
 from squall.simulate.step_time import StepTime
 
-NAMES = {kernel.OK: "ok", kernel.TIMEOUT: "timeout", kernel.QUEUE_FULL: "queue_full", kernel.UNSERVABLE: "unservable"}
+NAMES = {
+    records.OK: "ok",
+    records.TIMEOUT: "timeout",
+    records.QUEUE_FULL: "queue_full",
+    records.UNSERVABLE: "unservable",
+}
 
 COSTS = StepCost(
     weights=6e-3,
@@ -63,7 +68,7 @@ def replicas_of(setup):
     sizes = {name: value for name, value in setup.sizes.items() if name not in ("caching", "prefills")}
     replicas = kernel_replicas(setup.replicas, **sizes)
     if setup.prefills:
-        replicas["role"] = np.where(np.arange(setup.replicas) < setup.prefills, kernel.PREFILL, kernel.DECODE)
+        replicas["role"] = np.where(np.arange(setup.replicas) < setup.prefills, records.PREFILL, records.DECODE)
     return replicas
 
 
@@ -74,7 +79,7 @@ def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None,
         sent,
         prompt,
         output,
-        kernel.packed(setup.limits),
+        records.packed(setup.limits),
         replicas_of(setup),
         *kernel_costs([cost] * setup.replicas),
         pool,
@@ -89,8 +94,8 @@ def run_kernel(sent, prompt, output, setup, cost=COSTS, seeds=(1, 2), pool=None,
         log_steps,
     )
     counters = result[-1]
-    assert counters[kernel.STUCK] == 0
-    return (*result[:4], counters[kernel.NOW], *result[4:-1], ends - output)
+    assert counters[records.STUCK] == 0
+    return (*result[:4], counters[records.NOW], *result[4:-1], ends - output)
 
 
 def make_pool(setup, prompt, output, chain):
@@ -155,7 +160,7 @@ def disaggregated(draw):
         prefills=draw(st.integers(1, replicas - 1)),
         transfer=draw(st.sampled_from([0, TICKS // 1000, TICKS // 20])),
         transfer_per_token=draw(st.sampled_from([0, TICKS // 10**6, TICKS // 10**4])),
-        scale_by=draw(st.sampled_from([0, kernel.BY_BACKLOG, kernel.BY_FORECAST])),
+        scale_by=draw(st.sampled_from([0, records.BY_BACKLOG, records.BY_FORECAST])),
         scale_every=draw(st.sampled_from([TICKS // 100, TICKS // 10])),
         scale_target=draw(st.sampled_from([1.0, 1.2])),
         provisioning=draw(st.sampled_from([0, TICKS // 100])),
@@ -178,7 +183,7 @@ def agree(requests, engines, setup, result):
         assert [it["first"], it["last"]] == ([r.tokens[0], r.tokens[-1]] if r.tokens else [-1, -1])
     log = [[], []]
     for e in events[np.argsort(events["time"], kind="stable")]:
-        if e["kind"] in (kernel.ADMIT, kernel.PREEMPT, kernel.FINISH):
+        if e["kind"] in (records.ADMIT, records.PREEMPT, records.FINISH):
             log[0].append((int(e["time"]), int(e["kind"]), int(e["attempt"])))
     log[1] = [(at, KINDS[kind], requests.index(r)) for e in engines for at, kind, r in e.log]
     assert sorted(log[0]) == sorted(log[1])
@@ -200,10 +205,10 @@ def agree(requests, engines, setup, result):
 
 def in_turn(event):
     at, kind, attempt = event
-    return at, kind != kernel.FINISH, attempt if kind == kernel.FINISH else 0
+    return at, kind != records.FINISH, attempt if kind == records.FINISH else 0
 
 
-KINDS = {"admit": kernel.ADMIT, "preempt": kernel.PREEMPT, "finish": kernel.FINISH}
+KINDS = {"admit": records.ADMIT, "preempt": records.PREEMPT, "finish": records.FINISH}
 CASES = 10_000 if os.environ.get("SQUALL_NIGHTLY") else 500
 
 
@@ -281,7 +286,7 @@ def test_tokens_are_conserved(workload):
     sent, prompt, output, limits, cost = workload
     limits = limits.replace(timeout=int(NEVER))
     attempts, replicas, *_ = run_kernel(sent, prompt, output, limits, cost)
-    ok = attempts[attempts["state"] == kernel.OK]
+    ok = attempts[attempts["state"] == records.OK]
     needed = (ok["prompt"].astype(int) + ok["output"] - 1).sum()  # the last token is never fed back
     assert replicas["computed"].sum() - replicas["lost"].sum() == needed
     assert (replicas["free"] == limits.blocks).all()
@@ -296,11 +301,11 @@ def test_one_request_alone_takes_the_sum_of_its_steps():
     attempts, replicas, *_ = run_kernel([7], [120], [4], limits)
     chunks = [(50, 0), (50, 50), (20, 100)]
     ticks = [
-        round(kernel.gpu_seconds(COSTS, float(x), 1.0, float(y), x * (y + x / 2)) * TICKS) + round(1.01e-3 * TICKS)
+        round(replica.gpu_seconds(COSTS, float(x), 1.0, float(y), x * (y + x / 2)) * TICKS) + round(1.01e-3 * TICKS)
         for x, y in chunks
     ]
     assert attempts["first"][0] == 7 + sum(ticks)
-    first_decode = round(kernel.gpu_seconds(COSTS, 1.0, 1.0, 121.0, 0.0) * TICKS)
+    first_decode = round(replica.gpu_seconds(COSTS, 1.0, 1.0, 121.0, 0.0) * TICKS)
     growth = round(COSTS.per_kv_token * TICKS)
     decodes = [first_decode + i * growth + round(1.01e-3 * TICKS) for i in range(3)]
     assert attempts["last"][0] == 7 + sum(ticks) + sum(decodes)
@@ -322,7 +327,7 @@ def test_a_freed_request_that_was_preempted_with_its_last_token_in_flight_ends()
     # Two requests that outgrow the pool together: the later one is preempted while its step is in flight.
     limits = make_limits(blocks=5, block_size=4, budget=32, asynchronous=1)
     attempts, replicas, *_ = run_kernel([0, 0], [6, 6], [12, 5], limits)
-    assert (attempts["state"] == kernel.OK).all()
+    assert (attempts["state"] == records.OK).all()
     assert attempts["preemptions"][1] >= 1
     assert replicas["free"][0] == 5
 
@@ -370,11 +375,11 @@ def test_littles_law_holds_in_the_time_series():
     prompt, output = rng.integers(1, 200, n), rng.integers(1, 100, n)
     limits = make_limits(blocks=400, max_seqs=32, budget=256, replicas=2)
     attempts, replicas, samples, _, end, *_ = run_kernel(sent, prompt, output, limits)
-    in_system = samples[:, :, kernel.RUNNING_TIME].sum() + samples[:, :, kernel.WAITING_TIME].sum()
+    in_system = samples[:, :, records.RUNNING_TIME].sum() + samples[:, :, records.WAITING_TIME].sum()
     assert in_system == pytest.approx(float((attempts["last"] - attempts["sent"]).sum()), rel=1e-9)
-    assert samples[:, :, kernel.TOKENS].sum() == pytest.approx(float(replicas["computed"].sum()), rel=1e-9)
-    assert samples[:, :, kernel.PREEMPTIONS].sum() == replicas["preemptions"].sum() == attempts["preemptions"].sum()
-    assert samples[:, :, kernel.KV_PEAK].max() <= 1
+    assert samples[:, :, records.TOKENS].sum() == pytest.approx(float(replicas["computed"].sum()), rel=1e-9)
+    assert samples[:, :, records.PREEMPTIONS].sum() == replicas["preemptions"].sum() == attempts["preemptions"].sum()
+    assert samples[:, :, records.KV_PEAK].max() <= 1
     assert end == attempts["last"].max()
 
 
@@ -387,8 +392,8 @@ def test_retries_are_new_attempts_until_they_are_used_up():
     for r, of_request in numbers.items():
         assert of_request.tolist() == list(range(1, len(of_request) + 1)), r
         states = attempts["state"][attempts["request"] == r]
-        assert (states[:-1] == kernel.QUEUE_FULL).all()
-        assert states[-1] == kernel.OK or len(states) == 4
+        assert (states[:-1] == records.QUEUE_FULL).all()
+        assert states[-1] == records.OK or len(states) == 4
     again = attempts[n:]
     previous = [
         attempts[(attempts["request"] == a["request"]) & (attempts["number"] == a["number"] - 1)][0] for a in again
@@ -406,19 +411,19 @@ def test_many_retries_outgrow_the_table():
     attempts, *_ = run_kernel(np.zeros(n, np.int64), [16] * n, [3000] * n, limits.replace(blocks=1000))
     assert len(attempts) > 4 * n
     assert np.bincount(attempts["request"]).max() <= 41
-    assert (attempts["state"] >= kernel.OK).all()
+    assert (attempts["state"] >= records.OK).all()
 
 
 def test_a_timeout_frees_the_blocks_of_what_ran():
     limits = make_limits(timeout=TICKS // 10, blocks=20)
     attempts, replicas, *_ = run_kernel([0, TICKS], [100, 100], [200, 5], limits)
-    assert attempts["state"].tolist() == [kernel.TIMEOUT, kernel.OK]
+    assert attempts["state"].tolist() == [records.TIMEOUT, records.OK]
     assert attempts["ended"][0] == TICKS // 10
     assert 0 < attempts["generated"][0] < 200
     assert replicas["free"][0] == 20
 
 
-@pytest.mark.parametrize("router", [kernel.ROUND_ROBIN, kernel.RANDOM, kernel.LEAST_OUTSTANDING])
+@pytest.mark.parametrize("router", [records.ROUND_ROBIN, records.RANDOM, records.LEAST_OUTSTANDING])
 def test_routers_spread_requests(router):
     rng = np.random.default_rng(0)
     n = 4000
@@ -429,12 +434,12 @@ def test_routers_spread_requests(router):
     counts = np.bincount(attempts["replica"], minlength=4)
     assert counts.sum() == n
     assert (abs(counts - n / 4) < 5 * np.sqrt(n * 3 / 16)).all()
-    if router == kernel.ROUND_ROBIN:
+    if router == records.ROUND_ROBIN:
         assert attempts["replica"][:8].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_least_outstanding_prefers_the_idle_replica():
-    limits = make_limits(replicas=2, router=kernel.LEAST_OUTSTANDING, blocks=1000)
+    limits = make_limits(replicas=2, router=records.LEAST_OUTSTANDING, blocks=1000)
     attempts, *_ = run_kernel([0, 1, 2, TICKS], [16] * 4, [500, 500, 1, 1], limits)
     assert attempts["replica"][0] != attempts["replica"][1]
-    assert attempts["state"].tolist() == [kernel.OK] * 4
+    assert attempts["state"].tolist() == [records.OK] * 4

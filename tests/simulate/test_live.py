@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from squall.errors import InputError
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_requests
-from squall.simulate.kernel import NEVER, OK, QUEUE_FULL, TICKS, UNSERVABLE
 from squall.simulate.live import REFUSED, LiveCluster
 from squall.simulate.policies import _scrambled
+from squall.simulate.records import NEVER, OK, QUEUE_FULL, TICKS, UNSERVABLE
 from squall.trace.table import SCHEMA
 
 WORDS = {"gpu": "a100", "model": "llama-3.1-8b", "kv_blocks": 600, "max_num_seqs": 32, "max_num_batched_tokens": 512}

@@ -7,7 +7,7 @@ import pytest
 
 from squall.errors import InputError
 from squall.run.metrics import metrics
-from squall.simulate import kernel, simulate
+from squall.simulate import records, simulate
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import overtaken_for, run_requests
 from squall.trace.table import Trace, TraceMeta
@@ -105,12 +105,12 @@ def test_windows_change_nothing_and_all_is_conserved(words, engine):
     for name in ("steps", "computed", "lost", "preemptions", "swapped", "on"):
         assert (single.replicas[name] == jumped.replicas[name]).all(), name
     it, replicas = jumped.attempts, jumped.replicas
-    assert (it["state"] >= kernel.OK).all()
+    assert (it["state"] >= records.OK).all()
     assert len(it) == 60 + (it["number"] > 1).sum()
     assert (replicas["free"] == replicas["blocks"]).all()
     assert (replicas["running"] == 0).all()
     assert (replicas["waiting"] == 0).all()
-    ok = it[it["state"] == kernel.OK]
+    ok = it[it["state"] == records.OK]
     assert (ok["generated"] == ok["output"]).all()
     assert (ok["sent"] < ok["first"]).all()
     assert (ok["first"] <= ok["last"]).all()
@@ -359,11 +359,11 @@ def test_aging_ends_starvation():
 
 
 def test_overtaken_is_the_wait_behind_who_came_later():
-    attempts = np.zeros(5, kernel.ATTEMPT)
+    attempts = np.zeros(5, records.ATTEMPT)
     attempts["replica"] = [0, 0, 0, 1, -1]
-    attempts["sent"] = np.array([0, 1, 2, 0, 0]) * kernel.TICKS
-    attempts["first"] = np.array([90, 5, 7, 50, -1]) * kernel.TICKS
-    attempts["ended"] = 99 * kernel.TICKS
+    attempts["sent"] = np.array([0, 1, 2, 0, 0]) * records.TICKS
+    attempts["first"] = np.array([90, 5, 7, 50, -1]) * records.TICKS
+    attempts["ended"] = 99 * records.TICKS
     assert overtaken_for(attempts).tolist() == [85.0, 0.0, 0.0, 0.0, 0.0]
     attempts["first"][0] = -1  # it gave up
     assert overtaken_for(attempts)[0] == 94.0

@@ -9,7 +9,7 @@ import pytest
 from squall.errors import InputError
 from squall.simulate.cluster import ENGINES, estimate_kv_blocks, resolve
 from squall.simulate.hardware import GPUS, MODELS, find_gpu, find_model
-from squall.simulate.kernel import gpu_seconds
+from squall.simulate.replica import gpu_seconds
 from squall.simulate.step_time import BOUNDS, StepTable, StepTime, default_step_time, step_cost
 
 # Billions of parameters as the publishers state them.

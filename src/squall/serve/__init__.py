@@ -27,9 +27,9 @@ from squall.serve.service import Service
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.hardware import GPU, Model
-from squall.simulate.kernel import TICKS
 from squall.simulate.live import LiveCluster, check_live
 from squall.simulate.policies import Choices
+from squall.simulate.records import TICKS
 from squall.trace import TraceSource, open_trace
 from squall.units import Duration, seconds
 from squall.verb import callable_room

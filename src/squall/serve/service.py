@@ -20,8 +20,8 @@ from squall.replay.pacer import Alarm
 from squall.serve import api, exposition
 from squall.serve.http import Request, error_body
 from squall.simulate.cluster import Cluster
-from squall.simulate.kernel import NEVER, QUEUE_FULL, TICKS, UNSERVABLE
 from squall.simulate.live import MOST_CLIENTS, REFUSED, LiveCluster
+from squall.simulate.records import NEVER, QUEUE_FULL, TICKS, UNSERVABLE
 
 LATE = 0.005
 """Seconds after its moment at which a token is late: the limit of the p99."""

@@ -1,6 +1,6 @@
 """A trace through a modelled cluster of vLLM-like engines: what would the requests have felt?
 
-The scheduler and the KV cache are modelled request by request (kernel.py), a step's duration by a roofline
+The scheduler and the KV cache are modelled request by request (replica.py, kernel.py), a step's duration by a roofline
 (step_time.py) that can be fitted to a real server (calibrate.py). Results of an uncalibrated simulation say so.
 """
 
@@ -18,8 +18,8 @@ from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests, run_trace
 from squall.simulate.hardware import GPU, GPUS, MODELS, Model
-from squall.simulate.kernel import TICKS
 from squall.simulate.policies import Choices
+from squall.simulate.records import TICKS
 from squall.simulate.step_time import StepTime
 from squall.simulate.timeline import Slow, check_timeline_path, write_timeline
 from squall.simulate.timeline import explain as explain_slowest

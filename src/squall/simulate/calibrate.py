@@ -27,7 +27,7 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests
 from squall.simulate.hardware import GPU, Model
-from squall.simulate.kernel import TICKS
+from squall.simulate.records import TICKS
 from squall.simulate.step_time import BOUNDS, Bound, StepTable, StepTime
 from squall.trace.table import Trace
 

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
-from squall.simulate import kernel
+from squall.simulate import records, replica
 from squall.simulate.hardware import GPU, Model, find_gpu, find_model
-from squall.simulate.kernel import NEVER, TICKS, Limits, StepCost
 from squall.simulate.policies import AUTOSCALERS, ROLES, ROUTERS, SCALE_EVERY, STEP_ORDERS, Choices
+from squall.simulate.records import NEVER, TICKS, Limits, StepCost
 from squall.simulate.step_time import StepTime, check_parallel, default_step_time, step_cost
 from squall.units import Duration, seconds
 
@@ -160,7 +160,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     def _prompt_token_seconds(self) -> float:
         """Of a replica that computes nothing but prompts, in full steps of one prompt each."""
         cost, budget = step_cost(self.step_time, self.model, self.gpu, self.tp), float(self.max_num_batched_tokens)
-        gpu = kernel.gpu_seconds(cost, budget, 1.0, 0.0, budget**2 / 2)
+        gpu = replica.gpu_seconds(cost, budget, 1.0, 0.0, budget**2 / 2)
         host = cost.host + cost.host_per_sequence
         took = max(gpu, host) + cost.gap if self.profile.async_scheduling else gpu + host
         return float(took / budget)
@@ -190,10 +190,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             )
             costs += [step_cost(machine.step_time, self.model, machine.gpu, self.tp)] * machine.replicas
         them = np.concatenate(replicas)
-        them["up"][self.replicas :] = kernel.OFF
+        them["up"][self.replicas :] = records.OFF
         if self.choices.disaggregated:
-            them["role"] = kernel.DECODE
-            them["role"][: self.choices.prefill_replicas] = kernel.PREFILL
+            them["role"] = records.DECODE
+            them["role"][: self.choices.prefill_replicas] = records.PREFILL
         return them, *kernel_costs(costs)
 
     def described(self) -> dict[str, Any]:
@@ -234,9 +234,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 def kernel_replicas(count: int, **fields: int) -> np.ndarray:
     """(count,) REPLICA, idle and ready, with these fields."""
-    replicas = np.zeros(count, kernel.REPLICA)
+    replicas = np.zeros(count, records.REPLICA)
     replicas["head"] = replicas["tail"] = -1
-    replicas["up"] = kernel.READY
+    replicas["up"] = records.READY
     for name, value in fields.items():
         replicas[name] = value
     replicas["free"] = replicas["blocks"]
@@ -246,7 +246,7 @@ def kernel_replicas(count: int, **fields: int) -> np.ndarray:
 def kernel_costs(costs: list[StepCost]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) COST and (n, k, 2) step tables."""
     points = np.zeros((len(costs), max(len(cost.points) for cost in costs), 2))
-    rows = np.zeros(len(costs), kernel.COST)
+    rows = np.zeros(len(costs), records.COST)
     for i, cost in enumerate(costs):
         rows[i] = (*cost[:-1], len(cost.points))
         points[i, : len(cost.points)] = cost.points

@@ -12,11 +12,11 @@ from squall.errors import InputError, SquallError
 from squall.jit import njit
 from squall.run.table import SERIES, STATUSES, TOKEN_SOURCES, Run, RunMeta
 from squall.seeds import DEFAULT_SEED, stream
-from squall.simulate import kernel
+from squall.simulate import kernel, records
 from squall.simulate.blocks import Pool
 from squall.simulate.cluster import Cluster
-from squall.simulate.kernel import TICKS
 from squall.simulate.policies import affinity_of, pool_for, queue_for
+from squall.simulate.records import TICKS
 from squall.trace.table import SCHEMA as TRACE_SCHEMA
 from squall.trace.table import Trace
 
@@ -33,16 +33,16 @@ CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
 
 # Requests that cannot be simulated, without a prompt or without a known response length, as states of attempts.
-_NO_PROMPT, _RECORDED_FAILURE = kernel.RESET + 1, kernel.RESET + 2
+_NO_PROMPT, _RECORDED_FAILURE = records.RESET + 1, records.RESET + 2
 
 # state of an attempt -> status, reason, http_status, message
 _WORDS = {
-    kernel.OK: ("ok", None, 200, None),
-    kernel.TIMEOUT: ("timeout", None, None, None),
-    kernel.QUEUE_FULL: ("http_error", "queue_full", 429, "the replica's queue is full"),
-    kernel.REFUSED: ("refused", "no_replica", None, "no replica was up"),
-    kernel.RESET: ("reset", "replica_failed", None, "the replica failed"),
-    kernel.UNSERVABLE: (
+    records.OK: ("ok", None, 200, None),
+    records.TIMEOUT: ("timeout", None, None, None),
+    records.QUEUE_FULL: ("http_error", "queue_full", 429, "the replica's queue is full"),
+    records.REFUSED: ("refused", "no_replica", None, "no replica was up"),
+    records.RESET: ("reset", "replica_failed", None, "the replica failed"),
+    records.UNSERVABLE: (
         "http_error",
         "unservable",
         400,
@@ -71,9 +71,9 @@ class Outcome(msgspec.Struct, frozen=True):
     token_start: np.ndarray
     """(attempts,) where the tokens of an attempt's request begin in `token_ticks`; empty if these are."""
     events: np.ndarray
-    """kernel.EVENT, in time order; empty unless asked for."""
+    """records.EVENT, in time order; empty unless asked for."""
     steps: np.ndarray
-    """kernel.STEP, in the order of their starts; empty unless asked for."""
+    """records.STEP, in the order of their starts; empty unless asked for."""
 
 
 def run_requests(
@@ -132,7 +132,7 @@ def run_requests(
         sent[order],
         prompt[order].astype(np.int32),
         output[order].astype(np.int32),
-        kernel.packed(limits),
+        records.packed(limits),
         replicas,
         costs,
         points,
@@ -147,7 +147,7 @@ def run_requests(
         events,
         steps,
     )
-    repeated = int(counters[kernel.STUCK])
+    repeated = int(counters[records.STUCK])
     if repeated < 0:
         raise SquallError("an invariant of the simulation broke; this is a bug in squall, please report it.")
     token_start = start[attempts["request"]] if tokens else start
@@ -155,12 +155,12 @@ def run_requests(
         attempts["request"] = order[attempts["request"]]
     if repeated:
         raise SquallError(
-            f"request {attempts['request'][repeated - 1]} was preempted over {kernel.LIVELOCK:,} times without"
+            f"request {attempts['request'][repeated - 1]} was preempted over {records.LIVELOCK:,} times without"
             " progress; this cluster cannot serve it beside the others: give it more --kv-blocks."
         )
     if events:
         event_log = event_log[np.argsort(event_log["time"], kind="stable")]
-    stuck = int(counters[[kernel.OPEN, kernel.PENDING]].sum())
+    stuck = int(counters[[records.OPEN, records.PENDING]].sum())
     if stuck:
         raise SquallError(
             f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall,"
@@ -171,8 +171,8 @@ def run_requests(
         replicas,
         samples,
         int(width),
-        int(counters[kernel.NOW]),
-        int(counters[kernel.UNFIT]),
+        int(counters[records.NOW]),
+        int(counters[records.UNFIT]),
         in_order,
         token_ticks,
         pool,
@@ -285,8 +285,8 @@ def _attempts(
     if again:
         sent = pl.Series(np.where(spread.number == 1, sent.to_numpy(), spread.sent))
     done = pl.Series(ended)
-    if (state != kernel.OK).any():
-        done = done.set(pl.Series(state != kernel.OK), None)
+    if (state != records.OK).any():
+        done = done.set(pl.Series(state != records.OK), None)
     first = pl.Series(spread.first, nan_to_null=True)
     replica = pl.Series(spread.replica)
     if (spread.replica < 0).any():
@@ -341,7 +341,7 @@ class _Spread(NamedTuple):
 
 @njit(cache=True, error_model="numpy")
 def _spread(attempts: np.ndarray, at: np.ndarray, edge: float, again: int, caching: int) -> _Spread:
-    """The attempts (kernel.ATTEMPT) of the rows `at`, -1 for none: each is read once, and not once a column.
+    """The attempts (records.ATTEMPT) of the rows `at`, -1 for none: each is read once, and not once a column.
 
     `edge` are the seconds until the client sees a token, `again` and `caching` the lengths of the last columns.
     """
@@ -402,7 +402,7 @@ def _chunks(outcome: Outcome, at: np.ndarray) -> pl.Series:
     """Seconds from the first token to each, for the attempts that succeeded (the last ones of their requests); of the
     rows `at`, -1 for none."""
     it = outcome.attempts
-    tokens = np.where(it["state"] == kernel.OK, it["generated"], 0).astype(np.int64)
+    tokens = np.where(it["state"] == records.OK, it["generated"], 0).astype(np.int64)
     begins = np.repeat(outcome.token_start, tokens)
     within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
     offsets = (outcome.token_ticks[begins + within] - np.repeat(it["first"], tokens)) / TICKS
@@ -428,11 +428,11 @@ def _series(outcome: Outcome, cluster: Cluster) -> pl.DataFrame:
                 {
                     "time": ends / TICKS,
                     "replica": np.full(count, replica, np.int32),
-                    "running": sums[:, kernel.RUNNING_TIME] / spans,
-                    "waiting": sums[:, kernel.WAITING_TIME] / spans,
-                    "kv_used": sums[:, kernel.KV_PEAK],
-                    "preemptions": sums[:, kernel.PREEMPTIONS].astype(np.int64),
-                    "batch_tokens": sums[:, kernel.TOKENS] / spans * TICKS,
+                    "running": sums[:, records.RUNNING_TIME] / spans,
+                    "waiting": sums[:, records.WAITING_TIME] / spans,
+                    "kv_used": sums[:, records.KV_PEAK],
+                    "preemptions": sums[:, records.PREEMPTIONS].astype(np.int64),
+                    "batch_tokens": sums[:, records.TOKENS] / spans * TICKS,
                 }
             )
         )
@@ -485,8 +485,8 @@ def overtaken_for(attempts: np.ndarray) -> np.ndarray:
     groups = np.split(order, np.flatnonzero(np.diff(attempts["replica"][order])) + 1)
     for rows in groups:
         it = attempts[rows]
-        first = np.where(it["first"] >= 0, it["first"], kernel.NEVER)
-        later = np.append(np.minimum.accumulate(first[::-1])[::-1][1:], kernel.NEVER)
+        first = np.where(it["first"] >= 0, it["first"], records.NEVER)
+        later = np.append(np.minimum.accumulate(first[::-1])[::-1][1:], records.NEVER)
         until = np.where(it["first"] >= 0, it["first"], it["ended"])
         waited[rows] = np.where(it["replica"] >= 0, np.maximum(until - later, 0) / TICKS, 0.0)
     return waited

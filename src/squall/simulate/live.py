@@ -1,6 +1,6 @@
 """The modelled cluster step by step, for whoever lives in real time with it: `serve`.
 
-The scheduler, the blocks and the step times are those of a simulation (kernel.py), function by function; only the loop
+The scheduler, the blocks and the step times are those of a simulation (replica.py), function by function; only the loop
 around them differs: it stops at a given tick, takes arrivals and cancellations as they come, and tells of every token.
 Windows are off, since nobody knows what will happen within them. What a simulation reads from its trace (the key of a
 queue order, the client, the hashes of prompt blocks) comes here with each request.
@@ -19,35 +19,15 @@ import polars as pl
 from squall.errors import InputError
 from squall.jit import njit
 from squall.seeds import DEFAULT_SEED, stream
-from squall.simulate import kernel
+from squall.simulate import kernel, records
 from squall.simulate.blocks import Pool, clear
 from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import _kernel_seeds
-from squall.simulate.kernel import (
-    ATTEMPT,
-    KV_END,
-    NEVER,
-    OK,
-    PREFILL,
-    QUEUED,
-    RUNNING,
-    TICKS,
-    TRANSFER,
-    Engines,
-    _account,
-    _end_transfer,
-    _enter,
-    _give_up,
-    _look,
-    _pop,
-    _receive,
-    _set_end,
-    _start,
-    _wake,
-    _widen,
-)
+from squall.simulate.kernel import end_transfer, enter, give_up, look
 from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_of
+from squall.simulate.records import ATTEMPT, KV_END, NEVER, OK, PREFILL, QUEUED, RUNNING, TICKS, TRANSFER, Engines
+from squall.simulate.replica import account, pop_event, receive, set_end, start_step, wake, widen
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA
 
@@ -83,8 +63,8 @@ def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any,
     shared = engines.shared
     for t in range(1, shared.touched[0] + 1):
         r = shared.touched[t]
-        _account(engines, r, now)
-        _start(engines, r, attempts, pool, queue, limits, now)
+        account(engines, r, now)
+        start_step(engines, r, attempts, pool, queue, limits, now)
     shared.touched[0] = 0
 
 
@@ -94,7 +74,7 @@ def _wake_all(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, qu
     shared = engines.shared
     while shared.woken[0] > 0:
         shared.woken[0] -= 1
-        _wake(engines, shared.woken[shared.woken[0] + 1], attempts, pool, queue, limits, now)
+        wake(engines, shared.woken[shared.woken[0] + 1], attempts, pool, queue, limits, now)
 
 
 @njit
@@ -153,28 +133,28 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
                 return told, arrived, False
             if told + most > out.size:
                 return told, arrived, True
-            _widen(engines.samples, shared.width, now)
+            widen(engines.samples, shared.width, now)
             if limits.scrape > 0:
-                _look(engines, limits, now)
+                look(engines, limits, now)
             while True:
                 if shared.ends[1] == now:
                     i = 1
                     while i < leaves:
                         i = 2 * i if shared.ends[2 * i] == now else 2 * i + 1
                     r = i - leaves
-                    _account(engines, r, now)
-                    _set_end(engines, r, NEVER)
+                    account(engines, r, now)
+                    set_end(engines, r, NEVER)
                     told = _tell_tokens(engines, r, attempts, limits, out, told, now)
-                    _receive(engines, r, attempts, pool, queue, limits, now)
-                    _wake(engines, r, attempts, pool, queue, limits, now)
+                    receive(engines, r, attempts, pool, queue, limits, now)
+                    wake(engines, r, attempts, pool, queue, limits, now)
                 elif heap[0].tick == now:
                     kind, who = heap[0].kind, heap[0].who
-                    _pop(engines)
+                    pop_event(engines)
                     if kind == KV_END:
-                        _end_transfer(engines, attempts, who, pool, queue, limits, now)
+                        end_transfer(engines, attempts, who, pool, queue, limits, now)
                 elif arrived < at.size and at[arrived] == now and told + most <= out.size:
                     a = slots[arrived]
-                    _enter(engines, attempts, a, pool, queue, limits, affinity, now)
+                    enter(engines, attempts, a, pool, queue, limits, affinity, now)
                     if attempts[a].state >= OK:
                         out[told].time = now
                         out[told].slot = a
@@ -193,8 +173,8 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
         """The client of `a` is gone: its blocks are free at the next schedule."""
         assert sources >= 0  # noqa: S101
         limits: Any = settings[0]
-        _widen(engines.samples, engines.shared.width, now)
-        _give_up(engines, attempts, a, pool, queue, limits, now)
+        widen(engines.samples, engines.shared.width, now)
+        give_up(engines, attempts, a, pool, queue, limits, now)
         _wake_all(engines, attempts, limits, pool, queue, now)
         _finish_tick(engines, attempts, limits, pool, queue, now)
 
@@ -268,16 +248,16 @@ class LiveCluster:
         """At most `capacity` requests may be in it at once. Raises InputError for what only a simulation can do."""
         check_live(cluster.choices)
         limits = cluster.limits()._replace(windows=0, retries=0, timeout=int(NEVER))
-        self.limits, self._settings = limits, kernel.packed(limits)
+        self.limits, self._settings = limits, records.packed(limits)
         self.now = 0
         state, costs, points = cluster.machines()
-        self._engines = kernel.engines_of(
+        self._engines = records.engines_of(
             state,
             costs,
             points,
             block_size=limits.block_size,
             seeds=_kernel_seeds(seed),
-            width=kernel.TICKS,
+            width=records.TICKS,
             heap=capacity + 64,
         )
         self._bundle = bundled(self._engines)
@@ -399,7 +379,7 @@ class LiveCluster:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def state(self, slot: int) -> int:
-        """The state of a request (kernel.py)."""
+        """The state of a request (records.py)."""
         return int(self._attempts[slot]["state"])
 
     def output(self, slot: int) -> int:

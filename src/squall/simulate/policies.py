@@ -15,28 +15,28 @@ import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import stream
-from squall.simulate import kernel
+from squall.simulate import records
 from squall.simulate.blocks import BLOCK, NODE, PAGE, POOL, Pool
-from squall.simulate.kernel import TICKS
+from squall.simulate.records import TICKS
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.units import seconds
 
 SCHEDULERS = ("fcfs", "priority", "sjf", "srf", "lrf", "vtc", "edf")
 AGING = ("priority", "sjf", "srf", "lrf")
-STEP_ORDERS = {"mixed": kernel.MIXED, "prefill-first": kernel.PREFILL_FIRST, "decode-first": kernel.DECODE_FIRST}
+STEP_ORDERS = {"mixed": records.MIXED, "prefill-first": records.PREFILL_FIRST, "decode-first": records.DECODE_FIRST}
 PREEMPTIONS = ("recompute", "swap")
 EVICTIONS = ("lru", "fifo")
 ROUTERS = {
-    "round-robin": kernel.ROUND_ROBIN,
-    "random": kernel.RANDOM,
-    "least-outstanding": kernel.LEAST_OUTSTANDING,
-    "least-kv": kernel.LEAST_KV,
-    "power-of-two": kernel.POWER_OF_TWO,
-    "prefix-affinity": kernel.PREFIX_AFFINITY,
-    "session-affinity": kernel.SESSION_AFFINITY,
+    "round-robin": records.ROUND_ROBIN,
+    "random": records.RANDOM,
+    "least-outstanding": records.LEAST_OUTSTANDING,
+    "least-kv": records.LEAST_KV,
+    "power-of-two": records.POWER_OF_TWO,
+    "prefix-affinity": records.PREFIX_AFFINITY,
+    "session-affinity": records.SESSION_AFFINITY,
 }
-AUTOSCALERS = {"queue": kernel.BY_QUEUE, "kv": kernel.BY_KV, "rate": kernel.BY_RATE}
-ROLES = {"backlog": kernel.BY_BACKLOG, "forecast": kernel.BY_FORECAST}
+AUTOSCALERS = {"queue": records.BY_QUEUE, "kv": records.BY_KV, "rate": records.BY_RATE}
+ROLES = {"backlog": records.BY_BACKLOG, "forecast": records.BY_FORECAST}
 CLIENTS = ("session", "service", "model")
 POLICY_INPUTS = ("arrival", "request_tokens", "predicted_tokens", "session", "turn", "priority")
 """What a user's own policy can ask for, by the names of its parameters."""

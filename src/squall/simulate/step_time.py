@@ -34,7 +34,7 @@ import numpy as np
 
 from squall.errors import InputError
 from squall.simulate.hardware import BYTES, GPU, Model
-from squall.simulate.kernel import StepCost
+from squall.simulate.records import StepCost
 
 
 class StepTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
-from squall.simulate import kernel
+from squall.simulate import records
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import Outcome
-from squall.simulate.kernel import TICKS
+from squall.simulate.records import TICKS
 
 MOST_STEPS = 200_000
 """Steps and counters beyond so many are left out of a timeline (about 60 MB): no viewer is happy with more."""
@@ -79,11 +79,11 @@ def _explained(
     a: int, events: np.ndarray, steps: np.ndarray, outcome: Outcome, rows: np.ndarray, cluster: Cluster
 ) -> Slow:
     it = outcome.attempts[a]
-    admitted, preempted = (events["time"][events["kind"] == kind] for kind in (kernel.ADMIT, kernel.PREEMPT))
-    end = int(it["last"] if it["state"] == kernel.OK else it["ended"])
+    admitted, preempted = (events["time"][events["kind"] == kind] for kind in (records.ADMIT, records.PREEMPT))
+    end = int(it["last"] if it["state"] == records.OK else it["ended"])
     sent, first = int(it["sent"]), int(it["first"])
     begin = int(admitted[0]) if admitted.size else end
-    arrived = events["time"][events["kind"] == kernel.ARRIVE]
+    arrived = events["time"][events["kind"] == records.ARRIVE]
     seen = steps[max(0, int(np.searchsorted(steps["start"], arrived[0] if arrived.size else sent, "right")) - 1)]
     waits = _waits(steps, sent, begin, int(it["prompt"]), cluster)
     again = [int(admitted[admitted >= at][0] if (admitted >= at).any() else end) - int(at) for at in preempted]
@@ -98,7 +98,7 @@ def _explained(
         request=int(rows[it["request"]]),
         attempt=int(it["number"]),
         replica=int(it["replica"]),
-        status="ok" if it["state"] == kernel.OK else "timeout" if it["state"] == kernel.TIMEOUT else "failed",
+        status="ok" if it["state"] == records.OK else "timeout" if it["state"] == records.TIMEOUT else "failed",
         sent=sent / TICKS,
         ttft=None if first < 0 else (first - sent) / TICKS,
         e2e=(end - sent) / TICKS,
@@ -209,7 +209,7 @@ def _step_slices(outcome: Outcome, cluster: Cluster) -> list[dict[str, Any]]:
 
 def _replica_marks(outcome: Outcome) -> list[dict[str, Any]]:
     """A mark where a replica stops, is ready again, or takes its other role."""
-    names = {kernel.REPLICA_UP: "up", kernel.REPLICA_DOWN: "down", kernel.NEW_ROLE: "changes its role"}
+    names = {records.REPLICA_UP: "up", records.REPLICA_DOWN: "down", records.NEW_ROLE: "changes its role"}
     log = outcome.events[outcome.events["attempt"] < 0]
     return [
         {"ph": "i", "s": "p", "pid": replica, "tid": 0, "ts": at, "name": names[kind], "cat": "replica"}
@@ -251,16 +251,16 @@ def _request_slices(outcome: Outcome, rows: np.ndarray) -> list[dict[str, Any]]:
         phase, since = "queued", start
         for time, kind in zip(mine["time"].tolist(), mine["kind"].tolist(), strict=True):
             following = {
-                kernel.ADMIT: "decode" if phase == "queued again" else "prefill",
-                kernel.PREEMPT: "queued again",
-                kernel.FIRST: "decode",
+                records.ADMIT: "decode" if phase == "queued again" else "prefill",
+                records.PREEMPT: "queued again",
+                records.FIRST: "decode",
             }.get(kind)
             if following is None and time < end:
                 continue
             if time > since:
                 span = {"ts": float(_microseconds(since)), "dur": float(_microseconds(time - since))}
                 events.append(shared | span | {"name": phase})
-            if kind == kernel.PREEMPT:
+            if kind == records.PREEMPT:
                 events.append(
                     {"ph": "i", "s": "t", "pid": replica, "tid": lane, "ts": span["ts"] + span["dur"]}
                     | {"name": "preempted", "cat": "request"}
