@@ -233,6 +233,7 @@ def test_your_own_policy(tmp_path):
         "def imports(request_tokens):\n    import os\n    return os.getpid()\n\n"
         "def mixed(request_tokens):\n    return 'a' if request_tokens > 15 else 1.0\n\n"
         "def same(request_tokens):\n    return 1.0\n\n"
+        "def endless(request_tokens):\n    while request_tokens > 15:\n        pass\n    return 1.0\n\n"
         "class Kind:\n    pass\n"
     )
     trace = at_once([30, 10, 20], [5, 5, 5])
@@ -254,6 +255,7 @@ def test_your_own_policy(tmp_path):
         "imports": "IMPORT_NAME",
         "mixed": "compile",
         "same": "changes nothing",
+        "endless": "it must end",
         "Kind": "no function Kind",
         "": "give FILE.py:FUNCTION",
     }.items():

@@ -25,7 +25,7 @@ from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import _kernel_seeds
 from squall.simulate.kernel import end_transfer, enter, give_up, look
-from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_of
+from squall.simulate.policies import Choices, check_it_ends, load_policy, policy_inputs, pool_for, queue_of
 from squall.simulate.records import ATTEMPT, KV_END, NEVER, OK, PREFILL, QUEUED, RUNNING, TICKS, TRANSFER, Engines
 from squall.simulate.replica import account, pop_event, receive, set_end, start_step, wake, widen
 from squall.simulate.waiting import KEYED, VTC, Queue
@@ -482,7 +482,9 @@ def _key_of(choices: Choices, seed: int) -> Any:
     if ":" in choices.scheduler:
         from numba import vectorize
 
-        names, own = policy_inputs(choices.scheduler), vectorize(load_policy(choices.scheduler))
+        names, policy = policy_inputs(choices.scheduler), load_policy(choices.scheduler)
+        check_it_ends(choices.scheduler, policy, [[float(size)] * len(names) for size in (-1, 0, 1, 100, 10_000)])
+        own = vectorize(policy)
 
         def key(arrival: float, prompt: int, output: int, priority: float) -> float:
             values = {

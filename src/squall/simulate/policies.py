@@ -4,8 +4,11 @@ The defaults are vLLM v1; `Choices.unlike_vllm` names what is not. A queue order
 request; prefix caching needs to know which tokens are the same, from the trace's hashes or from its sessions.
 """
 
+import contextlib
 import importlib.util
 import inspect
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from squall.units import seconds
 
 SCHEDULERS = ("fcfs", "priority", "sjf", "srf", "lrf", "vtc", "edf")
 AGING = ("priority", "sjf", "srf", "lrf")
+TRIALS, MOST_LINES = 32, 100_000
+"""Of a user's policy: requests that it is tried with, and the lines of Python that it may take for one."""
 STEP_ORDERS = {"mixed": records.MIXED, "prefill-first": records.PREFILL_FIRST, "decode-first": records.DECODE_FIRST}
 PREEMPTIONS = ("recompute", "swap")
 EVICTIONS = ("lru", "fifo")
@@ -283,6 +288,38 @@ def load_policy(where: str) -> Any:
     return function
 
 
+def check_it_ends(where: str, function: Any, samples: Iterable[Sequence[float]]) -> None:
+    """Call a policy as plain Python: compiled, what never ends could not be interrupted. Raises InputError for a loop
+    of more than MOST_LINES; what else it raises is for the compiled one to say."""
+    left = MOST_LINES
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise _EndlessError
+        return trace
+
+    before = sys.gettrace()
+    try:
+        for sample in samples:
+            left = MOST_LINES
+            sys.settrace(trace)
+            with contextlib.suppress(Exception):
+                function(*sample)
+    except _EndlessError:
+        raise InputError(
+            f"--scheduler {where}: for one request it had not returned after {MOST_LINES:,} lines of Python; it must"
+            " end, and soon."
+        ) from None
+    finally:
+        sys.settrace(before)
+
+
+class _EndlessError(BaseException):
+    """Not to be caught by the policy."""
+
+
 def policy_inputs(where: str) -> tuple[str, ...]:
     """The parameters of a user's policy. Raises InputError for one that does not exist."""
     function = load_policy(where)
@@ -410,9 +447,12 @@ def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed:
             columns.append(_by_class(asked, choices.priorities or "", "--priorities", float))
         else:
             columns.append(asked[name].cast(pl.Float64).fill_null(-1).to_numpy())
+    policy = load_policy(where)
+    few = np.unique(np.linspace(0, len(asked) - 1, TRIALS).astype(int))
+    check_it_ends(where, policy, zip(*(column[few].tolist() for column in columns), strict=True))
     try:
         with np.errstate(all="ignore"):  # what comes of it is looked at below
-            key = vectorize(load_policy(where))(*columns)
+            key = vectorize(policy)(*columns)
     except NumbaError as error:
         raise InputError(f"--scheduler {where}: numba cannot compile it: {_in_short(error)}.") from None
     except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
