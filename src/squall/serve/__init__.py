@@ -21,9 +21,11 @@ from squall.errors import InputError, SquallError
 from squall.progress import note
 from squall.replay.pacer import rare_collections
 from squall.seeds import DEFAULT_SEED
+from squall.serve import exposition
 from squall.serve.api import Limits
 from squall.serve.http import listen
 from squall.serve.service import Service
+from squall.serve.tokens import Outlets
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.hardware import GPU, Model
@@ -231,8 +233,11 @@ def _compile(cluster: Cluster) -> None:
     gone = live.submit(0, 1, 1)
     live.advance(live.limits.ingest * 2 + 2)
     live.cancel(gone)
+    outlets = Outlets(4, 0, 1.0, exposition.ITL)
     while live.next() < 1000 * TICKS:
-        live.advance(live.next())
+        outlets.plan(live.ahead(live.next()))
+        outlets.write(live.advance(live.next())[:0], 0, due=True)
+    outlets.told(0, 1, 0)
 
 
 callable_room(__name__)

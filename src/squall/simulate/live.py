@@ -122,7 +122,7 @@ def _tell_tokens(
     return told
 
 
-def _entries(sources: int) -> tuple[Any, Any, Any]:
+def _entries(sources: int) -> tuple[Any, ...]:
     @njit(cache=True)
     def advance(
         engines: Engines,
@@ -187,6 +187,28 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
             _finish_tick(engines, attempts, limits, pool, queue, now)
 
     @njit(cache=True)
+    def ahead(engines: Engines, attempts: np.ndarray, settings: np.ndarray, until: int, out: np.ndarray) -> Any:
+        """Note the tokens of the steps that run now and end by `until`, in the order of time; returns how many."""
+        assert sources >= 0  # noqa: S101
+        limits: Any = settings[0]
+        shared, replicas = engines.shared, engines.state.size
+        leaves = shared.ends.size // 2
+        order, count = np.empty(replicas, np.int64), 0
+        for r in range(replicas):
+            end = shared.ends[leaves + r]
+            if end <= until:
+                k = count
+                while k > 0 and shared.ends[leaves + order[k - 1]] > end:
+                    order[k] = order[k - 1]
+                    k -= 1
+                order[k] = r
+                count += 1
+        told = 0
+        for k in range(count):
+            told = _tell_tokens(engines, order[k], attempts, limits, out, told, shared.ends[leaves + order[k]])
+        return told
+
+    @njit(cache=True)
     def cancel(
         engines: Engines, attempts: np.ndarray, settings: np.ndarray, pool: Any, queue: Any, a: int, now: int
     ) -> None:
@@ -205,10 +227,10 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
         for r in range(engines.state.size):
             clear(pool, r, engines.state[r].blocks)
 
-    return advance, cancel, begin
+    return advance, ahead, cancel, begin
 
 
-_advance, _cancel, _begin = _entries(kernel._fingerprint())
+_advance, _ahead, _cancel, _begin = _entries(kernel._fingerprint())
 
 
 class Load(NamedTuple):
@@ -397,6 +419,14 @@ class LiveCluster:
         self.now = max(self.now, until)
         self._retire()
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def ahead(self, until: int) -> np.ndarray:
+        """The tokens (TOKEN, in the order of time) that the steps under way will bring by tick `until`.
+
+        What a step brings is decided when it begins. Only `cancel` takes a token away again; nothing is changed here.
+        """
+        told = _ahead(self._bundle, self._attempts, self._settings, until, self._out)
+        return self._out[:told].copy()
 
     def state(self, slot: int) -> int:
         """The state of a request (kernel.py)."""
