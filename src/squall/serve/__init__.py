@@ -40,6 +40,8 @@ __all__ = ["serve"]
 
 BODY_LIMIT = 32 << 20
 CONNECTION_LIMIT = 20_000
+MOST_OBJECTS = 2_000_000
+"""More than all connections can have: without circles among them nothing is left to collect before."""
 FAILURE_BIN = 10.0
 """Seconds of a recorded trace that share one share of failures."""
 
@@ -183,8 +185,8 @@ async def _until_stopped(services: list[Service], host: str, port: int, limits: 
             ) from error
         open_ports.append(listening)
         urls.append(f"http://{where}:{listening[2]}")
-    print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
-    with rare_collections():
+    with rare_collections(MOST_OBJECTS):
+        print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
         while not stopped.is_set():
             for _, connections, _ in open_ports:
                 now = monotonic_ns()

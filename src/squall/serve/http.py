@@ -153,6 +153,7 @@ class Connection(asyncio.Protocol):
         self._connections.discard(self)
         self._closing = True
         self._waiting.clear()
+        del self._parser  # a circle
         current, self._current = self._current, None
         if current is not None:
             current.over = True
