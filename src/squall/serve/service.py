@@ -15,6 +15,7 @@ from time import monotonic_ns
 import msgspec
 import numpy as np
 
+from squall.errors import InputError
 from squall.progress import note
 from squall.replay.pacer import Alarm
 from squall.serve import api, exposition
@@ -34,6 +35,8 @@ WORTH = 100_000
 """Nanoseconds before its moment from which on it is worth to begin with a step's tokens before."""
 LOOK = 1.0
 """Seconds between looks at lateness and at requests that have taken too long."""
+SLOW_ORDER = 0.001
+"""Seconds that one request may take in an order of the queue that somebody wrote himself."""
 TELL = 10.0
 """Seconds between sentences about not keeping up."""
 
@@ -78,6 +81,7 @@ class Service:
             priorities=cluster.choices.scheduler == "priority" or ":" in cluster.choices.scheduler,
         )
         self._fair, self._clients = cluster.choices.scheduler == "vtc", dict[str, int]()
+        self._order = cluster.choices.scheduler if ":" in cluster.choices.scheduler else None
         self._timeout, self._failing, self._name = timeout, failing, name
         self._random = random.Random(f"{seed} serve {name}")
         self._loop = asyncio.get_running_loop()
@@ -147,15 +151,26 @@ class Service:
         if self.live.full:
             raise api.ApiError(503, "too many requests at once")
         self._number += 1
-        slot = self.live.submit(
-            now,
-            ask.prompt,
-            ask.output,
-            hashes=ask.hashes,
-            priority=float(ask.priority),
-            client=self._client(ask.client) if self._fair else 0,
-            affinity=None if ask.session is None else hash(ask.session),
-        )
+        before = time.thread_time_ns()
+        try:
+            slot = self.live.submit(
+                now,
+                ask.prompt,
+                ask.output,
+                hashes=ask.hashes,
+                priority=float(ask.priority),
+                client=self._client(ask.client) if self._fair else 0,
+                affinity=None if ask.session is None else hash(ask.session),
+            )
+        except InputError as error:  # an order of the queue that somebody wrote himself
+            raise api.ApiError(500, str(error)) from error
+        took = (time.thread_time_ns() - before) / 1e9
+        if self._order is not None and took > SLOW_ORDER:
+            note(
+                f"serve: --scheduler {self._order} took {1e3 * took:.0f} ms for one request, and every stream waited "
+                f"for it; a function for a served cluster takes microseconds (said once)."
+            )
+            self._order = None
         ask.hashes = []
         stream = Stream(request, ask, api.Reply(ask, self._number, self._limits.model), slot)
         if ask.stream:

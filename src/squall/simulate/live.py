@@ -47,7 +47,7 @@ from squall.simulate.kernel import (
     _wake,
     _widen,
 )
-from squall.simulate.policies import Choices, load_policy, policy_inputs, pool_for, queue_of
+from squall.simulate.policies import Choices, compiled_policy, policy_inputs, pool_for, queue_of
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA
 
@@ -341,18 +341,19 @@ class LiveCluster:
 
         `hashes` are of the prompt's full blocks, each with all that is before it; `priority` is for the scheduler
         `priority` (the lowest first), `client` (a number from 0) for `vtc`, and requests of one `affinity` go to one
-        replica with the router `session-affinity`.
+        replica with the router `session-affinity`. Raises InputError if the user's own order of the queue fails.
         """
-        slot = self._free.pop()
         at = max(at, self.now)
+        key = None if self._key is None else self._key(at / TICKS, prompt, output, priority)
+        slot = self._free.pop()
         if self._pool is not None:
             if self._hashes.put(slot, hashes):
                 self._pool = self._pool._replace(ids=self._hashes.ids)
                 self._pool_bundle = bundled(self._pool)
             stuck = self._pool.state["stuck"]
             stuck[stuck == slot] = -1  # that was another request
-        if self._queue is not None and self._queue.key.size:
-            self._queue.key[2 * slot] = self._key(at / TICKS, prompt, output, priority)
+        if self._queue is not None and key is not None:
+            self._queue.key[2 * slot] = key
         elif self._queue is not None:
             self._queue.client[2 * slot] = client % MOST_CLIENTS
         self._order_of_all += 1
@@ -530,9 +531,7 @@ def _key_of(choices: Choices, seed: int) -> Any:
         return output * float(np.exp(draw.normal(0.0, error))) if error else float(output)
 
     if ":" in choices.scheduler:
-        from numba import vectorize
-
-        names, own = policy_inputs(choices.scheduler), vectorize(load_policy(choices.scheduler))
+        names, own = policy_inputs(choices.scheduler), compiled_policy(choices.scheduler)
 
         def key(arrival: float, prompt: int, output: int, priority: float) -> float:
             values = {
@@ -543,7 +542,7 @@ def _key_of(choices: Choices, seed: int) -> Any:
                 "turn": -1.0,
                 "priority": priority,
             }
-            return float(own(*(values[name] for name in names)))
+            return float(own(*(np.array([values[name]]) for name in names))[0])
 
         return key
     return {

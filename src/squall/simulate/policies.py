@@ -6,6 +6,7 @@ request; prefix caching needs to know which tokens are the same, from the trace'
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -397,12 +398,7 @@ def _predicted(choices: Choices, output: np.ndarray, seed: int) -> np.ndarray:
 
 def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed: int) -> np.ndarray:
     """(n,) keys of the user's function. Raises InputError if it does not compile, raises, or returns nonsense."""
-    from numba import vectorize
-    from numba.core.errors import NumbaError
-
-    where = choices.scheduler
-    names = policy_inputs(where)
-    columns = []
+    names, columns = policy_inputs(choices.scheduler), []
     for name in names:
         if name == "predicted_tokens":
             columns.append(_predicted(choices, output, seed))
@@ -410,19 +406,36 @@ def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed:
             columns.append(_by_class(asked, choices.priorities or "", "--priorities", float))
         else:
             columns.append(asked[name].cast(pl.Float64).fill_null(-1).to_numpy())
+    return compiled_policy(choices.scheduler)(*columns)
+
+
+def compiled_policy(where: str) -> Callable[..., np.ndarray]:
+    """A user's policy as a function from columns (n,) of what it asks for, in that order, to keys (n,).
+
+    Raises InputError if it does not compile; the function does if the policy raises, or returns nonsense.
+    """
+    from numba import float64, vectorize
+
+    own = vectorize(load_policy(where))
     try:
-        with np.errstate(all="ignore"):  # what comes of it is looked at below
-            key = vectorize(load_policy(where))(*columns)
-    except NumbaError as error:
+        own.add((float64,) * len(policy_inputs(where)))
+    except Exception as error:  # noqa: BLE001 (not all that numba raises is its own)
         raise InputError(f"--scheduler {where}: numba cannot compile it: {_in_short(error)}.") from None
-    except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
-        raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
-    if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
-        raise InputError(
-            f"--scheduler {where}: it must return a finite number for every request (the smallest goes first); it did"
-            " not for some."
-        )
-    return key
+
+    def keys(*columns: np.ndarray) -> np.ndarray:
+        try:
+            with np.errstate(all="ignore"):  # what comes of it is looked at below
+                key = own(*columns)
+        except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
+            raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
+        if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
+            raise InputError(
+                f"--scheduler {where}: it must return a finite number for every request (the smallest goes first); it "
+                "did not for some."
+            )
+        return key
+
+    return keys
 
 
 def _in_short(error: Exception) -> str:
