@@ -132,7 +132,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--litellm", help="a Python that has litellm[proxy]")
-    parser.add_argument("--litellm-rate", type=float, default=20)
+    parser.add_argument("--litellm-rate", type=float, help="[default: --rate]")
+    parser.add_argument("--litellm-seconds", type=float, help="[default: --seconds]")
     parser.add_argument("--port", type=int, default=4517)
     parser.add_argument("--streams", type=int)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
@@ -148,8 +149,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, program(sys.executable, str(MOCK), *pace) as mock:
         upstream = int(mock.stdout.readline())
         for kind in kinds:
-            rate = given.litellm_rate if kind == "LiteLLM" else given.rate
-            count = round(rate * given.seconds)
+            rate, seconds = given.rate, given.seconds
+            if kind == "LiteLLM":
+                rate, seconds = given.litellm_rate or rate, given.litellm_seconds or seconds
+            count = round(rate * seconds)
             tokens = 32
             if given.streams:
                 count, rate, tokens = given.streams, given.streams / 10, 20
@@ -168,7 +171,8 @@ def main() -> None:
             cost = f"{1e3 * used / count:.2f} ms" if pid else "-"
             print(
                 f"{kind:<16} {rate:>5.0f} {got.succeeded:>6} {cost:>12} "
-                f"{in_ms(ttft.p50):>9} {in_ms(ttft.p99):>9}  {got.verdict} {got.errors or ''}",
+                f"{in_ms(ttft.p50):>9} {in_ms(ttft.p99):>9}  {got.verdict} "
+                f"{'; '.join(got.verdict_reasons)} {got.errors or ''}",
                 flush=True,
             )
 

@@ -4,8 +4,8 @@
     python benchmarks/serve.py streams                    # 3,000 streams at once, at rising token rates
     python benchmarks/serve.py http --uvicorn PYTHON      # PYTHON: an interpreter that has uvicorn, httptools, uvloop
 
-`agree` prints the served latencies (from send, times the speed) over the simulated ones. `streams` prints how late the
-tokens leave, by the server's own clock (`squall:behind_seconds`, the P99 of each second), and whether it says so.
+`agree` prints the served latencies (from send, times the speed) over the simulated ones. `streams` prints how far from
+their moments the tokens leave, by the server's own clock (`squall:token_timing_error_seconds`), and whether it says so.
 `http` has both servers stream 32 timed chunks per request and prints their CPU and how late the chunks reach the
 client. Sender and server share this machine's cores.
 """
@@ -33,6 +33,8 @@ REGIMES = {
     "queueing": {"gpu": "a100", "kv_blocks": 2000, "max_num_seqs": 40, "max_num_batched_tokens": 1024},
     "calm": {"gpu": "a100", "kv_blocks": 4000, "max_num_seqs": 128, "max_num_batched_tokens": 2048},
 }
+STREAMS = ("streams", "speed", "tokens/s", "CPU", "error p50", "p99", "within 5 ms", "worst")
+ERROR = "squall:token_timing_error_seconds"
 SLOW = ("--gpu", "a100", "--model", "llama-3.1-70b", "--tp", "4", "--kv-blocks", "20000", "--max-num-seqs", "128")
 
 
@@ -227,29 +229,51 @@ def agree(given: argparse.Namespace) -> None:
 
 def streams(given: argparse.Namespace) -> None:
     """As many streams as asked for at once: each that ends is followed by another, of other lengths."""
-    import numpy as np
     import uvloop
 
-    head = ("streams", "speed", "tokens/s", "CPU", "late P99 of a second, median", "worst")
-    print("{:>8} {:>6} {:>9} {:>6} {:>28} {:>9}".format(*head))
+    print("{:>8} {:>6} {:>9} {:>6} {:>9} {:>9} {:>13} {:>9}".format(*STREAMS))
     for speed in given.speeds:
         command = [sys.executable, "-m", "squall", "serve", "--port", "0", "--speed", str(speed), *SLOW]
+        command[-1] = str(max(128, given.batch))
         replicas = str(-(-given.streams // given.batch))
         with tempfile.TemporaryFile() as said, program(*command, "--replicas", replicas, stderr=said) as process:
             port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
-            behind, tokens, used = uvloop.run(keep_open(process.pid, port, given, speed))
+            before, after, worst = uvloop.run(keep_open(process.pid, port, given, speed))
             said.seek(0)
             complaint = b"cannot keep up" in said.read()
-        median, worst = (1e3 * f(behind) if behind else float("nan") for f in (np.median, np.max))
+        took = after["at"] - before["at"]
+        rate, used = ((after[name] - before[name]) / took for name in ("vllm:generation_tokens_total", "cpu"))
+        p50, p99 = (1e3 * errors_of(before, after, q) for q in (0.5, 0.99))
+        within = share_within(before, after, 0.005)
         print(
-            f"{given.streams:>8} {speed:>6g} {tokens:>9,.0f} {100 * used:>4.0f} % {median:>25.1f} ms {worst:>6.1f} ms  "
-            f"{'says that it cannot keep up' if complaint else ''}",
+            f"{given.streams:>8} {speed:>6g} {rate:>9,.0f} {100 * used:>4.0f} % {p50:>6.2f} ms {p99:>6.2f} ms "
+            f"{100 * within:>11.2f} % {1e3 * worst:>6.1f} ms  {'says that it cannot keep up' if complaint else ''}",
             flush=True,
         )
 
 
-async def keep_open(pid: int, port: int, given: argparse.Namespace, speed: float) -> tuple[list[float], float, float]:
-    """Hold the streams open for a while: the server's lateness of each second, its tokens/s, its share of a core."""
+def share_within(before: dict[str, float], after: dict[str, float], limit: float) -> float:
+    """The share of the tokens between two looks whose timing error was at most `limit` s, an edge of the buckets."""
+    bucket, everything = f"{ERROR}_bucket{{{limit}}}", f"{ERROR}_count"
+    return (after[bucket] - before[bucket]) / (after[everything] - before[everything])
+
+
+def errors_of(before: dict[str, float], after: dict[str, float], q: float) -> float:
+    """The quantile `q` of the timing errors (s) between two looks, interpolated in its bucket."""
+    edges = [float(name.partition("{")[2][:-1]) for name in after if name.startswith(f"{ERROR}_bucket")]
+    low, below = 0.0, 0.0
+    for edge in sorted(edges):
+        reach = share_within(before, after, edge) if edge < float("inf") else 1.0
+        if reach >= q:
+            return low + (edge - low) * (q - below) / (reach - below) if edge < float("inf") else edge
+        low, below = edge, reach
+    return float("inf")
+
+
+async def keep_open(
+    pid: int, port: int, given: argparse.Namespace, speed: float
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Hold the streams open for a while: the server's metrics before and after, its largest timing error (s)."""
     import numpy as np
 
     draw, loop, closed = np.random.default_rng(1), asyncio.get_running_loop(), asyncio.Event()
@@ -271,17 +295,15 @@ async def keep_open(pid: int, port: int, given: argparse.Namespace, speed: float
         tasks.append(loop.create_task(one()))
         await asyncio.sleep(float(draw.exponential(5 / given.streams)))
     await asyncio.sleep(5)
-    before, behind = await look(pid, port), []
+    before, worst = await look(pid, port), 0.0
     for _ in range(round(given.seconds)):
         await asyncio.sleep(1.0)
-        behind.append((await look(pid, port))["squall:behind_seconds"])
-    after = await look(pid, port)
+        after = await look(pid, port)
+        worst = max(worst, after["squall:behind_worst_seconds"])
     closed.set()
     for task in tasks:
         task.cancel()
-    took = after["at"] - before["at"]
-    rates = [(after[name] - before[name]) / took for name in ("vllm:generation_tokens_total", "cpu")]
-    return behind, rates[0], rates[1]
+    return before, after, worst
 
 
 class _Nothing(list[Any]):
@@ -290,10 +312,11 @@ class _Nothing(list[Any]):
 
 
 async def look(pid: int, port: int) -> dict[str, float]:
-    """The sums of the server's metrics by name, and the CPU seconds of its process."""
+    """The sums of the server's metrics by name (and edge of a bucket), and the CPU seconds of its process."""
     page = await asyncio.to_thread(page_of, port)
     found: dict[str, float] = {"at": time.monotonic(), "cpu": cpu_of(pid)}
-    for name, value in re.findall(r"^([\w:]+)\{.*\} (\S+)$", page, re.MULTILINE):
+    for name, edge, value in re.findall(r'^([\w:]+)\{.*?(?:le="(.*)")?\} (\S+)$', page, re.MULTILINE):
+        name += f"{{{edge}}}" if edge else ""
         found[name] = found.get(name, 0.0) + float(value)
     return found
 

@@ -191,6 +191,24 @@ def test_documents(status, body, outcome):
     assert judge("complete", status, reply) == outcome
 
 
+@pytest.mark.parametrize("usage", ["none", 7, [1], True, {"prompt_tokens": {}, "prompt_tokens_details": "none"}])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_usage_that_is_none_makes_no_answer_wrong(usage, streamed):
+    said = {"delta" if streamed else "message": {"content": "a"}, "finish_reason": "stop"}
+    reply, document = Reply(streamed), json.dumps({"choices": [said], "usage": usage}).encode()
+    reply.take([1], [b"data: " + document + b"\n\n" if streamed else document])
+    reply.close(2)
+    assert (reply.bad, reply.error, reply.done, reply.pieces) == (None, None, 1, 1)
+    assert (reply.prompt_tokens, reply.response_tokens, reply.cached_tokens) == (None, None, None)
+
+
+def test_a_usage_in_the_responses_api_that_is_none_makes_no_answer_wrong():
+    ends = [{"type": "response.completed", "response": {"usage": usage}} for usage in ("none", {"input_tokens": 5})]
+    for end, prompt in zip(ends, (None, 5), strict=True):
+        reply = _parse(_event(type="response.output_text.delta", delta="a") + _event(**end), [])
+        assert (reply.bad, reply.done is not None, reply.prompt_tokens) == (None, True, prompt)
+
+
 def test_odd_usage_is_not_believed():
     reply = _parse(_event(usage={"prompt_tokens": -4, "completion_tokens": "many", "prompt_tokens_details": None}), [])
     assert (reply.prompt_tokens, reply.response_tokens, reply.cached_tokens) == (None, None, None)

@@ -15,6 +15,7 @@ import openai
 import pytest
 from serving import serving
 
+from squall import progress
 from squall.errors import InputError
 from squall.replay import replay
 from squall.replay.scrape import read_page
@@ -228,6 +229,31 @@ def test_priorities_are_the_requests_own():
         for thread in threads:
             thread.join()
         assert ended == [0, -1, 3, 4, 5]  # the first one was already running
+        assert settled(service)
+
+
+def test_an_order_of_ones_own_that_fails_or_takes_long_is_told(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress.notes, "shown", True)
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from math import sin\n\n"
+        "def slow(request_tokens):\n"
+        "    if request_tokens == 3:\n        raise ValueError('no threes')\n"
+        "    value = request_tokens\n"
+        "    for _ in range(400_000 if request_tokens == 2 else 1):\n        value = sin(value)\n"
+        "    return value\n"
+    )
+    with serving(scheduler=f"{path}:slow") as (host, port, service):
+        ask = client(f"http://{host}:{port}").completions.create
+        for prompt in ("a", "a"):
+            ask(model="modelled", prompt=prompt, max_tokens=2)
+        assert "took" not in capfd.readouterr().err
+        for _ in range(2):
+            ask(model="modelled", prompt="a b", max_tokens=2)
+        assert capfd.readouterr().err.count("every stream waited for it") == 1
+        with pytest.raises(openai.InternalServerError, match="no threes"):
+            ask(model="modelled", prompt="a b c", max_tokens=2)
+        assert ask(model="modelled", prompt="a", max_tokens=2).usage.completion_tokens == 2
         assert settled(service)
 
 

@@ -37,7 +37,12 @@ def drive(
         while at < len(sent) and sent[at] <= now:
             of[live.submit(int(sent[at]), int(prompt[at]), int(output[at]), **more(at))] = at
             at += 1
-        for time, slot, index in live.advance(now).tolist():
+        # What the steps under way will bring is known before.
+        early = live.ahead(now)
+        assert (np.diff(early["time"]) >= 0).all()
+        come = live.advance(now)
+        assert set(early.tolist()) <= set(come.tolist())
+        for time, slot, index in come.tolist():
             if index == REFUSED:
                 refused[of[slot]] = live.state(slot)
                 live.release(slot)
@@ -277,3 +282,31 @@ def test_the_hashes_of_thousands_of_prompts_stay_apart():
         assert live._pool.ids[begin:end].tolist() == known[some]
     assert live._pool.ids is live._hashes.ids
     assert live._hashes.ids.size < 1 << 19
+
+
+@pytest.mark.parametrize("engine", ["vllm-0.11", "vllm-0.24"])
+def test_what_a_step_will_bring_is_known_while_it_runs(engine):
+    """From one event to the next: the tokens told at a step's end are those that were announced, but for the gone."""
+    draw = np.random.default_rng(7)
+    cluster = resolve(**WORDS, engine=engine, replicas=3)
+    live, alive, now, announced = LiveCluster(cluster), {}, 0, 0
+    for _ in range(60):
+        alive[live.submit(now, int(draw.integers(1, 900)), int(draw.integers(1, 60)))] = 0
+    while live.next() < NEVER:
+        gone = set()
+        if alive and draw.random() < 0.02:
+            gone.add(slot := int(draw.choice(list(alive))))
+            del alive[slot]
+            live.cancel(slot)
+        now = live.next()
+        early = live.ahead(now).tolist()
+        come = live.advance(now).tolist()
+        assert not gone & {slot for _, slot, _ in early}
+        assert early == come
+        announced += len(early)
+        for _, slot, index in come:
+            if index == live.output(slot):
+                del alive[slot]
+                live.release(slot)
+    assert not alive
+    assert announced > 500

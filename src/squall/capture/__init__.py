@@ -32,6 +32,8 @@ __all__ = ["capture", "finish", "import_log"]
 
 SWITCH = 0.0005
 """Seconds after which a thread gives the interpreter to one that waits for it."""
+MOST_OBJECTS = 2_000_000
+"""More than all connections can have: there are no circles among them, so nothing is left to collect before."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -211,7 +213,7 @@ def _serve(relay: Relay, host: str, port: int, drain: float, listening: Callable
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
     try:
-        with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with rare_collections(MOST_OBJECTS), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run())
     finally:
         sys.setswitchinterval(before)

@@ -120,12 +120,15 @@ class Alarm:
 
 
 @contextmanager
-def rare_collections() -> Iterator[None]:
-    """What is there is never collected, and the rest seldom: a full collection would hold every stream up."""
+def rare_collections(more: int = 50_000) -> Iterator[None]:
+    """What is there is never collected, and the rest when there are so many `more` objects: it holds every stream up.
+
+    A collection takes half a microsecond for each object that is not older than the last one.
+    """
     gc.collect()
     gc.freeze()
     before = gc.get_threshold()
-    gc.set_threshold(50_000, 100, 1000)
+    gc.set_threshold(more, 100, 1000)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ same answer; a test holds them to it.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,6 +21,10 @@ LINE_LIMIT = 1 << 22
 """Bytes of a line after which it is no event of this API: what is joined and searched again and again stays bounded."""
 
 
+_NULL = msgspec.Raw(b"null")
+
+
+# Usage is read by itself: whatever it is, it makes no answer wrong.
 # gc=False: decoded documents live for a moment and hold no circles, so the collector need not know them.
 class _Delta(msgspec.Struct, gc=False):
     content: Any = None
@@ -43,16 +48,16 @@ class _Details(msgspec.Struct, gc=False):
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: Any = None
     completion_tokens: Any = None
-    prompt_tokens_details: _Details | None = None
+    prompt_tokens_details: msgspec.Raw = _NULL
     input_tokens: Any = None  # the Responses API's names
     output_tokens: Any = None
-    input_tokens_details: _Details | None = None
+    input_tokens_details: msgspec.Raw = _NULL
 
 
 class _Response(msgspec.Struct, gc=False):
     """What the events of the Responses API that begin and end an answer carry."""
 
-    usage: _Usage | None = None
+    usage: msgspec.Raw = _NULL
     error: Any = None
 
 
@@ -67,7 +72,7 @@ class _Item(msgspec.Struct, gc=False):
 
 class _Document(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: msgspec.Raw = _NULL
     error: Any = None
     object: Any = None
     message: Any = None
@@ -79,6 +84,8 @@ class _Document(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Document).decode
+_decode_usage = msgspec.json.Decoder(_Usage).decode
+_decode_details = msgspec.json.Decoder(_Details).decode
 _decode_all = msgspec.json.Decoder(list[_Document]).decode
 _TERMINAL = ("response.completed", "response.incomplete")
 _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
@@ -256,7 +263,7 @@ class Reply:
                 self._token(at, None)
             if choice.finish_reason is not None and self._finished is None:
                 self._finished = at
-        if document.usage is not None:
+        if document.usage != _NULL:
             self._count(document.usage)
         if document.type is not None:
             self._take_typed(document, at)
@@ -276,7 +283,7 @@ class Reply:
             self._finished = self._finished or at
             if self.done is None:
                 self.done = at
-        if response is not None and response.usage is not None:
+        if response is not None and response.usage != _NULL:
             self._count(response.usage)
 
     def _token(self, at: int, text: Any) -> None:
@@ -290,14 +297,21 @@ class Reply:
             if self.text is not None:
                 self.text.append(str(text))
 
-    def _count(self, usage: _Usage) -> None:
+    def _count(self, said: msgspec.Raw) -> None:
+        """A usage that is no object, or counts that are no counts, are as good as none."""
+        try:
+            usage = _decode_usage(said)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
         prompt, response, details = usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens_details
         if prompt is None:
-            prompt, details = usage.input_tokens, details or usage.input_tokens_details
+            prompt = usage.input_tokens
+            details = usage.input_tokens_details if details == _NULL else details
         self.prompt_tokens = _number(prompt, self.prompt_tokens)
         self.response_tokens = _number(usage.output_tokens if response is None else response, self.response_tokens)
-        if details is not None:
-            self.cached_tokens = _number(details.cached_tokens, self.cached_tokens)
+        if details != _NULL:
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                self.cached_tokens = _number(_decode_details(details).cached_tokens, self.cached_tokens)
 
     def _fail(self, error: Any) -> None:
         if self.error is not None:

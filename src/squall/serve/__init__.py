@@ -21,9 +21,11 @@ from squall.errors import InputError, SquallError
 from squall.progress import note
 from squall.replay.pacer import rare_collections
 from squall.seeds import DEFAULT_SEED
+from squall.serve import exposition
 from squall.serve.api import Limits
 from squall.serve.http import listen
 from squall.serve.service import Service
+from squall.serve.tokens import Outlets
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.hardware import GPU, Model
@@ -38,6 +40,8 @@ __all__ = ["serve"]
 
 BODY_LIMIT = 32 << 20
 CONNECTION_LIMIT = 20_000
+MOST_OBJECTS = 2_000_000
+"""More than all connections can have: without circles among them nothing is left to collect before."""
 FAILURE_BIN = 10.0
 """Seconds of a recorded trace that share one share of failures."""
 
@@ -181,8 +185,8 @@ async def _until_stopped(services: list[Service], host: str, port: int, limits: 
             ) from error
         open_ports.append(listening)
         urls.append(f"http://{where}:{listening[2]}")
-    print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
-    with rare_collections():
+    with rare_collections(MOST_OBJECTS):
+        print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
         while not stopped.is_set():
             for _, connections, _ in open_ports:
                 now = monotonic_ns()
@@ -231,8 +235,11 @@ def _compile(cluster: Cluster) -> None:
     gone = live.submit(0, 1, 1)
     live.advance(live.limits.ingest * 2 + 2)
     live.cancel(gone)
+    outlets = Outlets(4, 0, 1.0, exposition.ITL)
     while live.next() < 1000 * TICKS:
-        live.advance(live.next())
+        outlets.plan(live.ahead(live.next()))
+        outlets.write(live.advance(live.next())[:0], 0, due=True)
+    outlets.told(0, 1, 0)
 
 
 callable_room(__name__)

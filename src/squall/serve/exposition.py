@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
+from squall.serve.tokens import EDGES, Outlets
 from squall.simulate.cluster import Cluster
 from squall.simulate.live import Load
 
@@ -73,21 +74,14 @@ class Tally:
     """What has been answered so far."""
 
     def __init__(self) -> None:
-        self.ttft, self.itl, self.e2e = _Histogram(TTFT), _Histogram(ITL), _Histogram(E2E)
-        self.prompt_tokens = self.generated_tokens = self.finished = self.aborted = 0
+        self.ttft, self.e2e = _Histogram(TTFT), _Histogram(E2E)
+        self.prompt_tokens = self.finished = self.aborted = 0
         self.refusals: Counter[int] = Counter()
 
     def first(self, seconds: float, prompt: int) -> None:
         """A first token, so many seconds after the request came."""
         self.ttft.add(seconds)
         self.prompt_tokens += prompt
-        self.generated_tokens += 1
-
-    def gaps(self, nanoseconds: list[int]) -> None:
-        """Further tokens, each so long after the one before it."""
-        for gap in nanoseconds:
-            self.itl.add(gap / 1e9)
-        self.generated_tokens += len(nanoseconds)
 
     def finish(self, seconds: float) -> None:
         """The last token, so many seconds after the request came."""
@@ -103,14 +97,31 @@ class Tally:
         self.refusals[status] += 1
 
 
-def page(tally: Tally, loads: Sequence[Load], model: str, cluster: Cluster, started: float, behind: float) -> bytes:
-    """The page in Prometheus' text format."""
+def page(
+    tally: Tally,
+    outlets: Outlets,
+    loads: Sequence[Load],
+    model: str,
+    cluster: Cluster,
+    started: float,
+    behind: Sequence[float],
+) -> bytes:
+    """The page in Prometheus' text format; `behind`: P99 and the largest of the last second's timing errors."""
     name = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     lines: list[str] = []
 
     def family(metric: str, kind: str, text: str, values: Sequence[tuple[str, float]]) -> None:
         lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"))
         lines.extend(f'{metric}{{model_name="{name}"{labels}}} {value}' for labels, value in values)
+
+    def histogram(metric: str, text: str, edges: Sequence[float], counts: Sequence[int], total: float) -> None:
+        reach, below = 0, []
+        for edge, count in zip([*map(str, edges), "+Inf"], counts, strict=True):
+            reach += count
+            below.append(f'{metric}_bucket{{model_name="{name}",le="{edge}"}} {float(reach)}')
+        lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} histogram", *below))
+        lines.append(f'{metric}_count{{model_name="{name}"}} {float(reach)}')
+        lines.append(f'{metric}_sum{{model_name="{name}"}} {total!r}')
 
     def per_engine(field: str) -> list[tuple[str, float]]:
         return [(f',engine="{r}"', float(getattr(load, field))) for r, load in enumerate(loads)]
@@ -124,28 +135,27 @@ def page(tally: Tally, loads: Sequence[Load], model: str, cluster: Cluster, star
         asked, found = per_engine("prefix_asked"), per_engine("prefix_found")
         family(f"{whole}prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", asked)
         family(f"{whole}prefix_cache_hits_total", "counter", "Prompt tokens found in the cache.", found)
+    *gaps, gaps_sum = outlets.gaps.tolist()
+    generated = sum(tally.ttft.counts) + sum(gaps)
     family(f"{whole}prompt_tokens_total", "counter", "Prompt tokens computed.", [("", float(tally.prompt_tokens))])
-    family(f"{whole}generation_tokens_total", "counter", "Tokens generated.", [("", float(tally.generated_tokens))])
+    family(f"{whole}generation_tokens_total", "counter", "Tokens generated.", [("", float(generated))])
     done = [(',finished_reason="length"', float(tally.finished)), (',finished_reason="abort"', float(tally.aborted))]
     family(f"{whole}request_success_total", "counter", "Requests that are over.", done)
-    for metric, text, histogram in (
-        ("time_to_first_token_seconds", "From the request's last byte to its first token.", tally.ttft),
-        ("inter_token_latency_seconds", "Between two tokens.", tally.itl),
-        ("e2e_request_latency_seconds", "From the request's last byte to its last token.", tally.e2e),
-    ):
-        metric = whole + metric
-        reach, below = 0, []
-        for edge, count in zip([*map(str, histogram.edges), "+Inf"], histogram.counts, strict=True):
-            reach += count
-            below.append(f'{metric}_bucket{{model_name="{name}",le="{edge}"}} {float(reach)}')
-        lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} histogram", *below))
-        lines.append(f'{metric}_count{{model_name="{name}"}} {float(reach)}')
-        lines.append(f'{metric}_sum{{model_name="{name}"}} {histogram.total!r}')
+    ttft, e2e = tally.ttft, tally.e2e
+    text = "From the request's last byte to its first token."
+    histogram(f"{whole}time_to_first_token_seconds", text, TTFT, ttft.counts, ttft.total)
+    histogram(f"{whole}inter_token_latency_seconds", "Between two tokens.", ITL, gaps, gaps_sum / 1e9)
+    text = "From the request's last byte to its last token."
+    histogram(f"{whole}e2e_request_latency_seconds", text, E2E, e2e.counts, e2e.total)
     config = f',block_size="{cluster.block_size}",num_gpu_blocks="{cluster.kv_blocks}",'
     config += f'enable_prefix_caching="{cluster.choices.prefix_caching}"'
     family(f"{whole}cache_config_info", "gauge", "The cache's settings.", [(config, 1.0)])
-    errors = [(f',code="{status}"', float(count)) for status, count in sorted(tally.refusals.items())]
-    family("squall:refused_total", "counter", "Answers that are errors, by HTTP status.", errors)
-    family("squall:behind_seconds", "gauge", "P99 of how late tokens left in the last second.", [("", behind)])
+    refusals = [(f',code="{status}"', float(count)) for status, count in sorted(tally.refusals.items())]
+    family("squall:refused_total", "counter", "Answers that are errors, by HTTP status.", refusals)
+    *errors, errors_sum = outlets.errors.tolist()
+    text = "How far from its moment a token was written."
+    histogram("squall:token_timing_error_seconds", text, EDGES, errors, errors_sum / 1e9)
+    family("squall:behind_seconds", "gauge", "P99 of these errors in the last second.", [("", behind[0])])
+    family("squall:behind_worst_seconds", "gauge", "The largest of them.", [("", behind[1])])
     lines.extend(("# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {started!r}"))
     return ("\n".join(lines) + "\n").encode()

@@ -99,6 +99,16 @@ class Request:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked and self.keep else data
 
     @property
+    def flushed(self) -> bool:
+        """Whether the system has taken all that was written: `fileno` may then be written to directly."""
+        return not self.over and self._connection.transport.get_write_buffer_size() == 0
+
+    @property
+    def fileno(self) -> int:
+        """Its connection's descriptor; it is open until `on_gone` is called."""
+        return int(self._connection.transport.get_extra_info("socket").fileno())
+
+    @property
     def begun(self) -> bool:
         """Whether the head of a stream was sent."""
         return self._begun
@@ -143,6 +153,7 @@ class Connection(asyncio.Protocol):
         self._connections.discard(self)
         self._closing = True
         self._waiting.clear()
+        del self._parser  # a circle
         current, self._current = self._current, None
         if current is not None:
             current.over = True

@@ -1,32 +1,42 @@
 """The modelled cluster in (scaled) real time: a clock that drives it, and the streams that it feeds.
 
 The cluster's tick t lies at the moment  start + t / (TICKS * speed)  of the machine's clock. A request enters the
-cluster at the tick of its last byte, and every token is written at the moment of its tick; how much later it really is,
-is measured, and said aloud when it is more than `LATE`.
+cluster at the tick of its last byte, and every token is written at the moment of its tick. Thousands of tokens that
+have one moment cannot all be written in it: they are written around it (tokens.py). How far from it each really left is
+measured, and said aloud when it is more than `LATE`.
 """
 
 import asyncio
 import random
 import time
-from array import array
 from collections.abc import Callable
 from time import monotonic_ns
 
 import msgspec
 import numpy as np
 
+from squall.errors import InputError
 from squall.progress import note
 from squall.replay.pacer import Alarm
 from squall.serve import api, exposition
 from squall.serve.http import Request, error_body
+from squall.serve.tokens import Outlets
 from squall.simulate.cluster import Cluster
-from squall.simulate.live import MOST_CLIENTS, REFUSED, LiveCluster
+from squall.simulate.live import MOST_CLIENTS, REFUSED, TOKEN, LiveCluster
 from squall.simulate.records import NEVER, QUEUE_FULL, TICKS, UNSERVABLE
 
 LATE = 0.005
-"""Seconds after its moment at which a token is late: the limit of the p99."""
+"""Seconds off its moment at which a token is late: the limit of the p99."""
+HORIZON = 0.025
+"""Seconds after the next step's end within which other steps' tokens are looked at, to be written with its own."""
+CAPACITY = 16_384
+"""Requests that may be in the cluster at once."""
+WORTH = 100_000
+"""Nanoseconds before its moment from which on it is worth to begin with a step's tokens before."""
 LOOK = 1.0
 """Seconds between looks at lateness and at requests that have taken too long."""
+SLOW_ORDER = 0.001
+"""Seconds that one request may take in an order of the queue that somebody wrote himself."""
 TELL = 10.0
 """Seconds between sentences about not keeping up."""
 
@@ -39,15 +49,12 @@ _REFUSALS = {
 class Stream:
     """A request in the cluster."""
 
-    __slots__ = ("ask", "last", "prefix", "reply", "request", "slot", "write")
+    __slots__ = ("ask", "event", "reply", "request", "slot")
 
     def __init__(self, request: Request, ask: api.Ask, reply: api.Reply, slot: int) -> None:
         self.request, self.ask, self.reply, self.slot = request, ask, reply, slot
-        self.prefix = b""
+        self.event = b""
         """The event of one token as it goes over the wire; empty if the answer is not streamed."""
-        self.write: Callable[[bytes], None] = request.write
-        self.last = 0
-        """When the last token was written, ns."""
 
 
 class Service:
@@ -65,7 +72,7 @@ class Service:
         name: str = "",
     ) -> None:
         """`failing` gives the share of requests that fail, by the cluster's time in seconds."""
-        self.live = LiveCluster(cluster, seed=seed)
+        self.live = LiveCluster(cluster, seed=seed, capacity=CAPACITY)
         self._cluster, self._speed = cluster, speed
         self._caching = cluster.choices.prefix_caching
         self._limits = msgspec.structs.replace(
@@ -74,6 +81,7 @@ class Service:
             priorities=cluster.choices.scheduler == "priority" or ":" in cluster.choices.scheduler,
         )
         self._fair, self._clients = cluster.choices.scheduler == "vtc", dict[str, int]()
+        self._order = cluster.choices.scheduler if ":" in cluster.choices.scheduler else None
         self._timeout, self._failing, self._name = timeout, failing, name
         self._random = random.Random(f"{seed} serve {name}")
         self._loop = asyncio.get_running_loop()
@@ -81,16 +89,18 @@ class Service:
         self._number = 0
         self._alarm = Alarm(self._loop, self._ring)
         self._set_for = int(NEVER)
-        self._late = array("f")
         self._late_looks = 0
         self._told = -TELL
-        self.late_tokens = 0
-        self.behind = 0.0
-        """P99 of the lateness of the tokens in the last look, seconds."""
+        self.behind = 0.0, 0.0
+        """P99 and the largest of the timing errors in the last look, seconds."""
         self.tally = exposition.Tally()
         self._start = monotonic_ns()
         self._started = time.time()
         self._ns_per_tick = 1e9 / (TICKS * speed)
+        self._horizon = int(HORIZON * 1e9 / self._ns_per_tick)
+        self.outlets = Outlets(CAPACITY, self._start, self._ns_per_tick, exposition.ITL)
+        self._early: tuple[float, np.ndarray] = (np.inf, np.empty(0, TOKEN))
+        self._ended: set[int] = set()
         self._look = self._loop.call_later(LOOK, self._look_after)
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -122,7 +132,13 @@ class Service:
         elif path == "/metrics":
             self._advance()
             page = exposition.page(
-                self.tally, self.live.loads(), self._limits.model, self._cluster, self._started, self.behind
+                self.tally,
+                self.outlets,
+                self.live.loads(),
+                self._limits.model,
+                self._cluster,
+                self._started,
+                self.behind,
             )
             request.answer(200, page, "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -135,19 +151,31 @@ class Service:
         if self.live.full:
             raise api.ApiError(503, "too many requests at once")
         self._number += 1
-        slot = self.live.submit(
-            now,
-            ask.prompt,
-            ask.output,
-            hashes=ask.hashes,
-            priority=float(ask.priority),
-            client=self._client(ask.client) if self._fair else 0,
-            affinity=None if ask.session is None else hash(ask.session),
-        )
+        before = time.thread_time_ns()
+        try:
+            slot = self.live.submit(
+                now,
+                ask.prompt,
+                ask.output,
+                hashes=ask.hashes,
+                priority=float(ask.priority),
+                client=self._client(ask.client) if self._fair else 0,
+                affinity=None if ask.session is None else hash(ask.session),
+            )
+        except InputError as error:  # an order of the queue that somebody wrote himself
+            raise api.ApiError(500, str(error)) from error
+        took = (time.thread_time_ns() - before) / 1e9
+        if self._order is not None and took > SLOW_ORDER:
+            note(
+                f"serve: --scheduler {self._order} took {1e3 * took:.0f} ms for one request, and every stream waited "
+                f"for it; a function for a served cluster takes microseconds (said once)."
+            )
+            self._order = None
         ask.hashes = []
         stream = Stream(request, ask, api.Reply(ask, self._number, self._limits.model), slot)
         if ask.stream:
-            stream.prefix = request.frame(stream.reply.event)
+            stream.event = request.frame(stream.reply.event)
+        self.outlets.take(slot, ask.output, ask.stream)
         self._streams[slot] = stream
         request.on_gone = lambda: self._gone(slot)
         self._set()
@@ -162,6 +190,7 @@ class Service:
     def _gone(self, slot: int) -> None:
         """The client went away."""
         if self._streams.pop(slot, None) is not None:
+            self.outlets.shut(slot)
             self._advance()
             self.live.cancel(slot)
             self.tally.cancelled()
@@ -179,66 +208,69 @@ class Service:
 
     def _ring(self) -> None:
         self._set_for = int(NEVER)
+        at, rows = self._early
+        if monotonic_ns() >= at:
+            self._early = np.inf, rows[:0]
+            self._write(rows, due=False)
         self._advance()
-        self._set()
 
     def _set(self) -> None:
         """Set the alarm for what happens next."""
-        due = self.live.next()
+        due = min(self._moment(self.live.next()) + 1000, self._early[0])
         if due < self._set_for:
-            self._set_for = due
-            self._alarm.set(self._moment(due) + 1000)
+            self._set_for = int(due)
+            self._alarm.set(self._set_for)
 
     def _advance(self) -> None:
-        """Let the cluster come up to now, and tell its clients."""
+        """Let the cluster come up to now, and tell its clients; see when tokens are to be written next."""
         told = self.live.advance(self._now(monotonic_ns()))
-        if not len(told):
-            return
-        streams, get = self._streams, self._streams.get
-        now, gaps = monotonic_ns(), []
-        for _tick, slot, index in told.tolist():
-            stream = get(slot)
+        if len(told):
+            self._write(told, due=True)
+        due = self.live.next()
+        rows = self.live.ahead(due + self._horizon) if due < NEVER else told[:0]
+        at, count = self.outlets.plan(rows)
+        self._early = (at, rows[:count]) if at < self._moment(due) - WORTH else (np.inf, rows[:0])
+        self._set()
+
+    def _write(self, rows: np.ndarray, due: bool) -> None:
+        """Write tokens; when they are `due`, the requests whose last ones they are leave the cluster."""
+        at, write = 0, self.outlets.write
+        while (at := write(rows, at, due)) < len(rows):
+            tick, slot, index = rows[at].item()
+            at += 1
+            stream = self._streams.get(slot)
             if index == REFUSED:
                 self._refuse(slot)
-            elif stream is None:
-                continue  # a client that is gone: its slot was given back when it went
-            elif index == stream.ask.output:
-                del streams[slot]
-                if index == 1:
-                    self._first(stream)
-                else:
-                    gaps.append(now - stream.last)
-                self._finish(stream, index)
-            elif index == 1:
-                self._first(stream)
-            else:
-                if stream.prefix:
-                    stream.write(stream.prefix)
-                gaps.append(now - stream.last)
-                stream.last = now
-        self.tally.gaps(gaps)
-        now, moments = monotonic_ns(), told["time"] * self._ns_per_tick + self._start
-        late = (now - moments) / 1e9
-        self._late.extend(late.astype(np.float32)[:: max(1, len(late) // 256)].tolist())
+            elif stream is not None:
+                self._tell(stream, index, tick)
+                if index == stream.ask.output:
+                    del self._streams[slot]
+                    self._ended.add(slot)
+            if due and slot in self._ended:  # else its client is gone: the slot was given back when it went
+                self._ended.remove(slot)
+                self.live.release(slot)
 
-    def _first(self, stream: Stream) -> None:
-        request, ask = stream.request, stream.ask
-        if self._caching:
-            stream.reply.cached = self.live.cached(stream.slot)
-        if ask.stream and ask.output > 1:
-            request.events(request.frame(stream.reply.first()))
-        now = stream.last = monotonic_ns()
-        self.tally.first((now - request.arrived) / 1e9, ask.prompt)
-
-    def _finish(self, stream: Stream, generated: int) -> None:
-        request, reply = stream.request, stream.reply
-        self.tally.finish((monotonic_ns() - request.arrived) / 1e9)
-        self.live.release(stream.slot)
-        if stream.ask.stream:
-            token = reply.first() if generated == 1 else reply.event
-            request.events(request.frame(token + reply.last(generated)), last=True)
+    def _tell(self, stream: Stream, index: int, tick: int) -> None:
+        """Write a token that is not like all others."""
+        request, ask, reply, slot = stream.request, stream.ask, stream.reply, stream.slot
+        if index == 1 and self._caching:
+            reply.cached = self.live.cached(slot)
+        last = index == ask.output
+        if not ask.stream:
+            if last:
+                request.answer(200, reply.whole(index))
+        elif index == 1 or last:
+            token = reply.first() if index == 1 else reply.event
+            request.events(request.frame(token + reply.last(index) if last else token), last=last)
         else:
-            request.answer(200, reply.whole(generated))
+            request.write(stream.event[self.outlets.taken(slot) :])
+        if stream.event and index == 1 and not last and request.flushed:
+            self.outlets.open(slot, request.fileno, stream.event)
+        now = self.outlets.told(slot, index, tick if ask.stream or last else None)
+        if index == 1:
+            self.tally.first((now - request.arrived) / 1e9, ask.prompt)
+        if last:
+            self.tally.finish((now - request.arrived) / 1e9)
 
     def _refuse(self, slot: int) -> None:
         state = self.live.state(slot)
@@ -255,17 +287,15 @@ class Service:
 
     def _look_after(self) -> None:
         self._look = self._loop.call_later(LOOK, self._look_after)
-        late = np.frombuffer(self._late, np.float32)
-        self.behind = float(np.quantile(late, 0.99)) if late.size else 0.0
-        del late
-        self._late = array("f")
-        self._late_looks = self._late_looks + 1 if self.behind > LATE else 0
+        errors = self.outlets.look()
+        self.behind = (float(np.quantile(errors, 0.99)), float(errors.max())) if errors.size else (0.0, 0.0)
+        self._late_looks = self._late_looks + 1 if self.behind[0] > LATE else 0
         now = time.monotonic()
         if self._late_looks >= 3 and now - self._told > TELL:
             self._told = now
             note(
-                f"serve: cannot keep up{self._name}: 1 % of the tokens leave {1e3 * self.behind:.0f} ms late or more "
-                f"(limit {1e3 * LATE:g} ms), so latencies are not those of the model; lower --speed or the load."
+                f"serve: cannot keep up{self._name}: 1 % of the tokens leave {1e3 * self.behind[0]:.0f} ms or more off "
+                f"their moment (limit {1e3 * LATE:g} ms), so latencies are not the model's; lower --speed or the load."
             )
         if self._timeout is not None:
             self._time_out(monotonic_ns() - round(self._timeout / self._speed * 1e9))
@@ -277,6 +307,7 @@ class Service:
             if stream.request.arrived > arrived:
                 return
             del self._streams[slot]
+            self.outlets.shut(slot)
             self.live.cancel(slot)
             self.tally.refused(504)
             body = error_body(504, f"no complete answer in {self._timeout:g} s")

@@ -25,7 +25,15 @@ from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import _kernel_seeds
 from squall.simulate.kernel import end_transfer, enter, give_up, look
-from squall.simulate.policies import Choices, check_it_ends, load_policy, policy_inputs, pool_for, queue_of
+from squall.simulate.policies import (
+    Choices,
+    check_it_ends,
+    compiled_policy,
+    load_policy,
+    policy_inputs,
+    pool_for,
+    queue_of,
+)
 from squall.simulate.records import ATTEMPT, KV_END, NEVER, OK, PREFILL, QUEUED, RUNNING, TICKS, TRANSFER, Engines
 from squall.simulate.replica import account, pop_event, receive, set_end, start_step, wake, widen
 from squall.simulate.waiting import KEYED, VTC, Queue
@@ -102,7 +110,7 @@ def _tell_tokens(
     return told
 
 
-def _entries(sources: int) -> tuple[Any, Any, Any]:
+def _entries(sources: int) -> tuple[Any, ...]:
     @njit(cache=True)
     def advance(
         engines: Engines,
@@ -167,6 +175,28 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
             _finish_tick(engines, attempts, limits, pool, queue, now)
 
     @njit(cache=True)
+    def ahead(engines: Engines, attempts: np.ndarray, settings: np.ndarray, until: int, out: np.ndarray) -> Any:
+        """Note the tokens of the steps that run now and end by `until`, in the order of time; returns how many."""
+        assert sources >= 0  # noqa: S101
+        limits: Any = settings[0]
+        shared, replicas = engines.shared, engines.state.size
+        leaves = shared.ends.size // 2
+        order, count = np.empty(replicas, np.int64), 0
+        for r in range(replicas):
+            end = shared.ends[leaves + r]
+            if end <= until:
+                k = count
+                while k > 0 and shared.ends[leaves + order[k - 1]] > end:
+                    order[k] = order[k - 1]
+                    k -= 1
+                order[k] = r
+                count += 1
+        told = 0
+        for k in range(count):
+            told = _tell_tokens(engines, order[k], attempts, limits, out, told, shared.ends[leaves + order[k]])
+        return told
+
+    @njit(cache=True)
     def cancel(
         engines: Engines, attempts: np.ndarray, settings: np.ndarray, pool: Any, queue: Any, a: int, now: int
     ) -> None:
@@ -185,10 +215,10 @@ def _entries(sources: int) -> tuple[Any, Any, Any]:
         for r in range(engines.state.size):
             clear(pool, r, engines.state[r].blocks)
 
-    return advance, cancel, begin
+    return advance, ahead, cancel, begin
 
 
-_advance, _cancel, _begin = _entries(kernel._fingerprint())
+_advance, _ahead, _cancel, _begin = _entries(kernel._fingerprint())
 
 
 class Load(NamedTuple):
@@ -299,18 +329,19 @@ class LiveCluster:
 
         `hashes` are of the prompt's full blocks, each with all that is before it; `priority` is for the scheduler
         `priority` (the lowest first), `client` (a number from 0) for `vtc`, and requests of one `affinity` go to one
-        replica with the router `session-affinity`.
+        replica with the router `session-affinity`. Raises InputError if the user's own order of the queue fails.
         """
-        slot = self._free.pop()
         at = max(at, self.now)
+        key = None if self._key is None else self._key(at / TICKS, prompt, output, priority)
+        slot = self._free.pop()
         if self._pool is not None:
             if self._hashes.put(slot, hashes):
                 self._pool = self._pool._replace(ids=self._hashes.ids)
                 self._pool_bundle = bundled(self._pool)
             stuck = self._pool.state["stuck"]
             stuck[stuck == slot] = -1  # that was another request
-        if self._queue is not None and self._queue.key.size:
-            self._queue.key[2 * slot] = self._key(at / TICKS, prompt, output, priority)
+        if self._queue is not None and key is not None:
+            self._queue.key[2 * slot] = key
         elif self._queue is not None:
             self._queue.client[2 * slot] = client % MOST_CLIENTS
         self._order_of_all += 1
@@ -377,6 +408,14 @@ class LiveCluster:
         self.now = max(self.now, until)
         self._retire()
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def ahead(self, until: int) -> np.ndarray:
+        """The tokens (TOKEN, in the order of time) that the steps under way will bring by tick `until`.
+
+        What a step brings is decided when it begins. Only `cancel` takes a token away again; nothing is changed here.
+        """
+        told = _ahead(self._bundle, self._attempts, self._settings, until, self._out)
+        return self._out[:told].copy()
 
     def state(self, slot: int) -> int:
         """The state of a request (records.py)."""
@@ -480,11 +519,9 @@ def _key_of(choices: Choices, seed: int) -> Any:
         return output * float(np.exp(draw.normal(0.0, error))) if error else float(output)
 
     if ":" in choices.scheduler:
-        from numba import vectorize
-
-        names, policy = policy_inputs(choices.scheduler), load_policy(choices.scheduler)
-        check_it_ends(choices.scheduler, policy, [[float(size)] * len(names) for size in (-1, 0, 1, 100, 10_000)])
-        own = vectorize(policy)
+        names, where = policy_inputs(choices.scheduler), choices.scheduler
+        check_it_ends(where, load_policy(where), [[float(size)] * len(names) for size in (-1, 0, 1, 100, 10_000)])
+        own = compiled_policy(where)
 
         def key(arrival: float, prompt: int, output: int, priority: float) -> float:
             values = {
@@ -495,7 +532,7 @@ def _key_of(choices: Choices, seed: int) -> Any:
                 "turn": -1.0,
                 "priority": priority,
             }
-            return float(own(*(values[name] for name in names)))
+            return float(own(*(np.array([values[name]]) for name in names))[0])
 
         return key
     return {

@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -434,35 +434,46 @@ def _predicted(choices: Choices, output: np.ndarray, seed: int) -> np.ndarray:
 
 def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed: int) -> np.ndarray:
     """(n,) keys of the user's function. Raises InputError if it does not compile, raises, or returns nonsense."""
-    from numba import vectorize
-    from numba.core.errors import NumbaError
-
-    where = choices.scheduler
-    names = policy_inputs(where)
-    columns = []
-    for name in names:
+    where, columns = choices.scheduler, []
+    for name in policy_inputs(where):
         if name == "predicted_tokens":
             columns.append(_predicted(choices, output, seed))
         elif name == "priority":
             columns.append(_by_class(asked, choices.priorities or "", "--priorities", float))
         else:
             columns.append(asked[name].cast(pl.Float64).fill_null(-1).to_numpy())
-    policy = load_policy(where)
     few = np.unique(np.linspace(0, len(asked) - 1, TRIALS).astype(int))
-    check_it_ends(where, policy, zip(*(column[few].tolist() for column in columns), strict=True))
+    check_it_ends(where, load_policy(where), zip(*(column[few].tolist() for column in columns), strict=True))
+    return compiled_policy(where)(*columns)
+
+
+def compiled_policy(where: str) -> Callable[..., np.ndarray]:
+    """A user's policy as a function from columns (n,) of what it asks for, in that order, to keys (n,).
+
+    Raises InputError if it does not compile; the function does if the policy raises, or returns nonsense.
+    """
+    from numba import float64, vectorize
+
+    own = vectorize(load_policy(where))
     try:
-        with np.errstate(all="ignore"):  # what comes of it is looked at below
-            key = vectorize(policy)(*columns)
-    except NumbaError as error:
+        own.add((float64,) * len(policy_inputs(where)))
+    except Exception as error:  # noqa: BLE001 (not all that numba raises is its own)
         raise InputError(f"--scheduler {where}: numba cannot compile it: {_in_short(error)}.") from None
-    except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
-        raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
-    if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
-        raise InputError(
-            f"--scheduler {where}: it must return a finite number for every request (the smallest goes first); it did"
-            " not for some."
-        )
-    return key
+
+    def keys(*columns: np.ndarray) -> np.ndarray:
+        try:
+            with np.errstate(all="ignore"):  # what comes of it is looked at below
+                key = own(*columns)
+        except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
+            raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
+        if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
+            raise InputError(
+                f"--scheduler {where}: it must return a finite number for every request (the smallest goes first); it "
+                "did not for some."
+            )
+        return key
+
+    return keys
 
 
 def _in_short(error: Exception) -> str:
