@@ -84,19 +84,23 @@ _TERMINAL = ("response.completed", "response.incomplete")
 _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
 
 
-def _plain(pieces: Sequence[bytes]) -> list[bytes] | None:
-    """What the one event in each of `pieces` says; None if a piece is anything else than a whole event of one line."""
-    count = len(pieces)
+def _plain(pieces: Sequence[bytes]) -> bytes | None:
+    """What the events in `pieces` say, with commas between; None if a piece is not one whole event of one line.
+
+    The events have 2 line ends each and every piece has its own 2 at its end, so that no piece holds a part of another
+    event, and each event begins with `data:`.
+    """
     lines = b"".join(pieces)
+    count = len(pieces)
     if (
-        not pieces
-        or lines.count(b"\n") != 2 * count
+        lines.count(b"\n") != 2 * count
+        or lines[:5] != b"data:"
+        or lines.count(b"\n\ndata:") != count - 1
         or b"\r" in lines
-        or [piece[:5] for piece in pieces] != [b"data:"] * count
-        or [piece[-2:] for piece in pieces] != [b"\n\n"] * count
+        or [piece[-2:] for piece in pieces].count(b"\n\n") != count
     ):
         return None
-    return [piece[5:-2] for piece in pieces]
+    return lines.replace(b"\n\ndata:", b",")[5:-2]
 
 
 class Reply:
@@ -153,14 +157,16 @@ class Reply:
 
     def take(self, times: Sequence[int], pieces: Sequence[bytes]) -> None:
         """As `feed` for each piece and its time; in a few calls where each piece is a whole event, as nearly always."""
-        said = _plain(pieces) if self.streamed and not (self._tail or self._data or self._cr) else None
+        said = _plain(pieces) if self.streamed and pieces and not (self._tail or self._data or self._cr) else None
         if said is not None:
-            finished = said[-1].strip() == b"[DONE]"
+            finished = pieces[-1][5:].strip() == b"[DONE]"
+            if finished:
+                said = said[: max(said.rfind(b","), 0)]
             try:
-                documents = _decode_all(b"[" + b",".join(said[: len(said) - finished]) + b"]")
+                documents = _decode_all(b"[" + said + b"]")
             except (msgspec.DecodeError, UnicodeDecodeError):
                 documents = []
-            if len(documents) == len(said) - finished:
+            if len(documents) == len(pieces) - finished:
                 for document, at in zip(documents, times, strict=False):
                     self._take(document, at)
                 if finished and self.done is None:
