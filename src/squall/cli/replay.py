@@ -283,6 +283,8 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     }
     for name, text in lines.items():
         screen.print(f"{name:<12} {printable(text)}", markup=False)
+    for text in result.notes[len(run.meta.notes) :]:
+        screen.print(printable(text), markup=False)
     server = run.meta.server
     if server is not None:
         for found in result.agreement:
