@@ -283,3 +283,24 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 def test_a_worker_with_a_million_requests_stays_small(tmp_path):
     found = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(found.stdout) < 150_000  # KB
+
+
+@pytest.mark.alone
+def test_a_request_costs_little():
+    """Of 32 chunks, start and end of the run included, on a machine that may be half as fast as the slowest seen."""
+    count = 600
+    serve = [sys.executable, "-c", machine.SERVE]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            arrival = np.random.default_rng(1).exponential(1 / 200, count).cumsum()
+            lengths = {"request_tokens": np.full(count, 200), "response_tokens": np.full(count, 32)}
+            requests = Trace.of({"arrival": arrival, **lengths}, META)
+            replay(requests, url=url, head=1, self_check=False)  # what is imported and made once
+            began = time.process_time()
+            run = replay(requests, url=url, self_check=False)
+            used = time.process_time() - began
+        finally:
+            server.terminate()
+    assert statuses(run) == {"ok": count}
+    assert used / count < 0.0015
