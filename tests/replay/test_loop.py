@@ -1,4 +1,4 @@
-"""The sender's event loop and what a connection makes of chunks: order, times, closed sockets, whole and odd framing."""
+"""The sender's event loop, and what a connection makes of chunks: order, times, closed sockets, odd framing."""
 
 import socket
 import time
