@@ -493,38 +493,36 @@ class Connection:
             exchange.end(ending, message)
 
 
-_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n([^\r]*)\r\n")
+_HEX = re.compile(rb"[0-9a-fA-F]{1,7}")
+
+
+@lru_cache(4096)  # the chunks of a stream are of few sizes
+def _size(digits: bytes) -> int:
+    return int(digits, 16) if _HEX.fullmatch(digits) else -1
 
 
 def whole_chunks(times: list[int], reads: list[bytes]) -> tuple[list[int], list[bytes]] | None:
     """The times and contents of the chunks in `reads`, if each read holds whole chunks and the last one the end.
 
-    None for everything else: chunks with a CR inside, extensions, trailers, bytes after the end.
+    None for everything else: chunks with CR LF inside, extensions, trailers, bytes after the end.
     """
-    rest = b"".join(reads)
-    found = _CHUNK.findall(rest) if rest[-5:] == b"0\r\n\r\n" else None
-    if not found:
+    parts = b"".join(reads).split(b"\r\n")  # size, content, size, content, … "0", "", ""
+    if len(parts) < 3 or parts.pop():
         return None
-    sizes, pieces = zip(*found, strict=True)
+    sizes, pieces = parts[::2], parts[1::2]
     lengths = list(map(len, pieces))
     if list(map(_size, sizes)) != lengths or lengths[-1] != 0 or lengths.index(0) != len(lengths) - 1:
         return None
     ends = list(accumulate(len(size) + length + 4 for size, length in zip(sizes, lengths, strict=True)))
     edges = list(accumulate(map(len, reads)))
-    if ends[-1] != edges[-1]:
-        return None
+    pieces.pop()
     first = len(edges) - 1
     if ends[:first] == edges[:first]:  # a chunk a read, but for the last read, which brings the end as well
-        return times[:first] + times[-1:] * (len(ends) - 1 - first), list(pieces[:-1])
+        return times[:first] + times[-1:] * (len(pieces) - first), pieces
     if not set(edges) <= set(ends):
         return None
-    stamps = (at for at, count in zip(times, _steps(edges, ends), strict=True) for _ in range(count))
-    return list(stamps)[:-1], list(pieces[:-1])
-
-
-@lru_cache(4096)  # the chunks of a stream are of few sizes
-def _size(digits: bytes) -> int:
-    return int(digits, 16)
+    stamps = [at for at, count in zip(times, _steps(edges, ends), strict=True) for _ in range(count)]
+    return stamps[:-1], pieces
 
 
 def _steps(edges: list[int], ends: list[int]) -> list[int]:

@@ -84,23 +84,14 @@ _TERMINAL = ("response.completed", "response.incomplete")
 _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
 
 
-def _plain(pieces: Sequence[bytes]) -> bytes | None:
-    """What the events in `pieces` say, with commas between; None if a piece is not one whole event of one line.
-
-    The events have 2 line ends each and every piece has its own 2 at its end, so that no piece holds a part of another
-    event, and each event begins with `data:`.
-    """
-    lines = b"".join(pieces)
-    count = len(pieces)
-    if (
-        lines.count(b"\n") != 2 * count
-        or lines[:5] != b"data:"
-        or lines.count(b"\n\ndata:") != count - 1
-        or b"\r" in lines
-        or [piece[-2:] for piece in pieces].count(b"\n\n") != count
-    ):
+def _plain(pieces: Sequence[bytes]) -> list[bytes] | None:
+    """What the one event in each of `pieces` says; None if a piece is anything else than a whole event of one line."""
+    said = [piece[5:-2] for piece in pieces]
+    together = b"".join(said)
+    if b"\n" in together or b"\r" in together:
         return None
-    return lines.replace(b"\n\ndata:", b",")[5:-2]
+    # Equal as a whole and equally long piece by piece, so equal piece by piece.
+    return said if b"data:%b\n\n" % b"\n\ndata:".join(said) == b"".join(pieces) else None
 
 
 class Reply:
@@ -159,14 +150,14 @@ class Reply:
         """As `feed` for each piece and its time; in a few calls where each piece is a whole event, as nearly always."""
         said = _plain(pieces) if self.streamed and pieces and not (self._tail or self._data or self._cr) else None
         if said is not None:
-            finished = pieces[-1][5:].strip() == b"[DONE]"
+            finished = said[-1].strip() == b"[DONE]"
             if finished:
-                said = said[: max(said.rfind(b","), 0)]
+                said.pop()
             try:
-                documents = _decode_all(b"[" + said + b"]")
+                documents = _decode_all(b"[%b]" % b",".join(said))
             except (msgspec.DecodeError, UnicodeDecodeError):
                 documents = []
-            if len(documents) == len(pieces) - finished:
+            if len(documents) == len(said):
                 for document, at in zip(documents, times, strict=False):
                     self._take(document, at)
                 if finished and self.done is None:
