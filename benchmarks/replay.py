@@ -5,14 +5,16 @@
     python benchmarks/replay.py --rates 100,300 --seconds 20 --shape 0.3 --workers 1
     python benchmarks/replay.py --streams 10000        # many slow answers at once
     python benchmarks/replay.py --startup              # from the command to the first of 100,000 requests
-    python benchmarks/replay.py --million --rates 3000 --workers 2      # a million short answers: memory
+    python benchmarks/replay.py --million --rates 4000,3000,2000 --workers 2      # a million short answers, at the
+                                # first of these rates that 20 s of it show this machine to sustain: verdict, memory
     python benchmarks/replay.py --url http://127.0.0.1:8000 --rates 2 --request 100 --response 24   # a real server
 
 One streaming server on the loopback, pinned to one core: 20 ms to the first of 32 chunks, then one every 5 ms. Every
 contestant is run as its users run it, by its command line, in an environment of its own under --peers, where it is
 installed from PyPI when it is missing. GuideLLM knows no burstiness and is asked for Poisson arrivals. CPU is user and
 system time of the whole process tree, interpreter start included; marginal is what a further request costs: the
-difference of two rates over that of their requests. Delivered rate and gap CV are as the server saw the arrivals.
+difference of two rates over that of their requests. All of them start from
+bytecode, as installed programs do. Delivered rate and gap CV are as the server saw the arrivals.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -36,6 +39,8 @@ CACHE = Path.home() / ".cache" / "squall-peers"
 BYTES = "squall/bytes"
 """The tokenizer's name."""
 MILLION = 1_000_000
+PROBE = 20
+"""Seconds of a rate that show whether this machine sustains it."""
 # A tokenizer with a token for every byte, made by the peer's own libraries: nothing is downloaded.
 TOKENIZER = """
 import sys
@@ -149,7 +154,7 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
     log = (room / f"{name}.log").open("wb")
     limit = given.seconds * 3 + 90
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    environment = os.environ | offline | {"HF_HUB_CACHE": str(given.peers.absolute() / "hub")}
+    environment = installed() | offline | {"HF_HUB_CACHE": str(given.peers.absolute() / "hub")}
     try:
         done = subprocess.run(
             command(name, given, url, rate, count, room),
@@ -182,6 +187,15 @@ def run(name: str, given: argparse.Namespace, url: str, rate: float, room: Path,
     return Result(rate, count, len(arrived), delivered, gap_cv(arrived), after - cpu, memory, took, text)
 
 
+@cache
+def installed() -> dict[str, str]:
+    """The environment in which programs use and keep bytecode, and squall's own made as pip makes it."""
+    import squall
+
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(Path(squall.__file__).parent)], check=False)
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def start_up(given: argparse.Namespace, url: str, room: Path) -> None:
     """Seconds from the start of the command to the first request's arrival at the server."""
     count = 100_000
@@ -193,8 +207,8 @@ def start_up(given: argparse.Namespace, url: str, room: Path) -> None:
         ("--no-self-check", full),
     ):
         urlopen(url + "/arrivals").read()  # noqa: S310 - the server above
+        environment = installed() | {"XDG_CACHE_HOME": str(room / "cache")}
         began = time.monotonic()
-        environment = os.environ | {"XDG_CACHE_HOME": str(room / "cache")}
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         time.sleep(6)
         process.send_signal(signal.SIGINT)
@@ -204,14 +218,29 @@ def start_up(given: argparse.Namespace, url: str, room: Path) -> None:
 
 
 def million(given: argparse.Namespace, url: str, room: Path) -> None:
-    """The memory of every process of a run of a million requests: while it sends, and at the end."""
-    rate = float(given.rates.split(",")[0])
-    schedule(given, rate, MILLION, room / "trace.parquet")
+    """A million requests at the first rate that a short run shows to be sustained, and what they take."""
+    rates = [float(rate) for rate in given.rates.split(",")]
+    for rate in rates[:-1]:
+        if memory_run(given, url, room, rate, round(rate * PROBE)) == "VALID":
+            break
+    else:
+        rate = rates[-1]
+    memory_run(given, url, room, rate, MILLION)
+
+
+def memory_run(given: argparse.Namespace, url: str, room: Path, rate: float, count: int) -> str:
+    """Prints verdict, times, and the memory of every process, while it sends and at the end; returns the verdict."""
+    schedule(given, rate, count, room / "trace.parquet")
+    before, _ = used()
     process = subprocess.Popen(
-        command("squall", given, url, rate, MILLION, room), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command("squall", given, url, rate, count, room),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=installed(),
     )
     own, workers, sending = 0.0, {}, 0.0
-    sends = time.monotonic() + MILLION / rate
+    sends = time.monotonic() + count / rate
     while process.poll() is None:
         own = max(own, memory(process.pid))
         if time.monotonic() < sends:
@@ -226,9 +255,11 @@ def million(given: argparse.Namespace, url: str, room: Path) -> None:
     print(
         f"{found['requests']:,} requests at {rate:g}/s, {found['succeeded']:,} ok, {found['verdict']} "
         f"({'; '.join(found['verdict_reasons'])}), lateness p99 {1e3 * found['lateness']['p99']:.2f} ms, "
-        f"CPU {1e3 * cpu / MILLION:.3f} ms/request; MB: the command {sending:.0f} while sending, {own:.0f} at the end, "
-        f"its processes {others}; the run's file {size:.0f} MB"
+        f"CPU {1e3 * (cpu - before) / count:.3f} ms/request; MB: the command {sending:.0f} while sending, {own:.0f} at "
+        f"the end, its processes {others}; the run's file {size:.0f} MB",
+        flush=True,
     )
+    return found["verdict"]
 
 
 def memory(process: int) -> float:
@@ -267,6 +298,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    installed()  # before any CPU is counted
     names = given.only or ["squall", *PEERS]
     if given.streams:
         given.rates, given.seconds, given.response, given.gap = f"{given.streams / 10}", 10.0, 20, 1000.0
@@ -297,7 +329,7 @@ def main() -> None:
 
 def serve(given: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
     """The cheap server, on a core of its own, and its URL."""
-    from squall.replay.loopback import SERVE
+    from squall.replay.machine import SERVE
 
     pin = ["taskset", "-c", "0"] if sys.platform == "linux" and (os.cpu_count() or 1) > 1 else []
     started = [*pin, sys.executable, "-c", SERVE, "--first", str(given.first), "--gap", str(given.gap)]

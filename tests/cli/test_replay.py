@@ -86,3 +86,16 @@ def test_a_stalling_sender_is_named(trace, tmp_path):
     assert done.returncode == 3
     assert done.stdout.startswith("CLIENT-LIMITED")
     assert "sent late" in done.stdout
+
+
+def test_repeated_runs_have_a_spread(trace, tmp_path):
+    with Mock() as mock:
+        arguments = ("replay", trace, "-o", tmp_path / "r.parquet", "--url", mock.url, "--speed", 8, "--repeat", 2)
+        found = json.loads(squall(*arguments, "--json").stdout)
+        shown = squall(*arguments).stdout
+    assert [Path(run["run"]).name for run in found["runs"]] == ["r.1.parquet", "r.2.parquet"]
+    assert (tmp_path / "r.2.parquet").exists()
+    assert found["spread"]["ttft_mean"]["n"] == 2
+    assert found["spread"]["failed_share"]["max"] == 0
+    assert "2 runs" in shown
+    assert "std between runs" in shown

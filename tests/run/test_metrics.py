@@ -80,6 +80,37 @@ def test_failures_stay_in_the_denominators() -> None:
     assert found.offered_rate == pytest.approx(1.0)
 
 
+def test_a_percentile_beyond_the_answers_is_at_least_what_was_waited() -> None:
+    rows = [answer(k, float(k), k + 0.5, k + 1.0, 2) for k in range(80)]
+    rows += [failure(k, float(k), "timeout", k + 60.0, sent=float(k), reason="total") for k in range(80, 100)]
+    found = metrics(run_of(rows)).of_offered
+    assert (found.ttft.p50, found.ttft.p90, found.ttft.p99) == (0.5, None, None)
+    assert found.ttft.at_least == {"p90": 60.0, "p95": 60.0, "p99": 60.0}
+    rows[-3:] = [failure(k, float(k), "http_error", k + 0.1, sent=float(k)) for k in range(97, 100)]
+    assert metrics(run_of(rows)).of_offered.e2e.at_least == {"p90": 60.0, "p95": 60.0, "p99": None}  # refused: never
+    rows[80] = failure(80, 80.0, "timeout", 140.0, sent=80.0, first_token=110.0, response_tokens=3)
+    assert metrics(run_of(rows)).of_offered.ttft.at_least["p90"] == 60.0  # its first token had come after 30 s
+
+
+def test_what_came_in_one_read_has_no_tpot() -> None:
+    rows = [answer(0, 0.0, 1.0, 1.0, 8), answer(1, 1.0, 2.0, 3.0, 11), answer(2, 2.0, 3.0, 3.0001, 11)]
+    found = metrics(run_of(rows), slo="tpot=200ms")
+    assert (found.at_once, found.too_fast) == (1, 1)
+    assert found.tpot.n == 2
+    assert found.goodput_share == 1.0
+    assert "one read" in found.notes[0]
+    assert "below 50" in found.notes[1]
+
+
+def test_a_server_that_fell_behind_is_told() -> None:
+    rows = [answer(k, float(k), 1.4 * k + 1, 1.4 * k + 2, 2) for k in range(200)]
+    found = metrics(run_of(rows))
+    assert found.backlog is not None
+    assert found.backlog.grows
+    assert "fell behind" in found.notes[-1]
+    assert metrics(run_of(rows, open_loop=False)).backlog is None
+
+
 def test_latency_spans_attempts() -> None:
     """REPLAY: retries are left out of arrival statistics, and a user waits from the first schedule to the last end."""
     first = failure(0, 1.0, "reset", 1.2, sent=1.1)
@@ -255,7 +286,7 @@ def plain_metrics(rows: list[dict[str, Any]], ttft_limit: float, tpot_limit: flo
         ttft.append(last["first_token"] - first["scheduled"])
         e2e.append(last["last_token"] - first["scheduled"])
         gap = None
-        if last["response_tokens"] > 1:
+        if last["response_tokens"] > 1 and last["last_token"] > last["first_token"]:
             gap = (last["last_token"] - last["first_token"]) / (last["response_tokens"] - 1)
             tpot.append(gap)
         met += ttft[-1] <= ttft_limit and (gap is None or gap <= tpot_limit)

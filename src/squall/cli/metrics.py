@@ -114,6 +114,8 @@ def _print(result: "Metrics") -> None:
         say(f"KV cache {mean} mean, {peak} peak; {preemptions} preemptions")
     for found in result.agreement:
         say(agreement(found, "the server"))
+    for text in result.notes:
+        say(text)
     out.print()
     out.print(_latencies(result))
     if result.failures:
@@ -125,7 +127,9 @@ def _print(result: "Metrics") -> None:
 def _latencies(result: "Metrics"):  # type: ignore[no-untyped-def]
     from squall.report.terminal import duration, row, table
 
-    title = "Latency of requests that succeeded" + (" (of all offered: - is not answered)" if result.failed else "")
+    title = "Latency of requests that succeeded" + (
+        " (of all offered: ≥ is where requests were given up, - not answered)" if result.failed else ""
+    )
     shown = table(title, "", "n", "mean", "std", "p50", "p90", "p95", "p99", "max")
 
     def add(name: str, values: "Statistic") -> None:
@@ -139,7 +143,12 @@ def _latencies(result: "Metrics"):  # type: ignore[no-untyped-def]
     add("E2E", result.e2e)
     if result.failed:
         for name, offered in (("TTFT", result.of_offered.ttft), ("E2E", result.of_offered.e2e)):
-            levels = (duration(level) for level in (offered.p50, offered.p90, offered.p95, offered.p99))
+            levels = (
+                f"≥ {duration(least)}"
+                if (least := offered.at_least.get(f"p{p}")) is not None
+                else duration(getattr(offered, f"p{p}"))
+                for p in (50, 90, 95, 99)
+            )
             row(shown, f"{name} of all offered", f"{offered.n:,}", "", "", *levels, "")
     for name, offered in (("TTFT", result.of_offered.ttft), ("E2E", result.of_offered.e2e)):
         if any(bound is not None for bound in offered.bounds.values()):

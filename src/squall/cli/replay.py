@@ -59,6 +59,7 @@ def replay(
     duration: Annotated[str | None, Parameter(group=SENDING)] = None,
     drain_timeout: Annotated[str, Parameter(group=SENDING)] = "60s",
     warmup: Annotated[int, Parameter(group=SENDING)] = 0,
+    repeat: Annotated[int, Parameter(group=SENDING)] = 1,
     self_check: Annotated[bool, Parameter(group=SENDING, negative="--no-self-check")] = True,
     resume: Annotated[bool, Parameter(group=SENDING, negative="")] = False,
     metrics: Annotated[bool, Parameter(group=WATCHING, negative="--no-metrics")] = True,
@@ -152,6 +153,8 @@ def replay(
         How long to wait for answers after the last request was sent.
     warmup
         Send the trace's first N requests before the run; they are not in it.
+    repeat
+        Send it so many times, one run after the other, the k-th as RUN.k with --seed + k - 1, and tell the spread.
     self_check
         Measure what this machine can send (half a second, once), and refuse a schedule that is beyond it.
     resume
@@ -167,13 +170,18 @@ def replay(
     title
         A short name for reports.
     """
+    from functools import partial
+
+    from squall.errors import InputError
     from squall.replay import replay as send
     from squall.run import metrics as measure
 
-    run = send(
+    if repeat < 1 or (repeat > 1 and resume):
+        raise InputError(f"--repeat {repeat}: give at least 1; and --resume goes on with one run: leave it out there.")
+    send_as = partial(
+        send,
         trace,
         url=url,
-        out=out,
         model=model,
         api=api,
         api_key_env=api_key_env,
@@ -214,24 +222,69 @@ def replay(
         title=title,
         extra_body=extra_body,
         header=header,
-        **as_options(select),
     )
-    result = measure(run)
+    options = as_options(select)
+    runs: list[tuple[Run, Metrics]] = []
+    for number in range(repeat):
+        name = out if repeat == 1 else _numbered(out, number + 1)
+        run = send_as(out=name, **(options | {"seed": select.seed + number}))
+        runs.append((run, measure(run)))
+        if not output.json:
+            _show(*runs[-1], name)
+        if run.meta.state != "complete":
+            break
     if output.json:
         import msgspec
 
-        print_json(
-            {**msgspec.to_builtins(result), "target": run.meta.target, "open_loop": run.meta.open_loop, "run": out}
-        )
-    else:
-        _show(run, result, out)
-    if "ended_by" in run.meta.target:
+        documents = [
+            {
+                **msgspec.to_builtins(result),
+                "target": run.meta.target,
+                "open_loop": run.meta.open_loop,
+                "run": out if repeat == 1 else _numbered(out, number),
+            }
+            for number, (run, result) in enumerate(runs, 1)
+        ]
+        print_json(documents[0] if repeat == 1 else {"runs": documents, "spread": _spread(runs)})
+    elif repeat > 1:
+        _show_spread(runs)
+    return next((code for run, _ in runs if (code := _code(run))), 0)
+
+
+def _code(run: "Run") -> int:
+    if "ended_by" in run.meta.target or run.meta.state == "failed":
         return FAILED
     if run.meta.state == "interrupted":
         return INTERRUPTED
-    if run.meta.state == "failed":
-        return FAILED
     return CLIENT_LIMITED if run.meta.verdict == "CLIENT-LIMITED" else 0
+
+
+def _numbered(out: str, number: int) -> str:
+    """The name of a repeated run: run.2.parquet."""
+    from pathlib import Path
+
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}.{number}{path.suffix}"))
+
+
+def _spread(runs: "list[tuple[Run, Metrics]]") -> "dict[str, Any]":
+    import msgspec
+
+    from squall.run.spread import spread
+
+    return {name: msgspec.to_builtins(found) for name, found in spread([result for _, result in runs]).items()}
+
+
+def _show_spread(runs: "list[tuple[Run, Metrics]]") -> None:
+    from squall.report.terminal import console, duration, number, row, table
+
+    shown = table(f"{len(runs)} runs", "", "mean", "95 % of the mean", "std between runs", "lowest", "highest")
+    for name, found in _spread(runs).items():
+        say = number if name.endswith(("throughput", "share")) else duration
+        low, high = found["interval"] or (None, None)
+        interval = f"{say(low)} to {say(high)}"
+        row(shown, name, say(found["mean"]), interval, say(found["std"]), say(found["min"]), say(found["max"]))
+    console().print(shown)
 
 
 def _show(run: "Run", result: "Metrics", out: str) -> None:
@@ -283,6 +336,8 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
     }
     for name, text in lines.items():
         screen.print(f"{name:<12} {printable(text)}", markup=False)
+    for text in result.notes[len(run.meta.notes) :]:
+        screen.print(printable(text), markup=False)
     server = run.meta.server
     if server is not None:
         for found in result.agreement:

@@ -93,17 +93,12 @@ _ANSWERS = ("response.output_text.delta", "response.refusal.delta")
 
 def _plain(pieces: Sequence[bytes]) -> list[bytes] | None:
     """What the one event in each of `pieces` says; None if a piece is anything else than a whole event of one line."""
-    count = len(pieces)
-    lines = b"".join(pieces)
-    if (
-        not pieces
-        or lines.count(b"\n") != 2 * count
-        or b"\r" in lines
-        or [piece[:5] for piece in pieces] != [b"data:"] * count
-        or [piece[-2:] for piece in pieces] != [b"\n\n"] * count
-    ):
+    said = [piece[5:-2] for piece in pieces]
+    together = b"".join(said)
+    if b"\n" in together or b"\r" in together:
         return None
-    return [piece[5:-2] for piece in pieces]
+    # Equal as a whole and equally long piece by piece, so equal piece by piece.
+    return said if b"data:%b\n\n" % b"\n\ndata:".join(said) == b"".join(pieces) else None
 
 
 class Reply:
@@ -160,14 +155,16 @@ class Reply:
 
     def take(self, times: Sequence[int], pieces: Sequence[bytes]) -> None:
         """As `feed` for each piece and its time; in a few calls where each piece is a whole event, as nearly always."""
-        said = _plain(pieces) if self.streamed and not (self._tail or self._data or self._cr) else None
+        said = _plain(pieces) if self.streamed and pieces and not (self._tail or self._data or self._cr) else None
         if said is not None:
             finished = said[-1].strip() == b"[DONE]"
+            if finished:
+                said.pop()
             try:
-                documents = _decode_all(b"[" + b",".join(said[: len(said) - finished]) + b"]")
+                documents = _decode_all(b"[%b]" % b",".join(said))
             except (msgspec.DecodeError, UnicodeDecodeError):
                 documents = []
-            if len(documents) == len(said) - finished:
+            if len(documents) == len(said):
                 for document, at in zip(documents, times, strict=False):
                     self._take(document, at)
                 if finished and self.done is None:

@@ -709,7 +709,8 @@ def _known(rows: Sequence[Row]) -> list[Row]:
 def _of_offered(quantiles: Quantiles) -> str:
     """The P99 in which a failed request counts as never answered."""
     if quantiles.p99 is None and quantiles.n >= 100:
-        return "not answered"
+        least = quantiles.at_least.get("p99")
+        return "not answered" if least is None else f"≥ {duration(least)}"
     return duration(quantiles.p99)
 
 

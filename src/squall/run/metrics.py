@@ -4,7 +4,8 @@ Definitions, per request (a request's latency spans its attempts):
 
     TTFT = first token of the last attempt − scheduled time of the first     (what a user feels; the headline)
     E2E  = last token of the last attempt − scheduled time of the first      (an empty answer: its end)
-    TPOT = (last token − first token) / (tokens − 1)                         so that E2E = TTFT + (tokens − 1) TPOT
+    TPOT = (last token − first token) / (tokens − 1)                         so that E2E = TTFT + (tokens − 1) TPOT;
+           unknown, not 0, where all tokens came in one read
     ITL  = gap between two reads of the stream / tokens per read, each gap counted as often as tokens came with it
     jitter = mean |difference| of consecutive such gaps
     lateness = sent − scheduled of the first attempt
@@ -23,6 +24,7 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError
+from squall.run.backlog import Backlog, backlog
 from squall.run.files import read_run
 from squall.run.server import Agreement, agreements
 from squall.run.slo import SLO, parse_slo
@@ -35,6 +37,8 @@ callable_room(__name__)  # `squall.run.metrics` is this module as well as its fu
 
 PERCENTILES = (50, 90, 95, 99)
 MOST_WINDOWS = 100_000
+FASTEST_TPOT = 5e-5
+"""Seconds: no server makes 20,000 tokens/s for one request; what seems to was not observed token by token."""
 _NAN = float("nan")
 
 
@@ -66,6 +70,9 @@ class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
     bounds: dict[str, float | None] = {}
     """Upper bounds of P90, P95 and P99, each at 99 % confidence if the requests were independent: see `upper_bound`.
     Null: too few requests, or too few of them answered."""
+    at_least: dict[str, float | None] = {}
+    """What the percentiles that are null for want of answers are at least, each request that was given up counting with
+    the time for which it was waited. Null: not even that, since too many failed otherwise."""
 
 
 class FromSend(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +169,12 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that met the whole SLO / requests offered."""
     ttft: Statistic
     tpot: Statistic
+    at_once: int
+    """Requests that succeeded and whose several tokens came in one read: not in `tpot`."""
+    too_fast: int
+    """Requests whose TPOT is below FASTEST_TPOT: their reads held more than they seem to; they are in `tpot`."""
+    backlog: Backlog | None
+    """Whether the server kept up with an open loop."""
     itl: Statistic
     """Over token gaps; n counts the gaps between reads that were observed, 0 where the run recorded no reads."""
     e2e: Statistic
@@ -212,6 +225,9 @@ def metrics(
     gaps = _token_gaps(run.table)
     windows = _windows(latency, ends, width)
     ttft, e2e = statistic(latency["ttft"][good]), statistic(latency["e2e"][good])
+    at_once = int((latency["at_once"] & good).sum())
+    too_fast = int(((latency["tpot"] < FASTEST_TPOT) & good).sum())
+    behind = backlog(scheduled, ends) if run.meta.open_loop else None
 
     def rate(count: float | None) -> float | None:
         return None if duration is None or count is None else float(count) / duration
@@ -243,6 +259,9 @@ def metrics(
         goodput_share=share(met),
         ttft=ttft,
         tpot=statistic(latency["tpot"][good]),
+        at_once=at_once,
+        too_fast=too_fast,
+        backlog=behind,
         itl=gaps.itl,
         e2e=e2e,
         from_send=FromSend(
@@ -252,7 +271,8 @@ def metrics(
             goodput_share=share(met_from_send),
         ),
         of_offered=OfOffered(
-            ttft=_quantiles(latency["ttft"][good], offered), e2e=_quantiles(latency["e2e"][good], offered)
+            ttft=_quantiles(latency["ttft"][good], offered, _waited(requests, latency, "first_token")),
+            e2e=_quantiles(latency["e2e"][good], offered, _waited(requests, latency)),
         ),
         lateness=Statistic() if _unscheduled(run, latency) else statistic(latency["lateness"]),
         jitter=gaps.jitter,
@@ -266,8 +286,38 @@ def metrics(
         kv_cache=_kv_cache(run.series),
         preemptions=_preemptions(run),
         agreement=agreements(run.meta.server, run.table),
-        notes=run.meta.notes,
+        notes=[*run.meta.notes, *_odd(at_once, too_fast, behind)],
     )
+
+
+def _odd(at_once: int, too_fast: int, behind: Backlog | None) -> list[str]:
+    """What is odd about a run's numbers, as sentences."""
+    found = []
+    if at_once:
+        found.append(f"{at_once:,} answers of several tokens came in one read: their TPOT is unknown and left out.")
+    if too_fast:
+        found.append(
+            f"{too_fast:,} answers have a TPOT below {FASTEST_TPOT * 1e6:g} µs, which no server reaches: several reads "
+            "came together, or the token counts are wrong."
+        )
+    if behind is not None and behind.grows:
+        found.append(
+            f"The server fell behind: {behind.first:.3g} requests in flight in the first quarter, {behind.last:.3g} in "
+            "the last. Latencies of such a run grow with its length; do not compare them with another length's."
+        )
+    return found
+
+
+def _waited(requests: pl.DataFrame, latency: dict[str, np.ndarray], until: str | None = None) -> np.ndarray:
+    """Seconds from schedule for which requests were waited that were given up, as far as `until` had not come."""
+    given_up = (requests["status"] == "timeout") | (
+        (requests["status"] == "cancelled") & requests["sent"].is_not_null()
+    )
+    kept = given_up.fill_null(False).to_numpy()
+    if until is None:
+        return (latency["ended"] - latency["scheduled"])[kept]
+    came = requests[until].cast(pl.Float64).fill_null(_NAN).to_numpy()
+    return (np.where(np.isfinite(came), came, latency["ended"]) - latency["scheduled"])[kept]
 
 
 def _between(run: Run, text: str) -> Run:
@@ -311,15 +361,24 @@ def statistic(values: np.ndarray, weights: np.ndarray | None = None) -> Statisti
     return Statistic(n=n, mean=mean, std=std, max=float(values.max()), **percentiles)
 
 
-def _quantiles(answered: np.ndarray, offered: int) -> Quantiles:
-    """Percentiles of `answered` and, above it, as many infinities as there were requests without an answer."""
+def _quantiles(answered: np.ndarray, offered: int, waited: np.ndarray) -> Quantiles:
+    """Percentiles of `answered` and, above it, as many infinities as there were requests without an answer.
+
+    `waited` are seconds after which some of these were given up.
+    """
     values = np.sort(answered[np.isfinite(answered)])
-    found = {}
+    least = np.sort(np.concatenate((values, waited[np.isfinite(waited)])))
+    found, at_least = {}, {}
     for p in PERCENTILES:
         place = p / 100 * (offered - 1)
-        if offered * (100 - p) >= 100 and int(np.ceil(place)) < len(values):
+        if offered * (100 - p) < 100:
+            continue
+        if int(np.ceil(place)) < len(values):
             found[f"p{p}"] = float(np.interp(place, np.arange(len(values)), values))
-    return Quantiles(n=offered, **found, bounds={f"p{p}": upper_bound(values, offered, p / 100) for p in (90, 95, 99)})
+        else:
+            at_least[f"p{p}"] = float(least[int(place)]) if int(place) < len(least) else None
+    bounds = {f"p{p}": upper_bound(values, offered, p / 100) for p in (90, 95, 99)}
+    return Quantiles(n=offered, **found, bounds=bounds, at_least=at_least)
 
 
 def upper_bound(values: np.ndarray, n: int, share: float, confidence: float = 0.99) -> float | None:
@@ -352,7 +411,8 @@ def per_request(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Columns by request, seconds or tokens, nan where unknown; `ok` says which succeeded."""
+    """Columns by request, seconds or tokens, nan where unknown; `ok` says which succeeded, `at_once` which have several
+    tokens that came in one read."""
 
     def column(name: str) -> np.ndarray:
         return requests[name].cast(pl.Float64).fill_null(_NAN).to_numpy()
@@ -361,7 +421,7 @@ def latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
     first, last, tokens = column("first_token"), column("last_token"), column("response_tokens")
     end = requests.select(pl.coalesce("last_token", "done", "ended").fill_null(_NAN)).to_series().to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        tpot = np.where(tokens > 1, (last - first) / (tokens - 1), _NAN)
+        tpot = np.where((tokens > 1) & (last > first), (last - first) / (tokens - 1), _NAN)
     return {
         "ok": (requests["status"] == "ok").fill_null(False).to_numpy(),
         "tokens": tokens,
@@ -372,6 +432,7 @@ def latencies(requests: pl.DataFrame) -> dict[str, np.ndarray]:
         "ttft": first - scheduled,
         "e2e": end - scheduled,
         "tpot": tpot,
+        "at_once": (tokens > 1) & (last == first),
         "sent_ttft": first - sent,
         "sent_e2e": end - sent,
         "lateness": column("first_sent") - scheduled,
@@ -383,13 +444,13 @@ def _met(latency: dict[str, np.ndarray], slo: SLO | None, ttft: str, e2e: str) -
 
 
 def requests_that_met(latency: dict[str, np.ndarray], slo: SLO, ttft: str = "ttft", e2e: str = "e2e") -> np.ndarray:
-    """Which requests succeeded with a token and within all limits. One token has no gaps and so meets any TPOT."""
+    """Which requests succeeded with a token and within all limits. What came in one read meets any TPOT."""
     met = latency["ok"] & np.isfinite(latency["ttft"])
     for limit, values in ((slo.ttft, latency[ttft]), (slo.e2e, latency[e2e])):
         if limit is not None:
             met &= values <= limit
     if slo.tpot is not None:
-        met &= (latency["tpot"] <= slo.tpot) | (latency["tokens"] == 1)
+        met &= (latency["tpot"] <= slo.tpot) | (latency["tokens"] == 1) | latency["at_once"]
     return met
 
 
