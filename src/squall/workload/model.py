@@ -210,15 +210,15 @@ def read_workload(path: str | pathlib.Path) -> Workload:
 def _uniform(
     scores: list[np.ndarray], order: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks inside (0, 1) in the order of the normal scores, so that the lengths' marginal law is exact.
+    """Ranks inside (0, 1) in the order of the normal scores, evenly spread, so that the lengths' marginal law is exact.
 
     In conversations (`order`) the request's rank follows both: what the burst is like, and where in its session it is.
     """
     from scipy.special import ndtri
 
-    from squall.workload.lengths import ranks
+    from squall.workload.compiled.order import cell_ranks
 
     request, response = scores
     if order is not None:
         request = request + ndtri(np.clip(order, 1e-6, 1 - 1e-6)) * (request.std() or 1.0)
-    return ranks(request, rng), ranks(response, rng)
+    return cell_ranks(request, rng), cell_ranks(response, rng)

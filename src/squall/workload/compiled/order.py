@@ -75,3 +75,23 @@ def merged(values: np.ndarray, first: np.ndarray) -> np.ndarray:
         order[i] = at[best]
         at[best] += 1
     return order
+
+
+@njit(cache=True)
+def cell_ranks(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ranks inside (0, 1) by 65,536 equal cells of the range; in random places among the others of one's cell."""
+    size = values.size
+    low, high = np.inf, -np.inf
+    for i in range(size):
+        low, high = min(low, values[i]), max(high, values[i])
+    scale = 65_535 / (high - low) if high > low else 0.0
+    upto = np.zeros(65_537, np.int64)
+    for i in range(size):
+        upto[int((values[i] - low) * scale) + 1] += 1
+    for cell in range(65_536):
+        upto[cell + 1] += upto[cell]
+    result = np.empty(size)
+    for i in range(size):
+        cell = int((values[i] - low) * scale)
+        result[i] = (upto[cell] + rng.random() * (upto[cell + 1] - upto[cell])) / size
+    return result
