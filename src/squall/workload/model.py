@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.seeds import stream
 from squall.workload.cascade import Cascade, Stretch
 from squall.workload.clients import ClientPaths, Clients
@@ -181,7 +182,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload",
 
 def save_workload(workload: Workload, path: str | pathlib.Path) -> None:
     """Write `workload` as JSON."""
-    pathlib.Path(path).write_bytes(as_json(workload))
+    replace_file(pathlib.Path(path), as_json(workload))
 
 
 def as_json(workload: Workload) -> bytes:

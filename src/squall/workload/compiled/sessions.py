@@ -66,12 +66,15 @@ def seat(
 @njit(cache=True)
 def _push(due: np.ndarray, whose: np.ndarray, number: np.ndarray, time: float, one: int) -> None:
     """Put a time on the heap `due[: number[1]]`."""
-    at = number[1]
     number[1] += 1
-    while at > 0:
+    _raise(due, whose, number[1] - 1, time, one)
+
+
+@njit(cache=True)
+def _raise(due: np.ndarray, whose: np.ndarray, at: int, time: float, one: int) -> None:
+    """Put a time in the place of the hole `at`, or above it."""
+    while at > 0 and due[(at - 1) // 2] > time:
         parent = (at - 1) // 2
-        if due[parent] <= time:
-            break
         due[at], whose[at] = due[parent], whose[parent]
         at = parent
     due[at], whose[at] = time, one
@@ -83,20 +86,18 @@ def _pop(due: np.ndarray, whose: np.ndarray, number: np.ndarray) -> int:
     earliest = whose[0]
     number[1] -= 1
     size = number[1]
-    time, one = due[size], whose[size]
+    # The hole goes down to a leaf along the earlier children, which needs no guess, and then what was last goes up.
     at = 0
-    while True:
+    while 2 * at + 2 < size:
         child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and due[child + 1] < due[child]:
-            child += 1
-        if due[child] >= time:
-            break
+        child += int(due[child + 1] < due[child])
         due[at], whose[at] = due[child], whose[child]
         at = child
-    if size > 0:
-        due[at], whose[at] = time, one
+    if 2 * at + 1 < size:
+        due[at], whose[at] = due[2 * at + 1], whose[2 * at + 1]
+        at = 2 * at + 1
+    if at < size:
+        _raise(due, whose, at, due[size], whose[size])
     return earliest
 
 
