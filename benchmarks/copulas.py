@@ -51,7 +51,7 @@ def main() -> None:
         copulas = {"Gaussian": GaussianCopula(correlation)} | {f"grid {k}": grid(seen, k, rng) for k in (8, 16, 32)}
         print(name)
         for label, copula in copulas.items():
-            drawn = Lengths(law.request, law.response, copula).draw(rng.random(200_000), rng)
+            drawn = Lengths(law.request, law.response, copula).draw(200_000, rng)
             far, off = distance(drawn, held)
             print(f"  {label:10s} joint distance {far:.3f}  mean response by tenth {100 * off:5.1f} % off")
         far, off = distance(seen, held)

@@ -17,6 +17,7 @@ from pathlib import Path
 SIZES = (1_000_000, 10_000_000)
 LARGE = 100_000_000
 AZURE = "azure-2023/AzureLLMInferenceTrace_conv.csv"
+SERVEGEN = "servegen/deepseek-r1"
 
 
 def squall(model: str, size: int, out: str) -> None:
@@ -62,12 +63,15 @@ def main() -> None:
     from squall import fit
 
     with tempfile.TemporaryDirectory() as folder:
-        models = {"burstgpt://all": "burstgpt://all", "burstgpt://chatgpt-api": "burstgpt://chatgpt-api"}
+        models = {f"burstgpt://{name}": f"burstgpt://{name}" for name in ("all", "chatgpt-api", "chatgpt-conversation")}
         if "SQUALL_TRACES" in os.environ:
-            for kind in ("renewal", "auto"):
+            traces = Path(os.environ["SQUALL_TRACES"])
+            for kind in ("renewal", "episodes", "cascade", "bootstrap"):
                 path = str(Path(folder) / f"{kind}.json")
-                fit(Path(os.environ["SQUALL_TRACES"]) / AZURE, kind=kind, out=path)
+                fit(traces / AZURE, kind=kind, out=path)
                 models[f"Azure 2023 conversations, --kind {kind}"] = path
+            models["ServeGen deepseek-r1, 73 clients"] = str(Path(folder) / "clients.json")
+            fit(traces / SERVEGEN, out=models["ServeGen deepseek-r1, 73 clients"])
         sizes = (*SIZES, LARGE) if "--large" in sys.argv else SIZES
         print(f"{'':44}{'requests':>12}{'M/s a core':>12}{'wall s':>9}{'peak MB':>9}{'B/request':>11}")
         rows = [("squall", name, path) for name, path in models.items()] + [("plain", "numpy and polars script", "")]

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from squall import read_trace
 from squall.characterize.concurrency import dispersion
 from squall.errors import InputError
+from squall.trace import SCHEMA
 from squall.workload import generate, generate_file
-from squall.workload.compiled import same_rank
+from squall.workload.compiled.lookup import normal, normal_quantile
+from squall.workload.compiled.order import in_order, merged
+from squall.workload.compiled.renewal import same_rank
 from squall.workload.concurrency import Path
 from squall.workload.conversations import Seating, Sessions
 from squall.workload.drawing import asked, rows
 from squall.workload.failures import Failures, Striking
-from squall.workload.inversion import interpolate, place
+from squall.workload.inversion import interpolate
 from squall.workload.lengths import Quantiles
 from squall.workload.process import GAMMA, WEIBULL, RenewalProcess, parts, variation
 from squall.workload.profiles import named_workload
@@ -203,7 +206,33 @@ def test_looking_up_is_what_numpy_does_bit_for_bit(points, seed):
     values = rng.random(table.size)
     x = np.concatenate([rng.uniform(table[0] - 1, table[-1] + 1, 20_000), table])
     assert (interpolate(x, table, values) == np.interp(x, table, values)).all()
-    assert (place(x, table) == np.searchsorted(table, x, side="right")).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.one_of(st.floats(0, 1e6), st.integers(0, 3).map(float))), min_size=1, max_size=5))
+def test_merged_runs_are_in_stable_order(runs):
+    together = np.concatenate([np.sort(np.array(run, float)) for run in runs])
+    expected = np.argsort(together, kind="stable").tolist()
+    assert merged(together, np.cumsum([0, *map(len, runs)])).tolist() == expected
+    assert in_order(together).tolist() == expected
+
+
+def test_the_normal_law_is_that_of_scipy():
+    from scipy.special import ndtr, ndtri
+
+    x = np.linspace(-8.4, 8.4, 2_001)
+    assert [normal(one) for one in x] == pytest.approx(ndtr(x), abs=2e-10)
+    p = np.concatenate([10.0 ** -np.arange(1, 15), np.linspace(0.01, 0.99, 99), 1 - 10.0 ** -np.arange(1, 9)])
+    assert [normal_quantile(one) for one in p] == pytest.approx(ndtri(p), rel=1e-12)
+
+
+def test_a_column_of_nothing_takes_no_room_and_is_read_back(tmp_path):
+    out = tmp_path / "t.parquet"
+    trace = generate("burstgpt://chatgpt-api", requests=2_000, rate=5.0, out=out)
+    stored = pl.read_parquet_schema(out)
+    assert [stored[name] for name in ("session", "turn", "elapsed", "prefix")] == [pl.Null] * 4
+    assert read_trace(out).table.equals(trace.table)
+    assert read_trace(out).table.schema == trace.table.schema == SCHEMA
 
 
 def test_a_tally_is_what_the_whole_table_says():

@@ -189,7 +189,10 @@ def test_longer_draws_go_on_with_parts_of_the_course(trace, model):
         TraceMeta(source="days", format="test"),
     )  # fmt: skip
     daily = fit(days, kind="episodes").classes[0].arrivals
-    assert daily._schedule(4 * 86400, 0)[1] == pytest.approx((0.5 * 86400, 86400), rel=0.01)
+    # After a day and a half comes the model's second half of a day, and then whole days.
+    blocks = daily._schedule(0.0, 4 * 86400, 0)
+    assert blocks.shift == pytest.approx([0.0, 86400, 2 * 86400, 3 * 86400], rel=0.01)
+    assert (blocks.last - blocks.first)[0] == 2000
 
 
 def test_a_coarse_clock_is_kept(tmp_path):
@@ -213,7 +216,7 @@ def test_large_classes_are_held_in_cells(trace, monkeypatch):
     cells = fit_episodes(arrival, known, *lengths, span, tick=None, rng=np.random.default_rng(1))
     assert cells.cell == 6
     assert len(cells.time) == len(cells.last) == 1000
-    times = cells._times()
+    times = cells._times
     assert times[::6] == pytest.approx(arrival[::6], abs=1e-3)
     for scale, index in dispersion(arrival, (1.0, 10.0, 60.0), 0.0, span):
         assert dispersion(times, (scale,), 0.0, span)[0][1] == pytest.approx(index, rel=0.05)

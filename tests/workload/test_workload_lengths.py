@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squall.workload.lengths import GaussianCopula, GridCopula, Quantiles, fit_lengths, ks_distance, ranks, spearman
+from squall.workload.lengths import (
+    GaussianCopula,
+    GridCopula,
+    Lengths,
+    Quantiles,
+    fit_lengths,
+    ks_distance,
+    ranks,
+    spearman,
+)
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=300))
@@ -41,7 +50,7 @@ def test_rank_correlation_is_kept(r, rows):
     response = np.rint(np.exp(4 + 1.3 * (r * x + np.sqrt(1 - r * r) * y))).astype(int)
     law = fit_lengths(request, response, rng)
     assert isinstance(law.copula, GaussianCopula if rows < 500 else GridCopula)
-    drawn = law.draw(rng.random(40_000), rng)
+    drawn = law.draw(40_000, rng)
     # Standard error of the drawn correlation: 1/sqrt(40,000) = 0.005.
     assert spearman(*drawn) == pytest.approx(spearman(request, response), abs=0.02)
 
@@ -51,7 +60,7 @@ def test_a_grid_keeps_dependence_that_is_not_monotone():
     request = rng.integers(1, 1001, 30_000)
     response = np.rint(np.abs(request - 500) + rng.integers(1, 50, 30_000)).astype(int)
     law = fit_lengths(request, response, rng)
-    a, b = law.draw(rng.random(60_000), rng)
+    a, b = law.draw(60_000, rng)
     assert abs(spearman(request, response)) < 0.03
     middle = b[(a > 400) & (a < 600)].mean()
     assert middle == pytest.approx(response[(request > 400) & (request < 600)].mean(), rel=0.1)
@@ -74,3 +83,22 @@ def test_spearman_agrees_with_scipy():
     a, b = rng.integers(0, 20, (2, 500))
     assert spearman(a, b + a) == pytest.approx(spearmanr(a, b + a).statistic)
     assert spearman(a, np.ones(500)) == 0.0
+
+
+def test_the_compiled_laws_are_those_of_the_tables_and_copulas():
+    rng = np.random.default_rng(8)
+    u, w = rng.random((2, 5_000))
+    table = Quantiles.of(np.rint(rng.lognormal(5, 1, 3_000)))
+    grid = GridCopula(rng.dirichlet(np.ones(7), 4).tolist())
+    for copula in (grid, GaussianCopula(0.0), GaussianCopula(-0.7)):
+        law = Lengths(table, table, copula)
+        request, response = law.at(u, w)
+        assert np.abs(request - np.rint(table.at(u))).max() == 0
+        off = np.abs(response - np.maximum(np.rint(table.at(copula.at(u, w))), 1))
+        assert off.max() <= 1
+        assert off.mean() < 1e-3  # where half a token is rounded
+        # Drawn in one go, or at the ranks of requests: the same law.
+        for drawn in (law.draw(40_000, rng), law.draw_at(rng.random(40_000), rng)):
+            assert ks_distance(drawn[0], table) < 2.2 / np.sqrt(40_000)
+            assert ks_distance(drawn[1], table) < (0.2 if copula is grid else 2.2 / np.sqrt(40_000))
+            assert spearman(*drawn) == pytest.approx(spearman(request, response), abs=0.06)

@@ -177,7 +177,8 @@ def dispersion_curves(arrivals: Mapping[str, np.ndarray], finest: float = 0.1) -
             continue
         # Bins finer than a tenth of the mean gap only say that requests are points.
         low = max(finest, span / times.size / 10)
-        scales = tuple(float(s) for s in np.geomspace(low, span / 10, 40)) if span / 10 > low else ()
+        # Twice as long each time, so that the bins of one scale are made of those of the one before.
+        scales = tuple((low * 2.0 ** np.arange(np.log2(max(span / 10 / low, 0.5)) // 1 + 1)).tolist())
         rows += [{"name": name, "x": x, "y": y} for x, y in dispersion(times, scales) if y > 0]
     x = _axis("length of the bins", log=True, duration=True)
     return _curves(rows, arrivals, x=x, y=_axis("variance / mean", log=True), reference=(1.0, "Poisson"), points=True)

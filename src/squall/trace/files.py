@@ -339,7 +339,9 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
     wide = any(table[name].null_count() < len(table) for name in ("session", "elapsed"))
     if Path(path).suffix == ".csv" and format is None and trace.meta.format == "azure":
         format = "azure"
-    write_frames(table.iter_slices(PORTION), lambda: trace.meta, path, format, wide=wide)
+    # What is null throughout is written as such: it costs nothing.
+    null = [pl.col(name).cast(pl.Null) for name in table.columns if table[name].null_count() == len(table)]
+    write_frames(table.with_columns(null).iter_slices(PORTION), lambda: trace.meta, path, format, wide=wide)
 
 
 def write_frames(
@@ -352,6 +354,7 @@ def write_frames(
 ) -> None:
     """Write a trace that comes in frames (SCHEMA's columns, sorted by arrival), without holding more than one of them.
 
+    The columns have SCHEMA's types, or in all frames Null where nothing is known, and an Enum for the models.
     `meta` is called with the first frame for its clocks, and by Parquet after the last one. `wide` says whether a
     BurstGPT file has columns for sessions and elapsed times.
     """

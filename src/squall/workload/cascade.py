@@ -137,35 +137,23 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", tag_field="kind"):
 
     def _tree(self, expected: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Times as parts of 1, and normal scores (2, n), of one draw with `expected` requests, give or take one."""
+        from squall.workload.compiled.cascade import tree
+
         size = int(np.floor(expected + rng.random()))
         if size == 0:
             return np.empty(0), np.empty((2, 0))
         depth = int(np.ceil(np.log2(size))) if size > 1 else 0
-        share, effect = np.ones(1), np.zeros((2, 1))
-        border = np.array([0, size])
-        for level in range(depth):
-            new = np.arange(2 ** (level + 1) + 1) * size // 2 ** (level + 1)
-            held = np.diff(border)
-            scale = self._scale(size / 2 ** (level + 1))
-            thin = np.log(np.maximum(share * size / np.maximum(held, 1), 1e-300))
-            kind = np.searchsorted(scale.density, thin)
-            first, second = np.diff(new)[::2], np.diff(new)[1::2]
-            u = rng.random(thin.size)
-            odds = np.empty(thin.size)
-            for number, law in enumerate(scale.odds):
-                odds[kind == number] = np.interp(u[kind == number], LEVELS, law)
-            side = np.where(rng.random(thin.size) < 0.5, 1.0, -1.0)
-            left = 1 / (1 + np.exp(-side * odds))
-            left = np.where(first == 0, 0.0, np.where(second == 0, 1.0, left))
-            g = side * u
-            share = np.stack([share * left, share * (1 - left)], axis=1).ravel()
-            spread = np.sqrt(np.array(scale.effect))[:, None]
-            tilt = np.array(scale.tilt)[:, None] / 2 * g
-            both = np.stack([effect + tilt, effect - tilt], axis=2).reshape(2, -1)
-            effect = both + spread * rng.standard_normal(both.shape)
-            border = new
-        held = np.diff(border) > 0
-        share, effect = share[held], effect[:, held]
+        scales = [self._scale(size / 2 ** (level + 1)) for level in range(depth)]
+        density = np.full((depth, _DENSITIES - 1), np.inf)
+        odds = np.zeros((depth, _DENSITIES, LEVELS.size))
+        for level, scale in enumerate(scales):
+            density[level, : len(scale.density)] = np.exp(scale.density)
+            odds[level, : len(scale.odds)] = scale.odds
+        pairs = [(np.sqrt(scale.effect), scale.tilt) for scale in scales]
+        spread, tilt = (
+            np.array(found, float).reshape(depth, 2) for found in (zip(*pairs, strict=True) if pairs else ((), ()))
+        )
+        share, effect = tree(size, LEVELS, density, odds, spread, tilt, rng)
         # A stretch of time begins anywhere, not at the border of a half.
         turn = int(rng.integers(size))
         times = np.cumsum(np.roll(share, turn))

@@ -99,10 +99,8 @@ class Bench:
         for number in range(DRAWS):
             path = model.arrivals.path(*of, seed + number)
             drawn = alone.draw(path, seed + number, 0)
-            arrival, request, response, failed = (
-                drawn[name].to_numpy() for name in ("arrival", "request_tokens", "response_tokens", "failed")
-            )
-            found.append(self._queued(arrival, request, response, ~failed) - self.real)
+            tokens = drawn["request_tokens"], drawn["response_tokens"]
+            found.append(self._queued(drawn["arrival"], *tokens, ~drawn["failed"]) - self.real)
         return Check(np.median(found, axis=0), np.std(found, axis=0))
 
     def _queued(

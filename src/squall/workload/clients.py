@@ -7,7 +7,8 @@ or because there are more clients (`--edit clients=N`), which smooths what singl
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import numpy as np
@@ -16,8 +17,11 @@ from squall.errors import InputError
 from squall.seeds import stream
 from squall.trace.servegen import Pmf, ServeGenPool
 from squall.workload.concurrency import ALPHA_RANGE, Path, Renewal, fit_renewal, whole_period
-from squall.workload.lengths import GaussianCopula, Lengths, Quantiles, fit_lengths
+from squall.workload.lengths import GaussianCopula, Lengths, Quantiles, fit_lengths, tables_of, tokens_at
 from squall.workload.process import GAMMA, WEIBULL, RenewalProcess
+
+if TYPE_CHECKING:
+    from squall.workload.compiled.lookup import Tables
 
 FEWEST = 20
 """Clients of a trace with fewer requests than this are put together as one."""
@@ -55,7 +59,7 @@ class ClientPaths:
         return replace(self, paths=[path.scaled(factor) for path in self.paths])
 
 
-class Clients(msgspec.Struct, frozen=True, tag="clients", tag_field="kind"):
+class Clients(msgspec.Struct, frozen=True, dict=True, tag="clients", tag_field="kind"):
     """The clients of one class."""
 
     window: float
@@ -102,26 +106,27 @@ class Clients(msgspec.Struct, frozen=True, tag="clients", tag_field="kind"):
 
     def arrive(self, paths: ClientPaths, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Arrival times (sorted seconds) of all clients, and which law of lengths each request has."""
+        from squall.workload.compiled.order import in_order
+
         times, laws = [], []
         for path, weibull, lengths, own in zip(
             paths.paths, paths.weibull, paths.lengths, rng.spawn(len(paths.paths)), strict=True
         ):
             arrival = RenewalProcess(own).along(path, weibull)
             times.append(arrival)
-            laws.append(lengths[np.minimum(np.searchsorted(path.edges, arrival, side="right") - 1, lengths.size - 1)])
+            first = np.searchsorted(arrival, path.edges[1:-1])
+            laws.append(np.repeat(lengths, np.diff(first, prepend=0, append=arrival.size)))
         together = np.concatenate(times)
-        order = np.argsort(together, kind="stable")
+        order = in_order(together)
         return together[order], np.concatenate(laws)[order]
 
     def tokens(self, law: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Request and response tokens (int32) of requests with these laws of lengths."""
-        u, w = rng.random((2, law.size))
-        request, response = np.zeros(law.size, np.int32), np.zeros(law.size, np.int32)
-        order = np.argsort(law, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(law[order])) + 1):
-            if rows.size:
-                request[rows], response[rows] = self.laws[law[rows[0]]].at(u[rows], w[rows])
-        return request, response
+        return tokens_at(self._tables, law, *rng.random((2, law.size)))
+
+    @cached_property
+    def _tables(self) -> "Tables":
+        return tables_of(self.laws)
 
     def resampled(self, number: int, seed: int) -> Self:
         """As many whole sets of the clients as `number` holds, and the rest of it chosen at random, without repeats."""

@@ -10,6 +10,8 @@ u = sum_k w_k Phi((z - m_k)/s_k) with the turns' shares w_k, which is uniform wh
 the lengths and leave their marginal law as it is.
 """
 
+from functools import cached_property
+
 import msgspec
 import numpy as np
 
@@ -20,7 +22,7 @@ _TURNS = (1, 2, 3, 4, 6, 10, 20)  # first turns of the groups that share m_k and
 _GROUP_ROWS = 30  # a group with fewer rows joins the one before
 
 
-class Growth(msgspec.Struct, frozen=True):
+class Growth(msgspec.Struct, frozen=True, dict=True):
     """Normal score of the request length by turn; one value for each group of turns, which `turn` begins."""
 
     turn: list[int]
@@ -51,19 +53,22 @@ class Growth(msgspec.Struct, frozen=True):
 
     def rank(self, turn: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Ranks (0 to 1) among all requests of the class of those with the given turns and scores `x`."""
+        from squall.workload.compiled.sessions import ranked
+
+        return ranked(turn, x, *self._law)
+
+    @cached_property
+    def _law(self) -> tuple[np.ndarray, np.ndarray, float, float, np.ndarray]:
+        """Mean and sd by turn (from 0 on), and u as a function of z: at `low`, `step` further, and so on."""
         from scipy.special import ndtr
 
-        group_of = np.searchsorted(self.turn, np.arange(self.turn[-1] + 1), side="right") - 1
-        group = group_of[np.minimum(turn, self.turn[-1])]
-        z = np.array(self.mean)[group] + np.array(self.sd)[group] * x
+        group = np.searchsorted(self.turn, np.arange(self.turn[-1] + 1), side="right") - 1
         # u is smooth in z: linear between so many points it is right to 1e-8.
         points = np.linspace(min(self.mean) - 9 * max(self.sd), max(self.mean) + 9 * max(self.sd), 40_001)
         parts = zip(self.weight, self.mean, self.sd, strict=True)
         table = sum(w * ndtr((points - m) / s) for w, m, s in parts) / sum(self.weight)
-        step = (points[-1] - points[0]) / (points.size - 1)
-        at = np.clip((z - points[0]) / step, 0, points.size - 1.000001)
-        cell = at.astype(np.int64)
-        return table[cell] + (at - cell) * np.diff(table)[cell]
+        step = float(points[-1] - points[0]) / (points.size - 1)
+        return np.array(self.mean)[group], np.array(self.sd)[group], float(points[0]), step, table
 
 
 class Conversations(msgspec.Struct, frozen=True):
@@ -149,7 +154,7 @@ class Sessions:
         self, law: Conversations, arrivals: np.ndarray, chance: np.ndarray, noise: np.ndarray, pause: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Session, turn and normal score of each arrival; `pause` are the quantiles of the pauses at gap.levels."""
-        from squall.workload.compiled import seat
+        from squall.workload.compiled.sessions import seat
 
         self._room(arrivals.size)
         memory = law.growth.memory

@@ -8,7 +8,6 @@ the model and the seed alone, so the rows do not depend on the size of the porti
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,6 +20,7 @@ from squall.units import Duration, in_words, seconds
 from squall.workload.concurrency import DAY, Daily, Floods, Renewal
 from squall.workload.conversations import Seating
 from squall.workload.edits import Edits, parse_edits
+from squall.workload.episodes import Episodes
 from squall.workload.failures import Striking
 from squall.workload.model import ClassModel, Workload, read_workload
 from squall.workload.process import RenewalProcess, parts
@@ -28,6 +28,7 @@ from squall.workload.tally import Tally
 
 MOST_REQUESTS = 200_000_000
 """A draw into memory is refused above this; into a file there is no limit."""
+_FEW = 8  # classes whose next requests are compared one by one
 MOST_WINDOWS = 20_000_000
 """A draw over more windows than this is refused: its path would not fit into memory."""
 PIECE = 1 << 18
@@ -64,7 +65,7 @@ class Draw:
     def expected(self) -> float:
         """Requests that the model expects in this time, at its own rate."""
         return sum(
-            one.arrivals.path(begin, end, self.seed).expected * share
+            _expected(one, begin, end, self.seed) * share
             for one, share in zip(self.model.classes, self.edits.shares(self.model), strict=True)
             for begin, end in stretches(one, self.begin, self.span, 1.0)
         )
@@ -97,7 +98,7 @@ def generate(
             f"about {expected:,.0f} requests would be drawn, more than fit into memory; ask for a shorter duration or "
             "a lower rate, or write them to a file: `squall generate` holds none in memory."
         )
-    table = pl.concat(rows(draw))
+    table = pl.concat(rows(draw)).cast(SCHEMA)
     trace = Trace(table, _meta(draw, len(table)))
     if out is not None:
         write_trace(trace, out)
@@ -205,16 +206,20 @@ def _refuse_windows(draw: Draw) -> None:
 def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
     """The drawn requests of all classes, sorted by arrival, in frames of `portion` rows with the columns of SCHEMA.
 
-    Raises InputError if there are none.
+    What costs less says the same: names of models are an Enum, and a column that is null in all frames has the type
+    Null. Raises InputError if there are none.
     """
     factor = draw.factor * draw.edits.most(draw.span)
     shares = draw.edits.shares(draw.model)
     classes = [_class(one, draw, factor * shares[index], index) for index, one in enumerate(draw.model.classes)]
     left = draw.requests
     seen = 0
-    edited = draw.edits.rows(_merged(classes), draw.span, draw.seed)
-    for frame in _portions(edited if draw.edits.texts else _merged(classes), portion):
-        part = _complete(frame if left is None else frame.head(left - seen), draw.model.classes)
+    pieces = _merged(classes)
+    if draw.edits.texts:
+        pieces = draw.edits.rows(pieces, draw.span, draw.seed)
+    for piece in _portions(pieces, portion):
+        part = _complete(piece, draw.model)
+        part = part if left is None else part.head(left - seen)
         seen += len(part)
         yield part
         if seen == left:
@@ -226,53 +231,66 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
         )
 
 
-_SCHEMA = {name: SCHEMA[name] for name in ("arrival", "request_tokens", "response_tokens", "failed", "session", "turn")}
-_Pieces = Iterator[tuple[pl.DataFrame, float]]
-"""Requests sorted by arrival, and the time (s) until which there are no others."""
+Columns = dict[str, np.ndarray]
+"""Requests sorted by arrival. Beside the names of SCHEMA: `of`, the class's number; `session` is -1 where there is
+none, and left out where the model has none."""
+_Pieces = Iterator[tuple[Columns, float]]
+"""Requests, and the time (s) until which there are no others."""
 
 
-def _merged(classes: list[_Pieces]) -> Iterator[pl.DataFrame]:
+def _merged(classes: list[_Pieces]) -> Iterator[Columns]:
     """The requests of all classes by arrival; at one time, in the order of the classes."""
     if len(classes) == 1:
-        yield from (frame for frame, _ in classes[0])
+        yield from (piece for piece, _ in classes[0])
         return
-    held: list[list[pl.DataFrame]] = [[] for _ in classes]
+    from squall.workload.compiled.order import in_order, merged
+
+    held: list[list[Columns]] = [[] for _ in classes]
     until = [-np.inf] * len(classes)
     reached = -np.inf
     while reached < np.inf:
         for index, pieces in enumerate(classes):
             if until[index] <= reached:
-                frame, until[index] = next(pieces, (None, np.inf))
-                held[index] += [frame] if frame is not None else []
+                piece, until[index] = next(pieces, (None, np.inf))
+                held[index] += [piece] if piece is not None else []
         reached = min(until)
         ready = []
-        for index, frames in enumerate(held):
-            if not frames:
+        for index, some in enumerate(held):
+            if not some:
                 continue
-            frame = frames[0] if len(frames) == 1 else pl.concat(frames)
-            first = frame["arrival"].search_sorted(reached) if reached < np.inf else len(frame)
-            ready.append(frame[:first])
-            held[index] = [frame[first:]]
-        together = pl.concat(ready)
-        # Sorted runs one after another: a merge sort takes them as they are.
-        yield together[np.argsort(together["arrival"].to_numpy(), kind="stable")]
+            piece = _joined(some)
+            first = np.searchsorted(piece["arrival"], reached) if reached < np.inf else piece["arrival"].size
+            ready.append({name: column[:first] for name, column in piece.items()})
+            held[index] = [{name: column[first:] for name, column in piece.items()}]
+        together = _joined(ready)
+        begins = np.cumsum([0, *(piece["arrival"].size for piece in ready)])
+        few = len(ready) <= _FEW
+        order = merged(together["arrival"], begins) if few else in_order(together["arrival"])
+        yield {name: column[order] for name, column in together.items()}
 
 
-def _portions(frames: Iterator[pl.DataFrame], portion: int) -> Iterator[pl.DataFrame]:
-    """The same rows in frames of `portion` rows; the last one has what is left."""
-    held: list[pl.DataFrame] = []
+def _joined(pieces: list[Columns]) -> Columns:
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _portions(pieces: Iterator[Columns], portion: int) -> Iterator[Columns]:
+    """The same rows in pieces of `portion` rows; the last one has what is left."""
+    held: list[Columns] = []
     size = 0
-    for frame in frames:
-        held.append(frame)
-        size += len(frame)
+    for piece in pieces:
+        held.append(piece)
+        size += piece["arrival"].size
         if size < portion:
             continue
-        whole = pl.concat(held)
+        whole = _joined(held)
         for first in range(0, size - portion + 1, portion):
-            yield whole[first : first + portion]
-        held, size = [whole[size - size % portion :]], size % portion
+            yield {name: column[first : first + portion] for name, column in whole.items()}
+        held = [{name: column[size - size % portion :] for name, column in whole.items()}]
+        size %= portion
     if size:
-        yield pl.concat(held)
+        yield _joined(held)
 
 
 def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
@@ -284,28 +302,41 @@ def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
     process = RenewalProcess(stream(seed, "arrivals", index))
     seating = Seating(one.conversations, stream(seed, "conversations", index)) if one.conversations else None
     striking = Striking(one.failures, failing := stream(seed, "failures", index))
-    ranks, responses = stream(seed, "lengths", index), stream(seed, "responses", index)
+    responses = stream(seed, "responses", index)
     failing = failing.spawn(1)[0]
     path = draw.edits.path(one.arrivals.path(draw.begin, draw.begin + draw.span, seed).scaled(factor))
     for piece in parts(path, PIECE):
         arrival = process.along(piece)
-        columns: dict[str, Any] = {"arrival": arrival}
+        columns, u = {"arrival": arrival}, None
         if seating is not None:
-            session, turn, u = seating.seat(arrival)
-            columns |= {"session": session * classes + index, "turn": turn}
-        else:
-            u = ranks.random(arrival.size)
-            columns |= {"session": pl.repeat(None, arrival.size, dtype=pl.Int64, eager=True)}
-            columns |= {"turn": pl.repeat(None, arrival.size, dtype=pl.Int32, eager=True)}
+            session, columns["turn"], u = seating.seat(arrival)
+            columns["session"] = session * classes + index
         failed = striking.strike(arrival)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
         if one.lengths:
-            request, response = one.lengths.draw(u, responses)
+            law = one.lengths
+            request, response = law.draw(arrival.size, responses) if u is None else law.draw_at(u, responses)
         if one.failures.request:
             request[failed] = np.rint(one.failures.request.at(failing.random(int(failed.sum()))))
-        response[failed] = 0
+            response[failed] = 0
         columns |= {"request_tokens": request, "response_tokens": response, "failed": failed}
-        yield pl.DataFrame(columns, _SCHEMA).with_columns(of=pl.lit(index, pl.UInt32)), float(piece.edges[-1])
+        yield _of(columns, index, draw.model), float(piece.edges[-1])
+
+
+def _of(columns: Columns, index: int, model: Workload) -> Columns:
+    """The columns with those that the model's other classes have."""
+    size = columns["arrival"].size
+    if len(model.classes) > 1:
+        columns["of"] = np.full(size, index, np.uint8 if len(model.classes) < 256 else np.uint32)
+    if "session" not in columns and any(one.conversations for one in model.classes):
+        columns |= {"session": np.full(size, -1), "turn": np.zeros(size, np.int32)}
+    return columns
+
+
+def _expected(one: ClassModel, begin: float, end: float, seed: int) -> float:
+    if isinstance(one.arrivals, Episodes):  # its path has every request in it
+        return one.arrivals.expected(begin, end, seed)
+    return one.arrivals.path(begin, end, seed).expected
 
 
 def stretches(one: ClassModel, begin: float, span: float, factor: float) -> Iterator[tuple[float, float]]:
@@ -323,23 +354,32 @@ def _whole_stretches(one: ClassModel, draw: Draw, factor: float, index: int) -> 
     before = 0
     for number, (first, last) in enumerate(stretches(one, draw.begin, draw.span, factor)):
         path = draw.edits.path(one.arrivals.path(first, last, draw.seed).scaled(factor))
-        frame = one.draw(path, draw.seed, index, *([number] if number else []))
-        session = (frame["session"] + before) * len(draw.model.classes) + index
-        before += frame["session"].n_unique()
-        frame = frame.with_columns(pl.col("arrival") + (first - draw.begin), session)
-        yield frame.select(*_SCHEMA, of=pl.lit(index, pl.UInt32)), last - draw.begin
+        columns = one.draw(path, draw.seed, index, *([number] if number else []))
+        columns["arrival"] += first - draw.begin
+        if "session" in columns:
+            sessions = int(columns["session"].max(initial=-1)) + 1
+            columns["session"] = (columns["session"] + before) * len(draw.model.classes) + index
+            before += sessions
+        yield _of(columns, index, draw.model), last - draw.begin
 
 
-def _complete(known: pl.DataFrame, classes: list[ClassModel]) -> pl.DataFrame:
-    """The columns of SCHEMA for requests that say which class they are `of`."""
-    constant: dict[str, pl.Expr] = {}
+def _complete(known: Columns, model: Workload) -> pl.DataFrame:
+    """The columns of SCHEMA."""
+    size = known["arrival"].size
+    columns = {name: pl.Series(name, known[name]) for name in SCHEMA if name in known}
+    if "session" in known and (outside := known["session"] < 0).any():
+        for name in ("session", "turn"):
+            columns[name] = columns[name].set(pl.Series(outside), None)
     for name in ("service", "model"):
-        values = pl.Series([getattr(one, name) for one in classes], dtype=SCHEMA[name])
-        constant[name] = pl.lit(values).gather(pl.col("of")) if len(classes) > 1 else pl.lit(values[0], SCHEMA[name])
-    return known.select(
-        (pl.col(name) if name in known.columns else constant.get(name, pl.lit(None, dtype))).alias(name)
-        for name, dtype in SCHEMA.items()
-    )
+        values = [getattr(one, name) for one in model.classes]
+        if any(values):
+            kind = SCHEMA[name] if name == "service" else pl.Enum(sorted({value for value in values if value}))
+            each = pl.Series(name, values, dtype=kind)
+            columns[name] = each.gather(known["of"]) if len(values) > 1 else each.new_from_index(0, size)
+    return pl.DataFrame(
+        [columns[name] if name in columns else pl.repeat(None, size, dtype=pl.Null, eager=True).alias(name)
+         for name in SCHEMA]
+    )  # fmt: skip
 
 
 def _meta(draw: Draw, count: int) -> TraceMeta:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from squall.errors import InputError
 from squall.seeds import stream
@@ -111,29 +110,25 @@ class Edits:
         ]
         return np.array([0.0, span, *borders])
 
-    def rows(self, frames: Iterator[pl.DataFrame], span: float, seed: int) -> Iterator[pl.DataFrame]:
+    def rows(self, pieces: Iterator[dict[str, np.ndarray]], span: float, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """The rows, drawn at `most` times their rate, thinned to the load of the moment, with lengths and failures."""
         most, random = self.most(span), stream(seed, "edits")
-        for frame in frames:
-            arrival = frame["arrival"].to_numpy()
+        for piece in pieces:
             if self.growth or self.floods:
-                chance = random.random(arrival.size)
-                if frame["session"].null_count() < len(frame):
-                    own = _uniform_of(frame["session"].fill_null(0).to_numpy(), seed)
-                    chance = np.where(frame["session"].is_not_null().to_numpy(), own, chance)
-                kept = chance < self.load(arrival) / most
-                frame, arrival = frame.filter(pl.Series(kept)), arrival[kept]
-            for column, factor in (("request_tokens", self.prompts), ("response_tokens", self.responses)):
+                chance = random.random(piece["arrival"].size)
+                if "session" in piece:
+                    chance = np.where(piece["session"] >= 0, _uniform_of(piece["session"], seed), chance)
+                kept = chance < self.load(piece["arrival"]) / most
+                piece = {name: column[kept] for name, column in piece.items()}
+            for name, factor in (("request_tokens", self.prompts), ("response_tokens", self.responses)):
                 if factor != 1:
-                    longer = (pl.col(column) * factor).round().clip(1, 2**31 - 1).cast(pl.Int32)
-                    frame = frame.with_columns(pl.when(pl.col(column) > 0).then(longer).otherwise(0).alias(column))
+                    longer = np.rint(piece[name] * factor).clip(1, 2**31 - 1)
+                    piece[name] = np.where(piece[name] > 0, longer, 0).astype(np.int32)
             for begin, end in self.outages:
-                out = pl.Series((arrival >= begin) & (arrival < end))
-                frame = frame.with_columns(
-                    failed=pl.col("failed") | out,
-                    response_tokens=pl.when(out).then(0).otherwise(pl.col("response_tokens")).cast(pl.Int32),
-                )
-            yield frame
+                out = (piece["arrival"] >= begin) & (piece["arrival"] < end)
+                piece["failed"] = piece["failed"] | out
+                piece["response_tokens"] = np.where(out, np.int32(0), piece["response_tokens"])
+            yield piece
 
 
 def parse_edits(texts: Sequence[str]) -> Edits:

@@ -19,6 +19,7 @@ coarser grain: times, and classes of lengths.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -66,7 +67,16 @@ class Course:
         return replace(self, factor=self.factor * factor)
 
 
-class LengthClasses(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class _Blocks:
+    """Requests first[k] to last[k] of the fitted trace, whose times become later by shift[k] (s)."""
+
+    first: np.ndarray
+    last: np.ndarray
+    shift: np.ndarray
+
+
+class LengthClasses(msgspec.Struct, frozen=True, dict=True):
     """Which class of (request, response) length each request was in."""
 
     request: list[float]
@@ -90,26 +100,21 @@ class LengthClasses(msgspec.Struct, frozen=True):
 
         With `order` (0 to 1), neighbours change places so that where it is high, long requests are.
         """
+        from squall.workload.compiled.course import classes_near, exchanged, inside_classes
+
         # A request now and then is one of its neighbours instead.
-        free = np.flatnonzero(rng.random(row.size) < freedom**0.5)
-        row = row.copy()
-        near = row[free] + np.rint(rng.laplace(0, NEAR, free.size)).astype(np.int64)
-        row[free] = np.abs(near) % len(self.code)
-        code = np.array(self.code)[row]
+        code = classes_near(row, self.codes, freedom**0.5, NEAR, rng)
         failed = code < 0
         if order is not None:
-            code = _in_order(code, order)
-        known = np.where(failed, 0, code)
-        classes = len(self.response) - 1
-        ranks = []
-        for border, inside in ((self.request, known // classes), (self.response, known % classes)):
-            edges = np.array(border)
-            ranks.append(edges[inside] + rng.random(row.size) * np.diff(edges)[inside])
-        request, response = np.rint(law.request.at(ranks[0])), np.rint(law.response.at(ranks[1]))
-        return request.astype(np.int32), np.maximum(response, 1).astype(np.int32), failed
+            exchanged(code, order, _EXCHANGED)
+        return *inside_classes(code, np.array(self.request), np.array(self.response), law.tables, rng), failed
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        return np.array(self.code, np.int32)
 
 
-class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
+class Episodes(msgspec.Struct, frozen=True, dict=True, tag="episodes", tag_field="kind"):
     """The course of one class: its requests' times and length classes, and how far a draw may leave it."""
 
     span: float
@@ -157,16 +162,15 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
 
     def path(self, begin: float, end: float, seed: int) -> Course:
         """The course from `begin` to `end` (s from the fitted trace's start)."""
-        times = self._times()
-        rows, arrivals, reached = [np.empty(0, np.int64)], [np.empty(0)], 0.0
-        for first, last in self._schedule(end, seed):
-            opens, closes = first + max(0.0, begin - reached), first + min(last - first, end - reached)
-            if closes > opens:
-                some = np.arange(*np.searchsorted(times, (opens, closes)))
-                rows.append(some)
-                arrivals.append(times[some] - first + reached - begin)
-            reached += last - first
-        return Course(np.concatenate(rows), np.concatenate(arrivals), end - begin)
+        times, blocks = self._times, self._schedule(begin, end, seed)
+        size = blocks.last - blocks.first
+        row = np.arange(int(size.sum())) + np.repeat(blocks.first - (np.cumsum(size) - size), size)
+        return Course(row, times[row] + np.repeat(blocks.shift - begin, size), end - begin)
+
+    def expected(self, begin: float, end: float, seed: int) -> int:
+        """How many requests `path` has."""
+        blocks = self._schedule(begin, end, seed)
+        return int((blocks.last - blocks.first).sum())
 
     def part(self, rows: slice, begin: float, end: float) -> Self:
         """The course of the fitted requests `rows` alone, which came from `begin` to `end`."""
@@ -174,12 +178,13 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
         if lengths is not None:
             lengths = msgspec.structs.replace(lengths, code=lengths.code[rows])
         # The model's times are rounded, or at ticks: they may lie a little before `begin`.
-        times = np.clip(self._times()[rows] - begin, 0.0, np.nextafter(end - begin, 0))
+        times = np.clip(self._times[rows] - begin, 0.0, np.nextafter(end - begin, 0))
         return msgspec.structs.replace(
             self, span=end - begin, period=end - begin, requests=times.size, cell=1, time=times.tolist(), last=[],
             lengths=lengths,
         )  # fmt: skip
 
+    @cached_property
     def _times(self) -> np.ndarray:
         """A time for each request of the fitted trace: its own, or evenly between the ends of its cell."""
         first = np.array(self.time)
@@ -191,19 +196,26 @@ class Episodes(msgspec.Struct, frozen=True, tag="episodes", tag_field="kind"):
         times = np.repeat(first, size) + part * np.repeat(np.array(self.last) - first, size)
         return np.floor(times / self.tick + 1e-6) * self.tick if self.tick else times
 
-    def _schedule(self, end: float, seed: int) -> list[tuple[float, float]]:
-        """Stretches of the fitted time, one after another until `end`: the whole span, and what follows it."""
-        schedule = [(0.0, self.span)]
-        missing = end - self.span
-        if missing <= 0:
-            return schedule
+    def _schedule(self, begin: float, end: float, seed: int) -> "_Blocks":
+        """What comes from `begin` to `end`: stretches of the fitted time, the whole span and what follows it."""
         if self.span >= DAY:
-            if self.period < self.span:
-                schedule.append((self.span % self.period, self.period))
-            return schedule + [(0.0, self.period)] * (int(missing // self.period) + 1)
-        block = self.span / _BLOCKS
-        chosen = stream(seed, "blocks").integers(_BLOCKS, size=int(missing // block) + 1)
-        return schedule + [(k * block, (k + 1) * block) for k in chosen.tolist()]
+            opens, length = (
+                np.array([0.0, self.span % self.period]),
+                np.array([self.span, self.period - self.span % self.period]),
+            )
+            cycles = max(0, int((end - length.sum()) // self.period) + 1)
+            opens, length = np.append(opens, np.zeros(cycles)), np.append(length, np.full(cycles, self.period))
+        else:
+            block = self.span / _BLOCKS
+            number = max(0, int((end - self.span) // block) + 1)
+            chosen = stream(seed, "blocks").integers(_BLOCKS, size=number)
+            opens, length = np.append(0.0, chosen * block), np.append(self.span, np.full(number, block))
+        at = np.append(0.0, np.cumsum(length))
+        seen = slice(np.searchsorted(at, begin, side="right") - 1, np.searchsorted(at, end))
+        at, opens, length = at[:-1][seen], opens[seen], length[seen]
+        closes = opens + np.minimum(length, end - at)
+        first, last = np.searchsorted(self._times, (opens + np.maximum(begin - at, 0.0), closes))
+        return _Blocks(first, last, at - opens)
 
     def arrive(self, course: Course, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Arrival times (sorted seconds) along `course`, and the request of the fitted trace that each stands for."""
@@ -232,58 +244,17 @@ def loosened(
     times: np.ndarray, span: float, tick: float | None, freedom: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Other times like the distinct, sorted `times` (s, from 0 below `span`); on a clock of ticks, multiples of it."""
+    from squall.workload.compiled.course import perturbed
+
     # No gap is below the least that there is (on a coarse clock, a tick): what is above it can change.
     gaps = np.diff(times)
     least = np.arange(times.size) * float(gaps.min(initial=np.inf) if tick and gaps.size else 0.0)
     free = times - least
-    moved = _perturbed(np.diff(free, prepend=0.0, append=max(span - float(least[-1]), float(free[-1]))), freedom, rng)
-    moved = np.cumsum(moved)[:-1]
+    gaps = np.diff(free, prepend=0.0, append=max(span - float(least[-1]), float(free[-1])))
+    moved = np.cumsum(perturbed(gaps, freedom, _COURSE, _NODES, _KINDS, rng))[:-1]
     if tick and np.abs(times / tick - np.rint(times / tick)).max() < _SAME_TICK:
         return np.floor(moved / tick + _SAME_TICK) * tick + least
     return np.minimum(moved + least, span)
-
-
-def _perturbed(gaps: np.ndarray, freedom: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaps with the same sum whose halves, quarters, eighths, … share their time by a step away from how they do."""
-    from scipy.special import ndtr, ndtri
-
-    total = np.concatenate([[0.0], np.cumsum(gaps)])
-    depth = int(np.log2(gaps.size)) if gaps.size > 1 else 0
-    length = np.array([total[-1]])
-    new = length.copy()
-    for level in range(depth):
-        border = np.arange(2 ** (level + 1) + 1) * gaps.size // 2 ** (level + 1)
-        parts = np.diff(total[border])
-        share = np.divide(parts[::2], length, out=np.full(length.size, 0.5), where=length > 0)
-        nodes = share.size
-        kinds = int(np.clip(nodes // _NODES, 1, _KINDS))
-        # Nodes alike in density have a law of their own: a dense burst is even, a lull is not.
-        kind = np.empty(nodes, np.int64)
-        kind[np.argsort(length / np.diff(border[::2]), kind="stable")] = np.arange(nodes) * kinds // nodes
-        order = np.lexsort((rng.random(nodes), share, kind))
-        first = np.searchsorted(kind[order], np.arange(kinds))
-        held = np.diff(first, append=nodes)
-        rank = np.empty(nodes)
-        rank[order] = np.arange(nodes) - first[kind[order]]
-        score = ndtri((rank + 0.5) / held[kind])
-        # The few parts of the first cuts are the course of the trace, and hardly a law to draw from.
-        free = freedom * nodes / (nodes + _COURSE)
-        score = np.sqrt(1 - free) * score + np.sqrt(free) * rng.standard_normal(nodes)
-        place = ndtr(score) * held[kind] - 0.5
-        low = np.clip(np.floor(place), 0, held[kind] - 1).astype(np.int64)
-        high = np.minimum(low + 1, held[kind] - 1)
-        laws = share[order]
-        inside = np.clip(place - low, 0, 1)
-        share = laws[first[kind] + low] * (1 - inside) + laws[first[kind] + high] * inside
-        length = parts
-        new = np.stack([new * share, new * (1 - share)], axis=1).ravel()
-    # The last cut leaves one gap or two; two share as they did.
-    border = np.arange(2**depth + 1) * gaps.size // 2**depth
-    scale = np.divide(new, length, out=np.zeros(length.size), where=length > 0)
-    empty = (length == 0) & (new > 0)
-    result = gaps * np.repeat(scale, np.diff(border))
-    result[border[:-1][empty]] = new[empty]
-    return result
 
 
 def fit_episodes(
@@ -316,16 +287,6 @@ def fit_episodes(
         last=times[ends].tolist() if cell > 1 else [],
         lengths=_classes(answered, request, response, rng) if answered.any() else None,
     )
-
-
-def _in_order(code: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Codes of neighbours exchanged so that those of long requests go where `order` is high."""
-    answered = np.flatnonzero(code >= 0)
-    window = np.arange(answered.size) // _EXCHANGED
-    there, from_ = np.lexsort((order[answered], window)), np.lexsort((code[answered], window))
-    result = code.copy()
-    result[answered[there]] = code[answered[from_]]
-    return result
 
 
 def _classes(

@@ -401,7 +401,7 @@ def _with_fit(
     """`model` with its goodness of fit: its laws, and one draw over the fitted span, against the rows."""
     import msgspec
 
-    drawn = model.draw(model.arrivals.path(0.0, span, seed), seed, index)
+    drawn = pl.DataFrame(model.draw(model.arrivals.path(0.0, span, seed), seed, index))
     real, new = (table.filter(~pl.col("failed")) for table in (rows, drawn))
     some = [t.gather_every(-(-len(t) // MOST_PAIRS)) if len(t) else t for t in (real, new)]
     pairs = [(t["request_tokens"].to_numpy(), t["response_tokens"].to_numpy()) for t in some]

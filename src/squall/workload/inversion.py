@@ -1,11 +1,9 @@
-"""Looking up many random numbers in one table: np.interp and np.searchsorted, several times faster for long inputs.
+"""Looking up many random numbers in one table: np.interp, several times faster for long inputs.
 
 A guide table (Chen and Asau, 1974) says for each of 4,096 equal cells of the table's range where the search begins, so
 that most look-ups take one or two steps instead of ten that the processor cannot foresee. The results are those of
 numpy, bit for bit, so that short inputs can go the way that needs no compiled code.
 """
-
-from typing import Any
 
 import numpy as np
 
@@ -20,24 +18,12 @@ def interpolate(x: np.ndarray, points: np.ndarray, values: np.ndarray) -> np.nda
     if x.size < _WORTH_IT or points[-1] - points[0] < _NARROW:
         return np.interp(x, points, values)
     points, values = np.ascontiguousarray(points, dtype=float), np.ascontiguousarray(values, dtype=float)
-    return _compiled()[0](np.ascontiguousarray(x, dtype=float), points, values, _guide(points))
+    from squall.workload.compiled.lookup import interpolate as compiled
 
-
-def place(x: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """np.searchsorted(points, x, side="right"): how many of the ascending `points` are at most x."""
-    if x.size < _WORTH_IT or points[-1] - points[0] < _NARROW:
-        return np.searchsorted(points, x, side="right")
-    points = np.ascontiguousarray(points, dtype=float)
-    return _compiled()[1](np.ascontiguousarray(x, dtype=float), points, _guide(points))
+    return compiled(np.ascontiguousarray(x, dtype=float), points, values, _guide(points))
 
 
 def _guide(points: np.ndarray) -> np.ndarray:
     """For each cell of the range, how many points lie at or before its begin."""
     begins = points[0] + (points[-1] - points[0]) * (np.arange(_CELLS) / _CELLS)
     return np.searchsorted(points, begins, side="right")
-
-
-def _compiled() -> Any:
-    from squall.workload import compiled
-
-    return compiled.interpolate, compiled.place

@@ -8,12 +8,16 @@ rows, or with only a published correlation, it is the Gaussian copula, whose Spe
 by r = 2 sin(pi rho_s / 6) (Kruskal, 1958).
 """
 
-from typing import Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import numpy as np
 
-from squall.workload.inversion import interpolate, place
+from squall.workload.inversion import interpolate
+
+if TYPE_CHECKING:
+    from squall.workload.compiled.lookup import Tables
 
 GRID_ROWS = 500
 """Fewer rows than this cannot fill a grid; the Gaussian copula is fitted instead."""
@@ -67,10 +71,6 @@ class GaussianCopula(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kin
         if not -1 <= self.correlation <= 1:
             raise ValueError("correlation must lie between -1 and 1")
 
-    def given(self, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The second rank (0 to 1) drawn given the first, `u`."""
-        return self.at(u, rng.random(u.size))
-
     def at(self, u: np.ndarray, w: np.ndarray) -> np.ndarray:
         """The second rank at the quantile `w` of its law given the first, `u`; all 0 to 1."""
         from scipy.special import ndtr, ndtri
@@ -96,16 +96,12 @@ class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
         if grid.ndim != 2 or grid.size == 0 or (grid < 0).any() or not np.allclose(grid.sum(1), 1, atol=1e-3):
             raise ValueError("mass must be rows of probabilities, each with the sum 1")
 
-    def given(self, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The second rank (0 to 1) drawn given the first, `u`: a cell of its row, then uniform inside the cell."""
-        return self.at(u, rng.random(u.size))
-
     def at(self, u: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The second rank at the quantile `w` of its law given the first, `u`; all 0 to 1."""
+        """The second rank at the quantile `w` of its law given the first, `u`: a cell of the row, then even inside."""
         row, ends, columns = self._rows(u)
         # All rows lie behind one another on a line, row i between i and i + 1, so that one search serves every request.
         line = (ends[:, 1:] + np.arange(len(ends))[:, None]).ravel()
-        cell = place(row + np.minimum(w, 1 - 1e-12), line) % columns
+        cell = np.searchsorted(line, row + np.minimum(w, 1 - 1e-12), side="right") % columns
         low, high = ends[row, cell], ends[row, cell + 1]
         return (cell + np.clip((w - low) / np.maximum(high - low, 1e-12), 0, 1)) / columns
 
@@ -117,29 +113,46 @@ class GridCopula(msgspec.Struct, frozen=True, tag="grid", tag_field="kind"):
 
     def _rows(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """The row of each `u`, every row's cumulative mass from 0 to 1, and the number of columns."""
+        rows = len(self.mass)
+        return np.minimum((u * rows).astype(np.int64), rows - 1), self.ends, self.ends.shape[1] - 1
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Every row's cumulative mass from 0 to 1."""
         grid = np.array(self.mass)
         ends = np.concatenate([np.zeros((len(grid), 1)), np.cumsum(grid, axis=1)], axis=1)
-        return np.minimum((u * len(grid)).astype(np.int64), len(grid) - 1), ends / ends[:, -1:], grid.shape[1]
+        return ends / ends[:, -1:]
 
 
-class Lengths(msgspec.Struct, frozen=True):
+class Lengths(msgspec.Struct, frozen=True, dict=True):
     """The joint law of the answered requests' lengths, in tokens."""
 
     request: Quantiles
     response: Quantiles
     copula: GaussianCopula | GridCopula
 
-    def draw(self, u: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Request and response tokens (int32) for request ranks `u` (0 to 1); uniform `u` gives the joint law."""
-        return self.at(u, rng.random(u.size))
+    def draw(self, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Request and response tokens (int32) of `size` requests."""
+        from squall.workload.compiled.lookup import drawn
+
+        return drawn(size, np.empty(0), self.tables, rng)
+
+    def draw_at(self, u: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Request and response tokens (int32) for request ranks `u` (0 to 1)."""
+        from squall.workload.compiled.lookup import drawn
+
+        return drawn(u.size, np.ascontiguousarray(u, dtype=float), self.tables, rng)
 
     def at(self, u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Request and response tokens (int32) at the request rank `u` and the response's rank `w` given the request."""
-        response = self.response.at(self.copula.at(u, w))
-        # An answered request has a response; 0 would read as failed.
-        return np.rint(self.request.at(u)).astype(np.int32), np.maximum(np.rint(response), 1).astype(np.int32)
+        return tokens_at(self.tables, np.empty(0, np.int64), u, w)
 
-    @property
+    @cached_property
+    def tables(self) -> "Tables":
+        """This law as compiled code wants it."""
+        return tables_of([self])
+
+    @cached_property
     def reversed(self) -> "Lengths":
         """The same law with the parts of request and response exchanged."""
         copula = self.copula
@@ -156,6 +169,43 @@ class Lengths(msgspec.Struct, frozen=True):
 
         u, v = ranks(request, rng), ranks(response, rng)
         return ndtri(np.clip([u, self.copula.quantile(u, v)], 1e-6, 1 - 1e-6))
+
+
+def tokens_at(tables: "Tables", law: np.ndarray, u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Request and response tokens (int32) of laws with the numbers `law` (none: the first), as by `Lengths.at`."""
+    from squall.workload.compiled.lookup import pairs
+
+    return pairs(law, *(np.ascontiguousarray(ranks, dtype=float) for ranks in (u, w)), tables)
+
+
+def tables_of(laws: list[Lengths]) -> "Tables":
+    """Laws one behind another. Guides (Chen and Asau, 1974) say where in a table a search begins."""
+    from squall.workload.compiled.lookup import ROW, Tables
+
+    cells = 4096 if len(laws) == 1 else 512
+    sides = []
+    for side in ([law.request for law in laws], [law.response for law in laws]):
+        first = np.cumsum([0, *(len(table.levels) for table in side)])
+        guide = [np.searchsorted(table.levels, np.arange(cells) / cells, side="right") for table in side]
+        both = np.array([[x for table in side for x in table.levels], [x for table in side for x in table.values]])
+        sides += [both, (np.array(guide) + first[:-1, None]).astype(np.int32)]
+    copulas = [law.copula for law in laws]
+    grids = [copula.ends if isinstance(copula, GridCopula) else np.empty((0, 0)) for copula in copulas]
+    columns = np.array([grid.shape[1] - 1 for grid in grids])
+    ends = np.ones((sum(map(len, grids)), max(columns.max() + 1, 2)))
+    first = np.cumsum([0, *map(len, grids)])
+    for grid, begin, end in zip(grids, first[:-1], first[1:], strict=True):
+        ends[begin:end, : grid.shape[1]] = grid
+    guide = [np.searchsorted(row[1:], np.arange(ROW) / ROW, side="right") for row in ends]
+    correlation = [copula.correlation if isinstance(copula, GaussianCopula) else np.nan for copula in copulas]
+    return Tables(
+        *sides,  # type: ignore[call-arg]
+        np.array(correlation),
+        ends,
+        first,
+        columns,
+        np.array(guide, np.int32).reshape(-1, ROW),
+    )
 
 
 def fit_lengths(request: np.ndarray, response: np.ndarray, rng: np.random.Generator) -> Lengths:

@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
-import polars as pl
 
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.seeds import stream
 from squall.workload.cascade import Cascade, Stretch
 from squall.workload.clients import ClientPaths, Clients
 from squall.workload.concurrency import Daily, Floods, Path, Renewal, renewal
-from squall.workload.conversations import Conversations
+from squall.workload.conversations import Conversations, Seating
 from squall.workload.episodes import Course, Episodes
 from squall.workload.failures import Failures
 from squall.workload.lengths import Lengths
@@ -84,8 +84,13 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
         """This class with other arrivals."""
         return msgspec.structs.replace(self, arrivals=arrivals)
 
-    def draw(self, path: Path | Course | Stretch | Blocks | ClientPaths, seed: int, *index: int) -> pl.DataFrame:
-        """Requests along `path`; `index` is the class's place in its workload and keeps its random streams its own."""
+    def draw(
+        self, path: Path | Course | Stretch | Blocks | ClientPaths, seed: int, *index: int
+    ) -> dict[str, np.ndarray]:
+        """The columns of requests along `path`: arrival (s), tokens, failed; session and turn where there are some.
+
+        `index` is the class's place in its workload and keeps its random streams its own.
+        """
         law, kind = self.lengths, self.arrivals
         clock, length_rng = stream(seed, "arrivals", *index), stream(seed, "responses", *index)
         failing_rng = stream(seed, "failures", *index)
@@ -95,13 +100,14 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
             arrival = renewal(path, clock)  # type: ignore[arg-type]
         else:
             arrival, *drawn = kind.arrive(path, clock)  # type: ignore[arg-type]
-        session = turn = order = None
+        columns = {"arrival": arrival}
+        order = None
         if self.conversations:
-            session, turn = self.conversations.assign(arrival, stream(seed, "conversations", *index))
-            order = self.conversations.growth.draw(session, turn, stream(seed, "lengths", *index))
+            seating = Seating(self.conversations, stream(seed, "conversations", *index))
+            columns["session"], columns["turn"], order = seating.seat(arrival)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
         if isinstance(kind, Bootstrap):
-            request, response = (np.array(tokens, np.int32)[drawn[0]] for tokens in (kind.request, kind.response))
+            request, response = (tokens[drawn[0]] for tokens in kind.tokens)
             failed = response == 0
         elif isinstance(kind, Episodes) and kind.lengths and law:
             request, response, failed = kind.lengths.draw(drawn[0], law, kind.freedom, length_rng, order)
@@ -114,27 +120,13 @@ class ClassModel(msgspec.Struct, frozen=True, kw_only=True):
         elif isinstance(kind, Slots) and kind.theta and law:
             request, response = kind.lengths(arrival, path, law, length_rng)  # type: ignore[arg-type]
         elif law:
-            u = stream(seed, "lengths", *index).random(arrival.size) if order is None else order
-            request, response = law.draw(u, length_rng)
+            request, response = law.draw(arrival.size, length_rng) if order is None else law.draw_at(order, length_rng)
         if failed is None:
             failed = self.failures.draw(arrival, failing_rng)
         if self.failures.request and not isinstance(kind, Bootstrap):
             request[failed] = np.rint(self.failures.request.at(failing_rng.random(int(failed.sum()))))
         response[failed] = 0
-        return pl.DataFrame(
-            {
-                "arrival": arrival,
-                "request_tokens": request,
-                "response_tokens": response,
-                "failed": failed,
-                "service": pl.repeat(self.service, arrival.size, dtype=pl.Enum(("conversation", "api")), eager=True),
-                "model": pl.repeat(self.model, arrival.size, dtype=pl.String, eager=True),
-                "session": pl.Series(session, dtype=pl.Int64)
-                if session is not None
-                else _nulls(arrival.size, pl.Int64),
-                "turn": pl.Series(turn, dtype=pl.Int32) if turn is not None else _nulls(arrival.size, pl.Int32),
-            }
-        )
+        return columns | {"request_tokens": request, "response_tokens": response, "failed": failed}
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload", tag_field="type"):
@@ -190,7 +182,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, tag="squall-workload",
 
 def save_workload(workload: Workload, path: str | pathlib.Path) -> None:
     """Write `workload` as JSON."""
-    pathlib.Path(path).write_bytes(as_json(workload))
+    replace_file(pathlib.Path(path), as_json(workload))
 
 
 def as_json(workload: Workload) -> bytes:
@@ -219,19 +211,15 @@ def read_workload(path: str | pathlib.Path) -> Workload:
 def _uniform(
     scores: list[np.ndarray], order: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks inside (0, 1) in the order of the normal scores, so that the lengths' marginal law is exact.
+    """Ranks inside (0, 1) in the order of the normal scores, evenly spread, so that the lengths' marginal law is exact.
 
     In conversations (`order`) the request's rank follows both: what the burst is like, and where in its session it is.
     """
     from scipy.special import ndtri
 
-    from squall.workload.lengths import ranks
+    from squall.workload.compiled.order import cell_ranks
 
     request, response = scores
     if order is not None:
         request = request + ndtri(np.clip(order, 1e-6, 1 - 1e-6)) * (request.std() or 1.0)
-    return ranks(request, rng), ranks(response, rng)
-
-
-def _nulls(size: int, dtype: Any) -> pl.Series:
-    return pl.repeat(None, size, dtype=dtype, eager=True)
+    return cell_ranks(request, rng), cell_ranks(response, rng)

@@ -34,7 +34,7 @@ class RenewalProcess:
 
         `law` says for each piece of the path whether it is GAMMA or WEIBULL; by default all are `path.gaps`.
         """
-        from squall.workload.compiled import renew
+        from squall.workload.compiled.renewal import on_the_clock, renew
 
         load = path.rate * np.diff(path.edges)
         operational = np.concatenate([[0.0], np.cumsum(load)])
@@ -50,7 +50,8 @@ class RenewalProcess:
         laws = np.full(begins.size, usual, np.int64) if law is None else law[begins].astype(np.int64)
         ends = np.append(operational[begins[1:]], operational[-1])
         times = renew(operational[begins], ends, path.alpha[begins], laws, self._state, self._rng)
-        return _on_the_clock(times, operational, path)
+        on_the_clock(times, operational, path.rate, path.edges)
+        return times
 
 
 def variation(law: int, shape: float) -> float:
@@ -58,20 +59,6 @@ def variation(law: int, shape: float) -> float:
     if law == GAMMA:
         return 1 / math.sqrt(shape)
     return math.sqrt(max(math.expm1(math.lgamma(1 + 2 / shape) - 2 * math.lgamma(1 + 1 / shape)), 0.0))
-
-
-def _on_the_clock(times: np.ndarray, operational: np.ndarray, path: "Path") -> np.ndarray:
-    """Operational times (sorted) as seconds on the path's clock."""
-    # Windows without load have no length in operational time: the last of equal borders is the one that moves.
-    if operational.size < times.size:
-        first = np.searchsorted(times, operational)
-        window = np.repeat(np.arange(path.rate.size), np.diff(np.append(first[:-1], times.size)))
-    else:
-        window = np.searchsorted(operational, times, side="right") - 1
-    times -= operational[window]
-    times /= path.rate[window]
-    times += path.edges[window]
-    return times
 
 
 def parts(path: "Path", most: float) -> Iterator["Path"]:

@@ -7,6 +7,7 @@ row (time and lengths), and has no parameter but the block.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import msgspec
@@ -36,7 +37,7 @@ class Blocks:
         return replace(self, factor=self.factor * factor)
 
 
-class Bootstrap(msgspec.Struct, frozen=True, tag="bootstrap", tag_field="kind"):
+class Bootstrap(msgspec.Struct, frozen=True, dict=True, tag="bootstrap", tag_field="kind"):
     """The rows of one class, and the length of a block."""
 
     span: float
@@ -57,6 +58,11 @@ class Bootstrap(msgspec.Struct, frozen=True, tag="bootstrap", tag_field="kind"):
             raise ValueError("time must rise inside the span")
         if not 0 < self.block <= self.span or (self.tick is not None and self.tick <= 0):
             raise ValueError("block must lie inside the span, and tick must be above 0")
+
+    @cached_property
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Request and response tokens (int32) of the rows."""
+        return np.array(self.request, np.int32), np.array(self.response, np.int32)
 
     @property
     def window(self) -> float:

@@ -10,6 +10,7 @@ from squall.characterize.concurrency import MINIMUM_BINS, SCALES
 from squall.trace import TraceMeta
 
 _LARGEST = 1 << 22  # tokens that have a counter of their own
+_RATIOS = np.rint(np.array(SCALES[1:]) / SCALES[:-1]).astype(np.int64)
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -23,7 +24,8 @@ class Tally:
         self.failed = 0
         self._first = self._last = 0.0
         self._gaps = _Moments()
-        self._bins = [_Bins(scale) for scale in SCALES]
+        # Of each scale: the bin that is open, and what it holds; of those that are closed, the counts' two sums.
+        self._bins, self._sums = np.zeros((len(SCALES), 2), np.int64), np.zeros((len(SCALES), 2))
         self.request_tokens, self.response_tokens = Histogram(), Histogram()
         """Of the answered requests."""
 
@@ -34,30 +36,28 @@ class Tally:
             yield frame
 
     def see(self, frame: pl.DataFrame) -> None:
+        from squall.workload.compiled.tally import count_arrivals
+
         arrival = frame["arrival"].to_numpy()
         if arrival.size == 0:
             return
-        if self.requests == 0:
+        began = self.requests > 0
+        if not began:
             self._first = self._last = float(arrival[0])
-            self._gaps.see(np.diff(arrival))
-        else:
-            self._gaps.see(np.diff(arrival, prepend=self._last))
-        finest = np.floor((arrival - self._first) / SCALES[0]).astype(np.int64)
-        begins = np.flatnonzero(np.diff(finest, prepend=-1))
-        occupied, held = finest[begins], np.diff(begins, append=arrival.size)
-        for coarser, bins in zip((*SCALES[1:], None), self._bins, strict=True):
-            bins.see(occupied, held)
-            if coarser is not None:
-                of = occupied // round(coarser / bins.scale)
-                begins = np.flatnonzero(np.diff(of, prepend=-1))
-                occupied, held = of[begins], np.add.reduceat(held, begins)
+        pivot = (float(arrival[-1]) - self._last) / arrival.size
+        total, squares = count_arrivals(
+            arrival, self._first, self._last, pivot, SCALES[0], _RATIOS, self._bins, self._sums
+        )
+        if began:
+            self._gaps.see(arrival.size, pivot, total, squares)
+        else:  # the first of all ends no gap, but one of 0 s was counted
+            self._gaps.see(arrival.size - 1, pivot, total + pivot, squares - pivot**2)
         self.requests += arrival.size
         self._last = float(arrival[-1])
-        failed = int(frame["failed"].sum())
-        self.failed += failed
-        answered = frame.filter(~pl.col("failed")) if failed else frame
-        self.request_tokens.see(answered["request_tokens"].to_numpy())
-        self.response_tokens.see(answered["response_tokens"].to_numpy())
+        failed = frame["failed"].to_numpy()
+        self.failed += int(np.count_nonzero(failed))
+        self.request_tokens.see(frame["request_tokens"].to_numpy(), failed)
+        self.response_tokens.see(frame["response_tokens"].to_numpy(), failed)
 
     def closed(self, meta: TraceMeta) -> Self:
         """This tally with the metadata of what it saw."""
@@ -81,8 +81,13 @@ class Tally:
     @property
     def dispersion(self) -> list[tuple[float, float]]:
         """(scale, index) pairs, as characterize.concurrency.dispersion has them."""
-        pairs = [(bins.scale, bins.index(self.span)) for bins in self._bins]
-        return [(scale, index) for scale, index in pairs if index is not None]
+        found = []
+        for scale, (total, squares) in zip(SCALES, self._sums.tolist(), strict=True):
+            bins = int(self.span // scale)
+            if bins >= MINIMUM_BINS and total > 0:
+                mean = total / bins
+                found.append((scale, squares / bins / mean - mean))
+        return found
 
 
 class Histogram:
@@ -92,15 +97,19 @@ class Histogram:
         self._counts = np.zeros(0, np.int64)
         self._large = np.zeros(0, np.int64)
 
-    def see(self, values: np.ndarray) -> None:
-        if values.size == 0:
-            return
-        if values.max() >= _LARGEST:
-            self._large = np.sort(np.append(self._large, values[values >= _LARGEST]))
-            values = values[values < _LARGEST]
-        counts = np.bincount(values, minlength=self._counts.size)
-        counts[: self._counts.size] += self._counts
-        self._counts = counts
+    def see(self, values: np.ndarray, left_out: np.ndarray) -> None:
+        """Count the values that are not `left_out`."""
+        from squall.workload.compiled.tally import count_tokens
+
+        largest = int(values.max(initial=0))
+        if largest >= _LARGEST:
+            large = values >= _LARGEST
+            self._large = np.sort(np.append(self._large, values[large & ~left_out]))
+            values, left_out = values[~large], left_out[~large]
+            largest = _LARGEST - 1
+        if largest >= self._counts.size:
+            self._counts = np.append(self._counts, np.zeros(largest + 1 - self._counts.size, np.int64))
+        count_tokens(values, left_out, self._counts)
 
     def summary(self) -> dict[str, float]:
         """Mean, p50, p90, p99 and max, as np.quantile has them; {} if nothing was seen."""
@@ -123,45 +132,19 @@ class _Moments:
     def __init__(self) -> None:
         self.n, self.mean, self.squares = 0, 0.0, 0.0
 
-    def see(self, values: np.ndarray) -> None:
-        if values.size == 0:
+    def see(self, number: int, pivot: float, total: float, squares: float) -> None:
+        """Add `number` values, by the sums of how they differ from `pivot` and of its squares."""
+        if number == 0:
             return
-        mean, n = float(values.mean()), self.n + values.size
+        mean, n = pivot + total / number, self.n + number
         shift = mean - self.mean
-        self.squares += float(values.var()) * values.size + shift**2 * self.n * values.size / n
-        self.mean += shift * values.size / n
+        self.squares += squares - total**2 / number + shift**2 * self.n * number / n
+        self.mean += shift * number / n
         self.n = n
 
     @property
     def cv(self) -> float | None:
         return float(np.sqrt(self.squares / self.n) / self.mean) if self.n and self.mean > 0 else None
-
-
-class _Bins:
-    """Sums over the whole bins of one scale; the last bin that was seen is still open."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self._sum = self._squares = 0.0
-        self._open, self._held = -1, 0
-
-    def see(self, occupied: np.ndarray, held: np.ndarray) -> None:
-        counts = held.astype(float)
-        if occupied[0] == self._open:
-            counts[0] += self._held
-        else:
-            self._sum += self._held
-            self._squares += self._held**2
-        self._sum += float(counts[:-1].sum())
-        self._squares += float(counts[:-1] @ counts[:-1])
-        self._open, self._held = int(occupied[-1]), int(counts[-1])
-
-    def index(self, span: float) -> float | None:
-        bins = int(span // self.scale)
-        if bins < MINIMUM_BINS or self._sum == 0:
-            return None
-        mean = self._sum / bins
-        return self._squares / bins / mean - mean
 
 
 def tally_of(frame: pl.DataFrame) -> Tally:

@@ -47,19 +47,25 @@ def checked(frame: pl.DataFrame, meta: TraceMeta | None) -> Parsed:
         bad = column.is_null() | ~column.is_finite() | (column < 0)
         if bad.any():
             findings.append(finding_at("error", "bad-value", f"{name!r} is missing, negative or not finite", bad))
-    frame = frame.select([name for name in SCHEMA if name in frame.columns])
+    # Columns of the type Null say nothing.
+    frame = frame.select([name for name in SCHEMA if frame.schema.get(name, pl.Null) != pl.Null])
+    if frame.schema.get("model") not in (None, pl.String):
+        frame = frame.with_columns(pl.col("model").cast(pl.String))
     return Parsed(frame, findings, {"kept": meta} if meta else {})
 
 
 def write_squall(frames: Iterator[pl.DataFrame], meta: Callable[[], TraceMeta], file: IO[bytes], wide: bool) -> None:
-    """One row group for each frame; the metadata are asked for after the last one."""
+    """One row group for each frame, with the first one's types; the metadata are asked for after the last one."""
+    begin = [next(frames)]
+    schema = begin[0].schema
 
     def source(
         with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
     ) -> Iterator[pl.DataFrame]:
-        return frames
+        yield begin.pop()
+        yield from frames
 
-    register_io_source(source, schema=SCHEMA).sink_parquet(
+    register_io_source(source, schema=schema).sink_parquet(
         file,
         compression="zstd",
         compression_level=1,  # a third of the time of the usual level, and 3 % more bytes

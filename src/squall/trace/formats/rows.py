@@ -13,7 +13,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
-from squall.trace.table import TraceMeta
+from squall.trace.table import SCHEMA, TraceMeta
 
 LARGEST_COUNT = 2**31 - 1
 
@@ -75,7 +75,7 @@ def text_writer(lines: Callable[[pl.DataFrame, TraceMeta, bool], pl.DataFrame], 
 
     def write(frames: Iterator[pl.DataFrame], meta: Callable[[], TraceMeta], file: IO[bytes], wide: bool) -> None:
         for number, frame in enumerate(frames):
-            columns = lines(frame, meta(), wide)
+            columns = lines(frame.cast(SCHEMA), meta(), wide)
             if form == "csv":
                 file.write(columns.write_csv(include_header=number == 0).encode())
             else:
