@@ -221,7 +221,10 @@ class Episodes(msgspec.Struct, frozen=True, dict=True, tag="episodes", tag_field
         """Arrival times (sorted seconds) along `course`, and the request of the fitted trace that each stands for."""
         if course.row.size == 0:
             return np.empty(0), course.row
-        first = np.flatnonzero(np.diff(course.time, prepend=-np.inf) > 0)
+        rises = course.time[1:] > course.time[:-1]
+        if course.factor == 1 and rises.all():
+            return loosened(course.time, course.span, self.tick, self.freedom, rng), course.row
+        first = np.flatnonzero(np.append(True, rises))
         size = np.diff(first, append=course.time.size)
         at = loosened(course.time[first], course.span, self.tick, self.freedom, rng)
         times = np.repeat(at, size)
@@ -246,15 +249,18 @@ def loosened(
     """Other times like the distinct, sorted `times` (s, from 0 below `span`); on a clock of ticks, multiples of it."""
     from squall.workload.compiled.course import perturbed
 
+    gaps = np.empty(times.size + 1)
+    np.subtract(times[1:], times[:-1], out=gaps[1:-1])
     # No gap is below the least that there is (on a coarse clock, a tick): what is above it can change.
-    gaps = np.diff(times)
-    least = np.arange(times.size) * float(gaps.min(initial=np.inf) if tick and gaps.size else 0.0)
-    free = times - least
-    gaps = np.diff(free, prepend=0.0, append=max(span - float(least[-1]), float(free[-1])))
-    moved = np.cumsum(perturbed(gaps, freedom, _COURSE, _NODES, _KINDS, rng))[:-1]
+    least = float(gaps[1:-1].min(initial=np.inf)) if tick and times.size > 1 else 0.0
+    gaps[1:-1] -= least
+    gaps[0], gaps[-1] = times[0], max(span - float(times[-1]), 0.0)
+    moved = np.cumsum(perturbed(gaps, freedom, _COURSE, _NODES, _KINDS, rng)[:-1])
     if tick and np.abs(times / tick - np.rint(times / tick)).max() < _SAME_TICK:
-        return np.floor(moved / tick + _SAME_TICK) * tick + least
-    return np.minimum(moved + least, span)
+        return np.floor(moved / tick + _SAME_TICK) * tick + least * np.arange(times.size)
+    if least:
+        moved += least * np.arange(times.size)
+    return np.minimum(moved, span, out=moved)
 
 
 def fit_episodes(
