@@ -395,6 +395,27 @@ VLLM = {
 }
 
 
+def test_spans_as_the_sdk_writes_them(tmp_path):
+    """One export a line, from a run of opentelemetry-sdk 1.45 with its OTLP JSON file exporter."""
+    common = '"flags":256,"kind":3,"startTimeUnixNano":"1795724464805859743",'
+    lines = (
+        '{"traceId":"b4","spanId":"2f","parentSpanId":"5e",%s"name":"chat tiny","endTimeUnixNano":'
+        '"1795724464920261842","attributes":[{"key":"gen_ai.operation.name","value":{"stringValue":"chat"}},{"key":"server.port","value":'
+        '{"intValue":"8457"}},{"key":"gen_ai.response.finish_reasons","value":{"arrayValue":{"values":[{"stringValue":'
+        '"length"}]}}},{"key":"gen_ai.usage.input_tokens","value":{"intValue":"31"}},{"key":"gen_ai.usage.output_tokens",'
+        '"value":{"intValue":"5"}}],"status":{}}',
+        '{"traceId":"b4","spanId":"5e",%s"name":"handle","endTimeUnixNano":"1795724464930000000","status":{}}',
+        '{"traceId":"8e","spanId":"5a",%s"name":"chat none","endTimeUnixNano":"1795724465664758124","attributes":[{'
+        '"key":"gen_ai.operation.name","value":{"stringValue":"chat"}},{"key":"error.type","value":{"stringValue":'
+        '"NotFoundError"}}],"status":{"message":"Error code: 404","code":2}}',
+    )
+    whole = '{"resourceSpans":[{"resource":{"attributes":[]},"scopeSpans":[{"scope":{"name":"x"},"spans":[%s]}]}]}\n'
+    text = "".join(whole % (line % common) for line in lines)
+    table = read_trace(_file(tmp_path, "spans.jsonl", text)).table
+    assert table.select("request_tokens", "response_tokens", "failed").rows() == [(31, 5, False), (0, 0, True)]
+    assert table["elapsed"][0] == pytest.approx(0.114402099)
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_spans(tmp_path, indent):
     spans = [
