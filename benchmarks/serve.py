@@ -235,6 +235,7 @@ def streams(given: argparse.Namespace) -> None:
     for speed in given.speeds:
         command = [sys.executable, "-m", "squall", "serve", "--port", "0", "--speed", str(speed), *SLOW]
         command[-1] = str(max(128, given.batch))
+        command += ["--max-num-batched-tokens", str(max(8192, 2 * given.batch))]
         replicas = str(-(-given.streams // given.batch))
         with tempfile.TemporaryFile() as said, program(*command, "--replicas", replicas, stderr=said) as process:
             port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
@@ -349,7 +350,7 @@ def main() -> None:
     parser.add_argument("--regime", action="append", choices=list(REGIMES))
     parser.add_argument("--streams", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=60, help="streams per replica")
-    parser.add_argument("--speeds", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8])
+    parser.add_argument("--speeds", type=float, nargs="+", default=[0.1, 0.4, 0.6, 0.8, 1.2])
     parser.add_argument("--seconds", type=float, default=15, help="how long they are looked at")
     parser.add_argument("--uvicorn", help="a Python that has uvicorn, httptools and uvloop")
     parser.add_argument("--serve-as", choices=["squall", "uvicorn"], help=argparse.SUPPRESS)

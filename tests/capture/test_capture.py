@@ -481,7 +481,7 @@ def test_a_server_that_lies_about_its_tokens_breaks_no_segment(tmp_path: Path, u
     assert run.table["request_tokens"].to_list() == [None, None]
     assert run.table["response_tokens"].to_list()[1] == 2  # the pieces are counted
     assert run.table["token_source"].to_list()[1] == "chunks"
-    assert run.table["status"].to_list() == ["ok", "ok"]
+    assert run.table["status"].to_list() == ["ok"] * 2  # the answer is none the worse for it
     assert squall.read_trace(it.out / "trace.parquet").table["request_tokens"].min() > 0
 
 

@@ -100,6 +100,20 @@ def test_relay_wherever_an_answer_is_cut(cuts: set[int], hide: bool) -> None:
     assert not wire.closed
 
 
+@pytest.mark.parametrize(("missing", "status"), [(5, "ok"), (7, "ok"), (30, "cancelled")])
+def test_relay_to_a_client_that_leaves_before_the_end_of_the_message(missing: int, status: str) -> None:
+    """The official client closes at [DONE]: it has its whole answer."""
+    upstream, _, kept = pair(Asked(streamed=True))
+    client = upstream._exchange.client
+    upstream.data_received(ANSWER[:-missing])
+    client.connection_lost(None)
+    (record,) = kept.records
+    assert (record.status, record.response_tokens) == (status, 2)
+    assert upstream._transport.closed
+    assert upstream._relay.idle == []
+    assert upstream._relay.gauges.in_flight == -1  # it was never counted as arrived here
+
+
 def test_relay_recorded_paths() -> None:
     assert recorded_path("/v1/chat/completions?x=1") == "/chat/completions"
     assert recorded_path("/openai/v1/completions/") == "/completions"

@@ -92,6 +92,66 @@ def test_a_log_of_vllm(tmp_path):
     assert found["unanswered"] == [3]
 
 
+V32 = """\
+(APIServer pid=7) DEBUG 11-26 20:01:30 [entrypoints/.../utils/request_logger.py:74] Request aa JSON body: {}
+(APIServer pid=7) DEBUG 11-26 20:01:30 [entrypoints/.../utils/request_logger.py:55] Request chatcmpl-aa details: \
+prompt: "x output_token_ids: [1, 2], finish_reason: stop", prompt_token_ids: [1, 9690, 198], prompt_embeds shape: None.
+(APIServer pid=7) INFO 11-26 20:01:30 [entrypoints/.../utils/request_logger.py:65] Received request chatcmpl-aa: \
+params: SamplingParams(n=1, ignore_eos=EOS, max_tokens=4), lora_request: None.
+(APIServer pid=7) INFO 11-26 20:01:30 [v1/engine/async_llm.py:578] Added request chatcmpl-aa-8829c8a7.
+"""
+DELTA = """\
+(APIServer pid=7) DEBUG 11-26 20:01:31 [entrypoints/.../utils/request_logger.py:101] Generated response chatcmpl-aa \
+(streaming delta) details: output_token_ids: [38174]
+(APIServer pid=7) INFO 11-26 20:01:31 [entrypoints/.../utils/request_logger.py:108] Generated response chatcmpl-aa \
+(streaming delta): output: ', output_token_ids: [3, 4]', finish_reason: None
+"""
+COMPLETE = """\
+(APIServer pid=7) DEBUG 11-26 20:01:33 [entrypoints/.../utils/request_logger.py:101] Generated response chatcmpl-aa \
+(streaming complete) details: output_token_ids: None
+(APIServer pid=7) INFO 11-26 20:01:33 [entrypoints/.../utils/request_logger.py:108] Generated response chatcmpl-aa \
+(streaming complete): output: 'said', finish_reason: streaming_complete
+"""
+WHOLE = """\
+(APIServer pid=7) DEBUG 11-26 20:01:32 [entrypoints/.../utils/request_logger.py:101] Generated response chatcmpl-aa \
+details: output_token_ids: [34108, 27880, 10465]
+(APIServer pid=7) INFO 11-26 20:01:32 [entrypoints/.../utils/request_logger.py:108] Generated response chatcmpl-aa: \
+output: 'said, output_token_ids: [3]', finish_reason: stop
+"""
+ABORTED = """\
+(APIServer pid=7) INFO 11-26 20:01:34 [v1/engine/async_llm.py:922] Aborted request(s) chatcmpl-aa-8829c8a7.
+(APIServer pid=7) INFO 11-26 20:01:34 [v1/engine/async_llm.py:783] Request chatcmpl-aa aborted.
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "eos", "response", "elapsed"),
+    [
+        (WHOLE, "False", 3, 2),
+        (3 * DELTA + COMPLETE, "False", 3, 3),
+        (3 * DELTA + COMPLETE, "True", 4, 3),  # a delta without text is not logged
+        (2 * DELTA + ABORTED, "True", 2, 4),
+        ("\n".join(line for line in (2 * DELTA).split("\n") if "DEBUG" not in line) + COMPLETE, "False", 2, 3),
+    ],
+)
+def test_a_log_of_vllm_0_32(tmp_path, said, eos, response, elapsed):
+    """As a running server wrote it, but for names and texts."""
+    table = read_trace(_file(tmp_path, "a.log", V32.replace("EOS", eos) + said)).table
+    assert table["request_tokens"].to_list() == [3]
+    assert table["response_tokens"].to_list() == [response]
+    assert table["failed"].to_list() == [False]
+    assert table["elapsed"].to_list() == [elapsed]
+
+
+def test_completions_that_vllm_logs_no_answer_of_have_not_failed(tmp_path):
+    forced, free = (V32.replace("chatcmpl-aa", f"cmpl-{k}-0") for k in "bc")
+    lines = V32.replace("EOS", "False") + WHOLE + forced.replace("EOS", "True") + free.replace("EOS", "False")
+    table = read_trace(_file(tmp_path, "a.log", lines)).table
+    assert table["response_tokens"].to_list() == [3, 4]  # how long the third answer was, nobody knows
+    assert table["elapsed"].to_list() == [2, None]
+    assert table["failed"].to_list() == [False, False]
+
+
 def test_streams_whose_tokens_only_the_end_tells(tmp_path):
     complete = answer("chatcmpl-a", "None", how=" (streaming complete)", text="<streaming_complete: 17 tokens>")
     trace = read_trace(_file(tmp_path, "a.log", f"{new('chatcmpl-a', 4)}\n{complete}"))
@@ -333,6 +393,27 @@ VLLM = {
     "gen_ai__usage__completion_tokens": 11,
     "gen_ai__latency__time_to_first_token": 0.25,
 }
+
+
+def test_spans_as_the_sdk_writes_them(tmp_path):
+    """One export a line, from a run of opentelemetry-sdk 1.45 with its OTLP JSON file exporter."""
+    common = '"flags":256,"kind":3,"startTimeUnixNano":"1795724464805859743",'
+    lines = (
+        '{"traceId":"b4","spanId":"2f","parentSpanId":"5e",%s"name":"chat tiny","endTimeUnixNano":'
+        '"1795724464920261842","attributes":[{"key":"gen_ai.operation.name","value":{"stringValue":"chat"}},{"key":"server.port","value":'
+        '{"intValue":"8457"}},{"key":"gen_ai.response.finish_reasons","value":{"arrayValue":{"values":[{"stringValue":'
+        '"length"}]}}},{"key":"gen_ai.usage.input_tokens","value":{"intValue":"31"}},{"key":"gen_ai.usage.output_tokens",'
+        '"value":{"intValue":"5"}}],"status":{}}',
+        '{"traceId":"b4","spanId":"5e",%s"name":"handle","endTimeUnixNano":"1795724464930000000","status":{}}',
+        '{"traceId":"8e","spanId":"5a",%s"name":"chat none","endTimeUnixNano":"1795724465664758124","attributes":[{'
+        '"key":"gen_ai.operation.name","value":{"stringValue":"chat"}},{"key":"error.type","value":{"stringValue":'
+        '"NotFoundError"}}],"status":{"message":"Error code: 404","code":2}}',
+    )
+    whole = '{"resourceSpans":[{"resource":{"attributes":[]},"scopeSpans":[{"scope":{"name":"x"},"spans":[%s]}]}]}\n'
+    text = "".join(whole % (line % common) for line in lines)
+    table = read_trace(_file(tmp_path, "spans.jsonl", text)).table
+    assert table.select("request_tokens", "response_tokens", "failed").rows() == [(31, 5, False), (0, 0, True)]
+    assert table["elapsed"][0] == pytest.approx(0.114402099)
 
 
 @pytest.mark.parametrize("indent", [None, 2])

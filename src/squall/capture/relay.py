@@ -218,7 +218,7 @@ class Exchange:
         self.done = True
         ended = monotonic_ns()
         upstream, self.upstream = self.upstream, None
-        if upstream is not None and status != "ok":
+        if upstream is not None:
             upstream.drop()
             if self.reply is not None:
                 self.reply.close(ended)
@@ -474,7 +474,11 @@ class Client(asyncio.Protocol):
         self._lost = True
         self._relay.clients.discard(self)
         exchange, self._exchange = self._exchange, None
-        if exchange is not None:
+        if exchange is not None and exchange.reply is not None and exchange.reply.done is not None:
+            # It has all of its answer and did not wait for the end of the HTTP message, as the official client.
+            outcome = judge("complete", exchange.http_status, exchange.reply)
+            exchange.finish(outcome.status, outcome.reason)
+        elif exchange is not None:
             exchange.finish("cancelled", "client")
         self._queue.clear()
         del self._parser

@@ -101,7 +101,8 @@ class Request:
     @property
     def flushed(self) -> bool:
         """Whether the system has taken all that was written: `fileno` may then be written to directly."""
-        return not self.over and self._connection.transport.get_write_buffer_size() == 0
+        transport = self._connection.transport
+        return not self.over and not transport.is_closing() and transport.get_write_buffer_size() == 0
 
     @property
     def fileno(self) -> int:

@@ -4,13 +4,16 @@
     since 0.10.2    INFO … Received request ID: params: SamplingParams(…), lora_request: None.
                     DEBUG … Request ID details: prompt: '…', prompt_token_ids: […], …    (VLLM_LOGGING_LEVEL=DEBUG)
     since 0.10.0    INFO … Generated response ID[ (streaming delta|complete)]: output: '…', output_token_ids: […], …
-    to 0.9          INFO … Finished request ID.  and at all times  Aborted request(s) ID
+    0.32            the ids in a line before it: DEBUG … Generated response ID[ (…)] details: output_token_ids: […]
+    to 0.9          INFO … Finished request ID.  and at all times  Aborted request(s) ID, of late with 8 more hex digits
 
 Lines begin `INFO 11-26 15:50:38 [logger.py:43] `, in some versions after `(APIServer pid=1) ` or colours: whole seconds
 without a year, unless something in front gives the time (`docker logs -t`, `kubectl logs --timestamps`). A stream's
-tokens are those of its deltas (`--enable-log-deltas`), or the number in `<streaming_complete: N tokens>`; where nothing
-tells them, `ignore_eos=True` makes `max_tokens` the length. uvicorn's access lines in between (`INFO:     1.2.3.4:5 -
-"POST /v1/…" 200 OK`) have neither time nor lengths nor the request's ID, so nothing is read from them.
+tokens are those of its deltas (`--enable-log-deltas`; one each where their ids are not logged), or the number in
+`<streaming_complete: N tokens>`; where nothing tells them, and for streams that came to their end (a delta without text
+is not logged), `ignore_eos=True` makes `max_tokens` the length. Some versions log no answer of the completions API.
+uvicorn's access lines in between (`INFO:     1.2.3.4:5 - "POST /v1/…" 200 OK`) have neither time nor lengths nor the
+request's ID, so nothing is read from them.
 """
 
 import ast
@@ -35,7 +38,9 @@ _MAX_TOKENS = re.compile(rb"[( ]max_tokens=(\d+)")
 _COMPLETE = re.compile(rb"output: '<streaming_complete: (\d+) tokens>'")
 _PROMPT = re.compile(rb": prompt: (.*?), (?:prefix_pos|params|sampling_params|prompt_token_ids): ", re.DOTALL)
 _LIST = re.compile(rb"(?:array\('\w', )?\[")
+_INTERNAL = re.compile(r"-[0-9a-f]{8}$")
 _PART = re.compile(r"-\d+$")
+_AFTER_IDS = re.compile(rb"\]\)?(?:, finish_reason: |$)")
 _DAYS = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 _YEAR = 365 * 86400
 
@@ -48,20 +53,27 @@ class _Request(msgspec.Struct):
     """What `max_tokens` says, if the response was made to be so long."""
     response: int | None = None
     deltas: int = 0
+    pieces: int = 0
+    """Deltas without their ids."""
     first: int | None = None
     end: int | None = None
+    streamed: bool = False
+    """To the end."""
     aborted: bool = False
 
 
 def parse_vllm(data: bytes) -> Parsed:
     """The requests of a vLLM log; row n is the n-th request in it."""
     requests: dict[str, _Request] = {}
-    found, clock, answers, cut = Found(), _Clock(), False, 0
+    found, clock, answered, cut = Found(), _Clock(), set[bool](), 0
     for moment, kind, name, rest in _messages(data, clock):
+        if kind == b"Request" and not rest.startswith(b" details:"):
+            continue
         asked = kind in (b"Received request", b"Request")
         if asked and name not in requests:
             requests[name] = _Request(len(requests) + 1, moment)
-        it = requests.get(name) or requests.get(f"{name}-0") or requests.get(_PART.sub("", name))
+        names = (name, f"{name}-0", _PART.sub("", name), _INTERNAL.sub("", name))
+        it = next((requests[known] for known in names if known in requests), None)
         if it is None:  # it came before the log begins
             continue
         if asked:
@@ -70,7 +82,7 @@ def parse_vllm(data: bytes) -> Parsed:
             cut += prompt is not None and prompt == _characters(rest)
             it.prompt = it.prompt if prompt is None else prompt
         elif kind == b"Generated response":
-            answers = True
+            answered.add(_completions(name))
             _answer(it, rest, moment)
         else:
             it.aborted = kind.startswith(b"Aborted")
@@ -84,8 +96,12 @@ def parse_vllm(data: bytes) -> Parsed:
         raise InputError(
             f"{cut:,} of its prompts are cut by --max-log-len, so their lengths are unknown; leave that flag out"
         )
-    _refuse_what_tells_no_lengths(requests, answers)
-    kept = [one for each in requests.values() if (one := _logged(each, answers, found)) is not None]
+    _refuse_what_tells_no_lengths(requests, bool(answered))
+    kept = [
+        one
+        for name, each in requests.items()
+        if (one := _logged(each, _completions(name) in answered, found)) is not None
+    ]
     notes = [] if clock.dated else ["the log has no year: the day of the week is unknown"]
     meta: dict[str, Any] = {} if clock.stamped else {"tick": 1.0}
     result = parsed(kept, found, notes, **meta)
@@ -144,12 +160,18 @@ def _exact(rest: bytes) -> int | None:
     return int(most[1]) if most and b"ignore_eos=True" in params else None
 
 
-def _ids(rest: bytes, label: bytes) -> int | None:
-    """How many ids stand in the list after the last `label`; the texts in front of it may say anything."""
+def _ids(rest: bytes, label: bytes, after: re.Pattern[bytes] | None = None) -> int | None:
+    """How many ids stand in the list after the last `label`; the texts in front of it may say anything.
+
+    None if no list is there, or what follows it is not `after`: then it is part of a text.
+    """
     begin = rest.rfind(label) + len(label)
     if begin < len(label) or not (opened := _LIST.match(rest, begin)):
         return None
-    ids = rest[opened.end() : rest.find(b"]", begin)]
+    end = rest.find(b"]", begin)
+    if after is not None and not after.match(rest, end):
+        return None
+    ids = rest[opened.end() : end]
     return ids.count(b",") + 1 if ids.strip() else 0
 
 
@@ -164,15 +186,23 @@ def _characters(rest: bytes) -> int | None:
         return None
 
 
+def _completions(name: str) -> bool:
+    """Whether it is a request of the completions API, by its ID."""
+    return name.startswith("cmpl-")
+
+
 def _answer(it: _Request, rest: bytes, moment: int) -> None:
-    tokens = _ids(rest, b"output_token_ids: ")
+    tokens = _ids(rest, b"output_token_ids: ", _AFTER_IDS)
     if rest.startswith(b" (streaming delta)"):
         it.deltas += tokens or 0
+        it.pieces += tokens is None
         it.first = moment if it.first is None else it.first
         it.end = moment
         return
     complete = _COMPLETE.search(rest)
-    it.response = int(complete[1]) if complete else tokens
+    it.streamed = it.streamed or rest.startswith(b" (streaming complete)")
+    if complete is not None or tokens is not None:
+        it.response = int(complete[1]) if complete else tokens
     it.end = moment
 
 
@@ -190,7 +220,9 @@ def _refuse_what_tells_no_lengths(requests: dict[str, _Request], answers: bool) 
 
 
 def _logged(it: _Request, answers: bool, found: Found) -> Logged | None:
-    response = it.response if it.response is not None else it.deltas or None
+    response = it.response if it.response is not None else it.deltas or it.pieces or None
+    if it.streamed and it.response is None and not it.aborted:
+        response = it.exact or response
     if response is None and not it.aborted and (it.end is not None or not answers):
         response = it.exact
     unanswered = it.end is None and answers
