@@ -120,7 +120,7 @@ def test_backoff_grows_and_jitter_spreads_it():
     waits = (table["scheduled"] - table["ended"].shift()).filter(table["attempt"] > 1).to_numpy().reshape(8, 2)
     assert np.all((waits[:, 0] > 0.049) & (waits[:, 0] < 0.2))
     assert np.all((waits[:, 1] > 0.099) & (waits[:, 1] < 0.4))
-    assert len(np.unique(waits.round(4))) == 16
+    assert np.all(np.ptp(waits, axis=0) > (0.015, 0.03))  # of 0.1 and 0.2: eight draws lie closer once in 80,000
 
 
 def test_retries_keep_to_their_budget():

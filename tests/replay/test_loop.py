@@ -1,5 +1,6 @@
 """The sender's event loop, and what a connection makes of chunks: order, times, closed sockets, odd framing."""
 
+import select
 import socket
 import time
 
@@ -12,8 +13,10 @@ from squall.replay.connection import whole_chunks
 from squall.replay.loop import READ, WRITE, Loop
 
 
-@pytest.fixture
-def loop():
+@pytest.fixture(params=["epoll", "poll"])
+def loop(request, monkeypatch):
+    if request.param == "poll":
+        monkeypatch.delattr(select, "epoll", raising=False)
     loop = Loop()
     yield loop
     loop.close()

@@ -173,6 +173,8 @@ class Connection:
         self._pool, self._loop = pool, pool.loop
         self._first, self._spare = first, first is None
         self._socket = opened
+        self._recv = opened.recv
+        self._tls = False
         self._waiting: select.poll
         self._parser: Any = None
         self._exchange: Exchange | None = None
@@ -226,6 +228,7 @@ class Connection:
         except (OSError, ValueError) as error:
             self._fail(error)
             return
+        self._recv, self._tls = wrapped.recv, True
         self._not_yet = (*self._not_yet, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
         def shake_hands() -> None:
@@ -333,7 +336,7 @@ class Connection:
     def readable(self) -> None:
         """There is something to read, or the other side is gone."""
         try:
-            data = self._socket.recv(AT_ONCE)
+            data = self._recv(AT_ONCE)
         except self._not_yet:
             return
         except OSError as error:
@@ -354,7 +357,7 @@ class Connection:
         else:
             self._feed(exchange, data, at)
             self._defer(data)
-        if self._pool.tls is not None and not self._lost and self._socket.pending():  # type: ignore[attr-defined]
+        if self._tls and not self._lost and self._socket.pending():  # type: ignore[attr-defined]
             self.readable()  # bytes that were decrypted with these; the socket will not tell of them
 
     def look(self, since: int) -> None:

@@ -1,7 +1,7 @@
 """The event loop of a sending process: files that are ready, times that have come, and work for afterwards.
 
-asyncio's transports, and uvloop's too, cost more per read of a streamed answer than the read itself. A sender has
-thousands of sockets and hardly anything else, so that a loop over what the system says is ready is all that it needs.
+A sender has thousands of sockets and hardly anything else: a loop over what the system says is ready is all that it
+needs, without tasks, transports or buffers between the socket and the time stamp, for TLS as well.
 It has those methods of an asyncio loop that an `Alarm` calls.
 """
 
@@ -97,17 +97,20 @@ class Loop:
         limit = None if within is None else self.call_later(within, self.stop)
         ready, files, soon, timers = self._ready, self._files, self._soon, self._timers
         self._running = True
+        now = monotonic_ns()
         while self._running:
             wait: float | None = None
             if soon:
                 wait = 0
             elif timers:
-                wait = max(0.0, (timers[0].at - monotonic_ns()) / 1e9)
+                left = timers[0].at - now
+                wait = left / 1e9 if left > 0 else 0
             for file, _ in ready(wait, AT_ONCE):
                 call = files.get(file)
                 if call is not None:
                     call()
-            if timers and timers[0].at <= monotonic_ns():
+            now = monotonic_ns()
+            if timers and timers[0].at <= now:
                 self._ring()
             for _ in range(len(soon)):
                 later, args = soon.popleft()
