@@ -28,7 +28,6 @@ from squall.workload.tally import Tally
 
 MOST_REQUESTS = 200_000_000
 """A draw into memory is refused above this; into a file there is no limit."""
-_FEW = 8  # classes whose next requests are compared one by one
 MOST_WINDOWS = 20_000_000
 """A draw over more windows than this is refused: its path would not fit into memory."""
 PIECE = 1 << 18
@@ -214,7 +213,7 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
     classes = [_class(one, draw, factor * shares[index], index) for index, one in enumerate(draw.model.classes)]
     left = draw.requests
     seen = 0
-    pieces = _merged(classes)
+    pieces = _merged(classes, any(one.conversations for one in draw.model.classes))
     if draw.edits.texts:
         pieces = draw.edits.rows(pieces, draw.span, draw.seed)
     for piece in _portions(pieces, portion):
@@ -232,18 +231,18 @@ def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
 
 
 Columns = dict[str, np.ndarray]
-"""Requests sorted by arrival. Beside the names of SCHEMA: `of`, the class's number; `session` is -1 where there is
-none, and left out where the model has none."""
+"""Requests sorted by arrival. Beside the names of SCHEMA: `of`, the class's number, where there are several. `session`
+is -1 where there is none, and may be left out."""
 _Pieces = Iterator[tuple[Columns, float]]
 """Requests, and the time (s) until which there are no others."""
 
 
-def _merged(classes: list[_Pieces]) -> Iterator[Columns]:
-    """The requests of all classes by arrival; at one time, in the order of the classes."""
+def _merged(classes: list[_Pieces], sessions: bool) -> Iterator[Columns]:
+    """The requests of all classes by arrival; at one time, in the order of the classes. `sessions`: some have such."""
     if len(classes) == 1:
         yield from (piece for piece, _ in classes[0])
         return
-    from squall.workload.compiled.order import in_order, merged
+    from squall.workload.compiled.order import places
 
     held: list[list[Columns]] = [[] for _ in classes]
     until = [-np.inf] * len(classes)
@@ -254,19 +253,26 @@ def _merged(classes: list[_Pieces]) -> Iterator[Columns]:
                 piece, until[index] = next(pieces, (None, np.inf))
                 held[index] += [piece] if piece is not None else []
         reached = min(until)
-        ready = []
+        ready: dict[int, Columns] = {}
         for index, some in enumerate(held):
             if not some:
                 continue
             piece = _joined(some)
             first = np.searchsorted(piece["arrival"], reached) if reached < np.inf else piece["arrival"].size
-            ready.append({name: column[:first] for name, column in piece.items()})
+            ready[index] = {name: column[:first] for name, column in piece.items()}
             held[index] = [{name: column[first:] for name, column in piece.items()}]
-        together = _joined(ready)
-        begins = np.cumsum([0, *(piece["arrival"].size for piece in ready)])
-        few = len(ready) <= _FEW
-        order = merged(together["arrival"], begins) if few else in_order(together["arrival"])
-        yield {name: column[order] for name, column in together.items()}
+        begins = np.cumsum([0, *(piece["arrival"].size for piece in ready.values())])
+        place = places(np.concatenate([piece["arrival"] for piece in ready.values()]), begins)
+        together = {"of": np.empty(place.size, np.uint8 if len(classes) < 256 else np.uint32)}
+        if sessions:
+            together |= {"session": np.full(place.size, -1), "turn": np.zeros(place.size, np.int32)}
+        for (index, piece), where in zip(ready.items(), np.split(place, begins[1:-1]), strict=True):
+            together["of"][where] = index
+            for name, column in piece.items():
+                if name not in together:
+                    together[name] = np.empty(place.size, column.dtype)
+                together[name][where] = column
+        yield together
 
 
 def _joined(pieces: list[Columns]) -> Columns:
@@ -320,17 +326,7 @@ def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
             request[failed] = np.rint(one.failures.request.at(failing.random(int(failed.sum()))))
             response[failed] = 0
         columns |= {"request_tokens": request, "response_tokens": response, "failed": failed}
-        yield _of(columns, index, draw.model), float(piece.edges[-1])
-
-
-def _of(columns: Columns, index: int, model: Workload) -> Columns:
-    """The columns with those that the model's other classes have."""
-    size = columns["arrival"].size
-    if len(model.classes) > 1:
-        columns["of"] = np.full(size, index, np.uint8 if len(model.classes) < 256 else np.uint32)
-    if "session" not in columns and any(one.conversations for one in model.classes):
-        columns |= {"session": np.full(size, -1), "turn": np.zeros(size, np.int32)}
-    return columns
+        yield columns, float(piece.edges[-1])
 
 
 def _expected(one: ClassModel, begin: float, end: float, seed: int) -> float:
@@ -360,7 +356,7 @@ def _whole_stretches(one: ClassModel, draw: Draw, factor: float, index: int) -> 
             sessions = int(columns["session"].max(initial=-1)) + 1
             columns["session"] = (columns["session"] + before) * len(draw.model.classes) + index
             before += sessions
-        yield _of(columns, index, draw.model), last - draw.begin
+        yield columns, last - draw.begin
 
 
 def _complete(known: Columns, model: Workload) -> pl.DataFrame:

@@ -6,6 +6,7 @@ from squall.jit import njit
 
 _BITS = 11  # of a digit: counters that fit into the first cache
 _MOST = np.float64(2**32 - 1)
+_FEW = 8  # runs
 
 
 @njit(cache=True)
@@ -63,19 +64,27 @@ def in_order(values: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def merged(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """As `in_order`, for a few sorted runs one after another: run k is from first[k] to first[k + 1]."""
-    order = np.empty(values.size, np.int32)
-    at = first[:-1].copy()
-    runs = at.size
-    for i in range(values.size):
-        best, least = -1, np.inf
-        for k in range(runs):
-            if at[k] < first[k + 1] and (best < 0 or values[at[k]] < least):
-                best, least = k, values[at[k]]
-        order[i] = at[best]
-        at[best] += 1
-    return order
+def places(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Where each value stands in the stable order of sorted runs one after another; run k begins at first[k].
+
+    Few runs are compared one by one.
+    """
+    place = np.empty(values.size, np.intp)
+    runs = first.size - 1
+    if runs > _FEW:
+        order = in_order(values)
+        for i in range(values.size):
+            place[order[i]] = i
+    else:
+        at = first[:-1].copy()
+        for i in range(values.size):
+            best, least = -1, np.inf
+            for k in range(runs):
+                if at[k] < first[k + 1] and (best < 0 or values[at[k]] < least):
+                    best, least = k, values[at[k]]
+            place[at[best]] = i
+            at[best] += 1
+    return place
 
 
 @njit(cache=True)
