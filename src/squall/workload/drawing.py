@@ -7,6 +7,7 @@ the model and the seed alone, so the rows do not depend on the size of the porti
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path as File
 
 import numpy as np
@@ -17,7 +18,7 @@ from squall.seeds import DEFAULT_SEED, stream
 from squall.trace import SCHEMA, Trace, TraceMeta, write_trace
 from squall.trace.files import PORTION, write_frames
 from squall.units import Duration, in_words, seconds
-from squall.workload.concurrency import DAY, Daily, Floods, Renewal
+from squall.workload.concurrency import DAY, Daily, Floods, Path, Renewal
 from squall.workload.conversations import Seating
 from squall.workload.edits import Edits, parse_edits
 from squall.workload.episodes import Episodes
@@ -60,14 +61,30 @@ class Draw:
             )
         return self.rate * self.span / expected
 
-    @property
+    @cached_property
     def expected(self) -> float:
         """Requests that the model expects in this time, at its own rate."""
         return sum(
-            _expected(one, begin, end, self.seed) * share
-            for one, share in zip(self.model.classes, self.edits.shares(self.model), strict=True)
-            for begin, end in stretches(one, self.begin, self.span, 1.0)
+            self._expected(index, one) * share
+            for index, (one, share) in enumerate(zip(self.model.classes, self.edits.shares(self.model), strict=True))
         )
+
+    def _expected(self, index: int, one: ClassModel) -> float:
+        if index in self.paths:
+            return self.paths[index].expected
+        if isinstance(one.arrivals, Episodes):  # a path of it has every request in it
+            return one.arrivals.expected(self.begin, self.begin + self.span, self.seed)
+        parts = stretches(one, self.begin, self.span, 1.0)
+        return sum(one.arrivals.path(begin, end, self.seed).expected for begin, end in parts)
+
+    @cached_property
+    def paths(self) -> dict[int, Path]:
+        """The whole paths of those classes that have one, by their numbers, at the model's own rate."""
+        return {
+            index: one.arrivals.path(self.begin, self.begin + self.span, self.seed)
+            for index, one in enumerate(self.model.classes)
+            if isinstance(one.arrivals, Renewal | Daily | Floods)
+        }
 
 
 def generate(
@@ -310,7 +327,7 @@ def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
     striking = Striking(one.failures, failing := stream(seed, "failures", index))
     responses = stream(seed, "responses", index)
     failing = failing.spawn(1)[0]
-    path = draw.edits.path(one.arrivals.path(draw.begin, draw.begin + draw.span, seed).scaled(factor))
+    path = draw.edits.path(draw.paths[index].scaled(factor))
     for piece in parts(path, PIECE):
         arrival = process.along(piece)
         columns, u = {"arrival": arrival}, None
@@ -327,12 +344,6 @@ def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
             response[failed] = 0
         columns |= {"request_tokens": request, "response_tokens": response, "failed": failed}
         yield columns, float(piece.edges[-1])
-
-
-def _expected(one: ClassModel, begin: float, end: float, seed: int) -> float:
-    if isinstance(one.arrivals, Episodes):  # its path has every request in it
-        return one.arrivals.expected(begin, end, seed)
-    return one.arrivals.path(begin, end, seed).expected
 
 
 def stretches(one: ClassModel, begin: float, span: float, factor: float) -> Iterator[tuple[float, float]]:
