@@ -178,7 +178,7 @@ def dispersion_curves(arrivals: Mapping[str, np.ndarray], finest: float = 0.1) -
         # Bins finer than a tenth of the mean gap only say that requests are points.
         low = max(finest, span / times.size / 10)
         # Twice as long each time, so that the bins of one scale are made of those of the one before.
-        scales = tuple((low * 2.0 ** np.arange(np.log2(max(span / 10 / low, 0.5)) // 1 + 1)).tolist())
+        scales = tuple(low * 2.0**k for k in range(int(np.floor(np.log2(max(span / 10 / low, 0.5)))) + 1))
         rows += [{"name": name, "x": x, "y": y} for x, y in dispersion(times, scales) if y > 0]
     x = _axis("length of the bins", log=True, duration=True)
     return _curves(rows, arrivals, x=x, y=_axis("variance / mean", log=True), reference=(1.0, "Poisson"), points=True)
