@@ -329,7 +329,7 @@ def main() -> None:
 
 def serve(given: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
     """The cheap server, on a core of its own, and its URL."""
-    from squall.replay.machine import SERVE
+    from squall.replay.loopback import SERVE
 
     pin = ["taskset", "-c", "0"] if sys.platform == "linux" and (os.cpu_count() or 1) > 1 else []
     started = [*pin, sys.executable, "-c", SERVE, "--first", str(given.first), "--gap", str(given.gap)]

@@ -41,24 +41,32 @@ SEEDS = (
 )
 
 
+class Transport:
+    """What a connection uses of its transport; nothing is sent."""
+
+    socket, _peer = socket.socketpair()
+
+    def get_extra_info(self, name: str) -> object:
+        return SimpleNamespace(setsockopt=lambda *_: None, fileno=self.socket.fileno) if name == "socket" else None
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def is_closing(self) -> bool:
+        return False
+
+
 def read(reads: list[bytes]) -> tuple[Exchange, Reply, Outcome]:
     """What becomes of a request that is answered by these reads and then by the end of the connection."""
-    loop = SimpleNamespace(watch=lambda *_: None, discard=lambda sock: sock.close())
-    pool = SimpleNamespace(connections=set(), idle=[], loop=loop, tls=None, spares=0)
+    pool = SimpleNamespace(connections=set(), idle=[], forget=lambda connection: None)
     exchange = Exchange(0, 1, b"POST", 0, lambda exchange: None)
-    server, client = socket.socketpair()
-    client.setblocking(False)
-    connection = Connection(pool, client, exchange)
-    connection.take_over()
-    with server:
-        for data in reads:
-            if exchange.ended is None:
-                server.sendall(data)
-                connection.readable()
-        server.recv(10)  # else it would be reset
-    if exchange.ended is None:
-        connection.readable()
-    connection.abort()
+    connection = Connection(pool, exchange)
+    connection.connection_made(Transport())
+    for data in reads:
+        if exchange.ended is None:
+            connection.data_received(data)
+    connection.connection_lost(None)
     return exchange, *exchange.outcome()
 
 

@@ -16,8 +16,8 @@ from test_conversations import talk
 from test_engine import META, _start, check, in_run, statuses, trace
 
 from squall.errors import InputError, SquallError
-from squall.replay import connection, machine, replay, sender
-from squall.replay.machine import Cost, check_machine, measure_cost
+from squall.replay import connection, loopback, replay, sender
+from squall.replay.loopback import Cost, check_machine, measure_cost
 from squall.replay.resume import resumption
 from squall.replay.schedule import rows_of, schedule_of
 from squall.run.attempt import Attempt, Writer, lines_path
@@ -140,7 +140,7 @@ def _schedule(rate: float, seconds: float, response: int):
 
 
 def test_a_schedule_beyond_the_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(machine, "known_cost", lambda: Cost(request=1e-4, chunk=1e-5))
+    monkeypatch.setattr(loopback, "known_cost", lambda: Cost(request=1e-4, chunk=1e-5))
     fine = check_machine(_schedule(100, 30, 32), 1, True)
     assert fine.facts["need"] == pytest.approx(100 * (1e-4 + 32e-5), rel=0.01)
     assert fine.notes == []
@@ -153,7 +153,7 @@ def test_a_schedule_beyond_the_machine_is_refused(monkeypatch):
 
 
 def test_too_few_files_or_ports_are_told(monkeypatch):
-    monkeypatch.setattr(machine, "raise_file_limit", lambda: 256)
+    monkeypatch.setattr(loopback, "raise_file_limit", lambda: 256)
     notes = check_machine(_schedule(10, 60, 4), 1, False).notes
     assert "ulimit" in notes[0]
     assert "600 requests" in notes[0]
@@ -161,14 +161,14 @@ def test_too_few_files_or_ports_are_told(monkeypatch):
 
 def test_the_measurement_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cost = machine.known_cost()
+    cost = loopback.known_cost()
     assert 1e-6 < cost.chunk < 1e-3
     assert 1e-5 < cost.request < 1e-2
-    monkeypatch.setattr(machine, "measure_cost", lambda: pytest.fail("measured again"))
-    assert machine.known_cost() == cost
+    monkeypatch.setattr(loopback, "measure_cost", lambda: pytest.fail("measured again"))
+    assert loopback.known_cost() == cost
     (tmp_path / "squall" / "loopback.json").write_text("nonsense")
-    monkeypatch.setattr(machine, "measure_cost", lambda: Cost(request=1.0, chunk=1.0))
-    assert machine.known_cost() == Cost(request=1.0, chunk=1.0)
+    monkeypatch.setattr(loopback, "measure_cost", lambda: Cost(request=1.0, chunk=1.0))
+    assert loopback.known_cost() == Cost(request=1.0, chunk=1.0)
 
 
 # --- after the run ---------------------------------------------------------------------------------------------------
@@ -207,14 +207,15 @@ def test_sent_against_asked_sees_order_where_the_cv_does_not():
 def test_connections_notice_a_dead_peer():
     """Half-open connections end by keep-alive probes, also with every timeout off."""
     seen = []
-    made = connection.Connection.take_over
+    made = connection.Connection.connection_made
 
-    def spy(self):
-        made(self)
-        seen.append(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+    def spy(self, transport):
+        made(self, transport)
+        handle = transport.get_extra_info("socket")
+        seen.append(handle.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
 
     with pytest.MonkeyPatch.context() as patch, Mock() as mock:
-        patch.setattr(connection.Connection, "take_over", spy)
+        patch.setattr(connection.Connection, "connection_made", spy)
         replay(trace(2), url=mock.url)
     assert seen
     assert all(seen)
@@ -254,7 +255,7 @@ def test_a_worker_imports_no_tables():
 
 
 MILLION = """
-import os, time
+import asyncio, os, time
 from pathlib import Path
 import numpy as np
 import squall.replay.workers
@@ -270,11 +271,14 @@ plan = Plan(target=target, dialect=dialect, salt="run", seed=0, fresh=b"", journ
 lengths = np.full(n, 200, np.int32)
 rows = Schedule(np.arange(n, dtype=np.int32), np.arange(n) * 1_000_000, lengths, lengths)
 
-prepare(plan)
-sender = Sender(plan, rows, time.monotonic_ns() + 10**10, watch=lambda counts: 2)
-for times in vars(sender._stages).values():
-    times.frombytes(bytes(4 * n))  # as after a million requests
-sender.run()
+async def main():
+    prepare(plan)
+    sender = Sender(plan, rows, time.monotonic_ns() + 10**10, watch=lambda counts: 2)
+    for times in vars(sender._stages).values():
+        times.frombytes(bytes(4 * n))  # as after a million requests
+    await sender.run()
+
+asyncio.run(main())
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
@@ -289,7 +293,7 @@ def test_a_worker_with_a_million_requests_stays_small(tmp_path):
 def test_a_request_costs_little():
     """Of 32 chunks, start and end of the run included, on a machine that may be half as fast as the slowest seen."""
     count = 600
-    serve = [sys.executable, "-c", machine.SERVE]
+    serve = [sys.executable, "-c", loopback.SERVE]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"

@@ -1,5 +1,6 @@
 """The verb: from a trace and a URL to a Run, through the questions before, one or more senders, and the journal."""
 
+import asyncio
 import os
 import platform
 import shutil
@@ -17,11 +18,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import polars as pl
+import uvloop
 
 from squall import __version__
 from squall.errors import InputError, SquallError
 from squall.progress import line, note
-from squall.replay.machine import check_machine, raise_file_limit
+from squall.replay.loopback import check_machine, raise_file_limit
 from squall.replay.prompt import Api, Salt
 from squall.replay.resume import resumption
 from squall.replay.schedule import (
@@ -163,8 +165,8 @@ def replay(
     counter = None if tokenizer is None else load_tokenizer(tokenizer)
     limit = check_machine(schedule, workers, self_check)
 
-    def ask() -> Found:
-        return Preflight(target, connect, waited["timeout"], seed).find(
+    async def ask() -> Found:
+        return await Preflight(target, connect, waited["timeout"], seed).find(
             model=model,
             api=api,
             words_only=history == "live",
@@ -178,7 +180,7 @@ def replay(
 
     watch = Watch(view=view, endpoint=endpoint)
     try:
-        found = ask()
+        found = _run(ask)
     except BaseException:  # an interrupt too: the watching process must not outlive this one
         watch.close(0.0)
         raise
@@ -402,10 +404,13 @@ def _here(
     stops: list[int],
     since: int,
 ) -> str:
-    prepare(plan)
-    start = time.monotonic_ns() + LEAD - since
-    started(start)
-    Sender(plan, schedule, start, watch=watch).run()
+    async def send() -> None:
+        prepare(plan)
+        start = time.monotonic_ns() + LEAD - since
+        started(start)
+        await Sender(plan, schedule, start, watch=watch).run()
+
+    _run(send)
     return "interrupted" if stops[0] else "complete"
 
 
@@ -430,6 +435,23 @@ def _metrics_page(
             )
         return None, None
     return endpoint, ServerMetrics(name=name, url=endpoint.url, interval=pause)
+
+
+def _run(main: Callable[[], Any]) -> Any:
+    """Run a coroutine on a loop of its own; in a thread of its own where one runs already, as in a notebook."""
+
+    def run() -> Any:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main())
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run()
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 @contextmanager

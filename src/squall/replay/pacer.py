@@ -4,6 +4,7 @@ A late alarm sends everything that is due, in order, at once: no row is skipped 
 late send never delays the next. Loop timers are no use here: uvloop's count in milliseconds.
 """
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic_ns
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -60,25 +61,13 @@ class _Spec(ctypes.Structure):
     )
 
 
-class _Handle(Protocol):
-    def cancel(self) -> None: ...
-
-
-class _Loop(Protocol):
-    """What an alarm needs of an event loop: asyncio's or a sender's."""
-
-    def add_reader(self, file: int, call: Callable[[], Any], /) -> Any: ...
-    def remove_reader(self, file: int, /) -> Any: ...
-    def call_later(self, seconds: float, call: Callable[..., Any], /, *args: Any) -> _Handle: ...
-
-
 class Alarm:
     """Calls `ring` on the loop at an absolute monotonic time: by timerfd on Linux, elsewhere by a short spin."""
 
-    def __init__(self, loop: _Loop, ring: Callable[[], Any]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], Any]) -> None:
         self._loop, self._ring = loop, ring
         self._fd = -1
-        self._handle: _Handle | None = None
+        self._handle: asyncio.Handle | None = None
         if sys.platform == "linux":
             self._libc = ctypes.CDLL(None, use_errno=True)
             monotonic, nonblocking_and_cloexec = 1, os.O_NONBLOCK | os.O_CLOEXEC
@@ -102,9 +91,9 @@ class Alarm:
         if wait > 2_000_000:
             self._handle = self._loop.call_later((wait - 1_500_000) / 1e9, self.set, at)
         elif wait > 0:
-            self._handle = self._loop.call_later(0, self.set, at)
+            self._handle = self._loop.call_soon(self.set, at)
         else:
-            self._handle = self._loop.call_later(0, self._ring)
+            self._handle = self._loop.call_soon(self._ring)
 
     def clear(self) -> None:
         """Do not ring."""

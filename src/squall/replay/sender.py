@@ -5,6 +5,7 @@ answers, writing the journal) is done between deadlines. One process runs one `S
 each with its conversations and its own journal file.
 """
 
+import asyncio
 import gc
 import random
 import resource
@@ -16,13 +17,12 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 from time import monotonic_ns
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from squall.replay.connection import Exchange, Pool
-from squall.replay.loop import Loop
 from squall.replay.pacer import Alarm, Pacer
 from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
@@ -155,7 +155,7 @@ class Sender:
     ) -> None:
         """`watch` gets the counts ten times a second and returns how often it was asked to stop (1: drain, 2: now)."""
         self._plan, self._start, self._worker, self._watch = plan, start, worker, watch
-        self._loop = Loop()
+        self._loop = asyncio.get_running_loop()
         opens, follows = rows.turns()
         self._rows = None if opens is None else opens.data  # the pacer's number -> row
         self._follows = None if follows is None else follows.data
@@ -204,10 +204,12 @@ class Sender:
         self._drain = round(plan.drain_timeout * 1e9)
         self._last_send = start
         self._stages = _Stages()
+        self._over: asyncio.Future[None] = self._loop.create_future()
         self.counts = Counts(total=len(rows))
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Send everything, drain, write the journal. Raises OSError if the journal cannot be written."""
+        self._loop.set_exception_handler(self._failed)
         cpu, began = _cpu(), monotonic_ns()
         self._beat_at, self._beats = began, 0
         self._beat()
@@ -216,11 +218,11 @@ class Sender:
         try:
             with _collections() as longest:
                 self._ring()
-                self._loop.run()
+                await self._over
         finally:
+            self._next_beat.cancel()
             self._alarm.close()
             self._pool.close()
-            self._loop.close()
             self._journal.close()
         stages = self._stages
         client = Client(
@@ -502,7 +504,7 @@ class Sender:
         now = monotonic_ns()
         self._stages.stall.append(max(0.0, (now - self._beat_at) / 1e9))
         self._beat_at = now + BEAT
-        self._loop.call_later(BEAT / 1e9, self._beat)
+        self._next_beat = self._loop.call_later(BEAT / 1e9, self._beat)
         while self._limits and self._limits[0].at <= now:
             self._look(heappop(self._limits), now)
         self._beats += 1
@@ -582,8 +584,15 @@ class Sender:
         return self._pacer.deadline() is None and not busy
 
     def _finish(self) -> None:
-        self.counts.in_flight = 0
-        self._loop.stop()
+        if not self._over.done():
+            self.counts.in_flight = 0
+            self._over.set_result(None)
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An error in a callback (a full disk, a fault of ours) ends the run instead of hanging it."""
+        error = context.get("exception")
+        if isinstance(error, Exception) and not self._over.done():
+            self._over.set_exception(error)
 
 
 def _may_pass(exchange: Exchange, reply: Reply, outcome: Outcome, on: tuple[str, ...]) -> bool:

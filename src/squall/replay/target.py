@@ -3,6 +3,7 @@
 All of this is asked with a few one-token requests, before the run's clock starts; nothing of it is in the Run's rows.
 """
 
+import asyncio
 import base64
 import os
 import socket
@@ -18,7 +19,6 @@ from squall import __version__
 from squall.errors import InputError
 from squall.progress import printable
 from squall.replay.connection import Exchange, Pool
-from squall.replay.loop import Loop
 from squall.replay.prompt import Api, Dialect, Fit, Prompts, Text, Tokens
 from squall.replay.stream import Outcome
 from squall.replay.text import Tokenizer, most_common_words, sample_words, text_of_ids, text_of_words
@@ -241,7 +241,7 @@ class Preflight:
         """`seed` is the run's: the random text that prompts are sliced from is then made once."""
         self._target, self._seed = target, seed
         self._timeout = max(PROBE_TIMEOUT, timeout or 0)
-        self._loop = Loop()
+        self._loop = asyncio.get_running_loop()
         self._pool = Pool(
             self._loop, target.address, tls=target.context(), hostname=target.host, connect_timeout=connect_timeout
         )
@@ -250,7 +250,7 @@ class Preflight:
         self._text: Text | None = None
         self._made: dict[Tokens, Prompts] = {}
 
-    def find(
+    async def find(
         self,
         *,
         model: str | None,
@@ -272,7 +272,7 @@ class Preflight:
         """
         notes: list[str] = []
         try:
-            listed, context = self._models(model, notes)
+            listed, context = await self._models(model, notes)
             fields: tuple[str, ...] = ("stream_options", "min_tokens", "ignore_eos")
             if not ignore_eos:
                 fields = ("stream_options",)
@@ -281,30 +281,29 @@ class Preflight:
             limit = "max_output_tokens" if api == "responses" else "max_tokens"
             dialect = Dialect(api, model or listed, "words", fields=fields, extra=extra, limit=limit)
             if api == "completions" and not words_only:
-                dialect = self._ids(dialect, notes)
+                dialect = await self._ids(dialect, notes)
             if own is not None or tokenizer is not None:
-                dialect = self._cut(dialect, own, tokenizer, notes)
-            dialect, usage = self._fields(dialect, notes)
+                dialect = await self._cut(dialect, own, tokenizer, notes)
+            dialect, usage = await self._fields(dialect, notes)
             if usage is None:
                 notes.append(
                     "The server reports no usage: prompt lengths are in words, and answers are counted in chunks."
                 )
                 calibration: dict[str, Any] = {"tokens": dialect.tokens, "calibrated": False}
             else:
-                dialect, calibration = self._calibrate(dialect, typical, context)
+                dialect, calibration = await self._calibrate(dialect, typical, context)
             if self._text is not None:
                 calibration |= {"text": "own" if own is not None else "words", "counted": self._text.exact}
             if warmup and usage is not None:
-                dialect, calibration["warmup"] = self._warm(dialect, warmup)
+                dialect, calibration["warmup"] = await self._warm(dialect, warmup)
             return Found(dialect, context, calibration, notes, self._engine, self._text)
         finally:
             self._pool.close()
-            self._loop.close()
 
-    def _models(self, model: str | None, notes: list[str]) -> tuple[str | None, int | None]:
+    async def _models(self, model: str | None, notes: list[str]) -> tuple[str | None, int | None]:
         """The first model listed, and the context of the model to be used."""
         url = self._target.url
-        exchange = self._ask(self._target.question("/models"))
+        exchange = await self._ask(self._target.question("/models"))
         if exchange.ending.startswith(("refused", "timeout")) or exchange.http_status is None:
             what = exchange.message or exchange.ending
             raise InputError(
@@ -332,12 +331,12 @@ class Preflight:
         self._engine = chosen.owned_by if isinstance(chosen.owned_by, str) else None
         return chosen.id, chosen.max_model_len or (chosen.meta or {}).get("n_ctx")
 
-    def _cut(self, dialect: Dialect, own: str | None, tokenizer: Tokenizer | None, notes: list[str]) -> Dialect:
+    async def _cut(self, dialect: Dialect, own: str | None, tokenizer: Tokenizer | None, notes: list[str]) -> Dialect:
         """Cut the user's text, or the words that are there anyway, into pieces whose tokens are known."""
         text = sample_words() if own is None else own
         ids: list[int] | None = None
         if dialect.tokens == "ids":
-            ids = tokenizer.ids(text) if tokenizer is not None else self._tokenized(dialect, text)
+            ids = tokenizer.ids(text) if tokenizer is not None else await self._tokenized(dialect, text)
             if ids:
                 self._text = text_of_ids(ids)
                 self._made.clear()
@@ -350,10 +349,10 @@ class Preflight:
         words = most_common_words(text)
         if tokenizer is not None:
             counts = tokenizer.counts(words)
-        elif self._tokenized(dialect, words[0]):
+        elif await self._tokenized(dialect, words[0]):
             counts = {}
             for word in words:
-                counts[word] = len(self._tokenized(dialect, word) or ())
+                counts[word] = len(await self._tokenized(dialect, word) or ())
         else:
             notes.append(
                 "Nothing here can count the text's tokens (no --tokenizer, no /tokenize): lengths are fitted to the "
@@ -363,14 +362,14 @@ class Preflight:
         self._made.clear()
         return dialect
 
-    def _tokenized(self, dialect: Dialect, text: str) -> list[int] | None:
+    async def _tokenized(self, dialect: Dialect, text: str) -> list[int] | None:
         """The ids of `text` by the server's own tokenizer; None if it offers none."""
         ids: list[int] = []
         for start in range(0, len(text), TOKENIZE_AT_ONCE):
             piece = text[start : start + TOKENIZE_AT_ONCE]
             asked = {"prompt": piece, "content": piece, "inputs": piece, "add_special_tokens": False}
             body = msgspec.json.encode(asked if dialect.model is None else asked | {"model": dialect.model})
-            exchange = self._ask(self._target.request("/tokenize", body, self._target.base.removesuffix("/v1")))
+            exchange = await self._ask(self._target.request("/tokenize", body, self._target.base.removesuffix("/v1")))
             if exchange.http_status != 200:
                 return None
             try:
@@ -380,11 +379,11 @@ class Preflight:
             ids += found.tokens if isinstance(found, _Tokens) else [token.id for token in found]
         return ids
 
-    def _ids(self, dialect: Dialect, notes: list[str]) -> Dialect:
+    async def _ids(self, dialect: Dialect, notes: list[str]) -> Dialect:
         """Token ids where the server takes them and counts them as they are, words elsewhere."""
         by_ids = replace(dialect, tokens="ids")
         length = PROBE_WORDS[0]
-        _, outcome = self._probe(replace(by_ids, fields=()), length, 1)
+        _, outcome = await self._probe(replace(by_ids, fields=()), length, 1)
         if outcome.status == "ok":
             return by_ids
         notes.append(
@@ -392,10 +391,10 @@ class Preflight:
         )
         return dialect
 
-    def _fields(self, dialect: Dialect, notes: list[str]) -> tuple[Dialect, int | None]:
+    async def _fields(self, dialect: Dialect, notes: list[str]) -> tuple[Dialect, int | None]:
         """The dialect without the optional fields that the server refuses, and the prompt tokens that it reported."""
         while True:
-            exchange, outcome = self._probe(dialect, PROBE_WORDS[0], 1)
+            exchange, outcome = await self._probe(dialect, PROBE_WORDS[0], 1)
             if outcome.status == "ok" and exchange.reply is not None:
                 return dialect, exchange.reply.prompt_tokens
             self._check_key(exchange)
@@ -419,11 +418,11 @@ class Preflight:
             dialect = replace(dialect, fields=tuple(name for name in dialect.fields if name != left_out))
             notes.append(f"The server refuses {left_out}; it is left out.")
 
-    def _calibrate(self, dialect: Dialect, typical: int, context: int | None) -> tuple[Dialect, dict[str, Any]]:
+    async def _calibrate(self, dialect: Dialect, typical: int, context: int | None) -> tuple[Dialect, dict[str, Any]]:
         """Fit tokens = overhead + slope × words, and check it on a request of a length that the run will ask for."""
         words, tokens = [], []
         for count in PROBE_WORDS:
-            exchange, _ = self._probe(dialect, count, 1)
+            exchange, _ = await self._probe(dialect, count, 1)
             if exchange.reply is not None and exchange.reply.prompt_tokens is not None:
                 words.append(count)
                 tokens.append(exchange.reply.prompt_tokens)
@@ -434,7 +433,7 @@ class Preflight:
             return dialect, {"tokens": dialect.tokens, "calibrated": False}
         dialect = replace(dialect, fit=fit)
         asked = min(max(typical, 1), (context or 4096) // 2)
-        exchange, _ = self._probe(dialect, fit.words(asked), 1)
+        exchange, _ = await self._probe(dialect, fit.words(asked), 1)
         measured = exchange.reply.prompt_tokens if exchange.reply is not None else None
         if measured is not None and measured != fit.tokens(fit.words(asked)):
             dialect = replace(dialect, fit=Fit.through([*words, fit.words(asked)], [*tokens, measured]))
@@ -446,70 +445,56 @@ class Preflight:
             "check": {"asked": asked, "measured": measured},
         }
 
-    def _warm(self, dialect: Dialect, lengths: list[tuple[int, int]]) -> tuple[Dialect, dict[str, int]]:
+    async def _warm(self, dialect: Dialect, lengths: list[tuple[int, int]]) -> tuple[Dialect, dict[str, int]]:
         """Send requests of these lengths, a few at once; if they show that prompts have another length, fit anew."""
-        asked = [dialect.fit.words(prompt) for prompt, _ in lengths]
-        answered = self._ask_all(
-            [self._payload(dialect, words, response) for words, (_, response) in zip(asked, lengths, strict=True)]
-        )
-        failed = sum(exchange.outcome()[1].status != "ok" for exchange in answered)
-        points = [
-            (words, exchange.reply.prompt_tokens)
-            for words, exchange in zip(asked, answered, strict=True)
-            if exchange.reply is not None and exchange.reply.prompt_tokens is not None
-        ]
+        turn = asyncio.Semaphore(WARM_AT_ONCE)
+        points: list[tuple[int, int]] = []
+        failed = 0
+
+        async def one(prompt: int, response: int) -> None:
+            nonlocal failed
+            async with turn:
+                words = dialect.fit.words(prompt)
+                exchange, outcome = await self._probe(dialect, words, response)
+                failed += outcome.status != "ok"
+                if exchange.reply is not None and exchange.reply.prompt_tokens is not None:
+                    points.append((words, exchange.reply.prompt_tokens))
+
+        await asyncio.gather(*(one(*pair) for pair in lengths))
         if any(tokens != dialect.fit.tokens(words) for words, tokens in points) and len(set(points)) > 1:
             dialect = replace(
                 dialect, fit=Fit.through([words for words, _ in points], [tokens for _, tokens in points])
             )
         return dialect, {"requests": len(lengths), "failed": failed}
 
-    def _probe(self, dialect: Dialect, words: int, response_tokens: int) -> tuple[Exchange, Outcome]:
-        exchange = self._ask(self._payload(dialect, words, response_tokens))
+    async def _probe(self, dialect: Dialect, words: int, response_tokens: int) -> tuple[Exchange, Outcome]:
+        self._number += 1
+        prompts = self._prompts(dialect.tokens)
+        text = prompts.text(self._number, words)
+        exchange = await self._ask(self._target.request(dialect.path, dialect.body(text, response_tokens)))
         _, outcome = exchange.outcome()
         said = outcome.message
         return exchange, outcome._replace(message=None if said is None else self._target.hide(said))
-
-    def _payload(self, dialect: Dialect, words: int, response_tokens: int) -> bytes:
-        self._number += 1
-        text = self._prompts(dialect.tokens).text(self._number, words)
-        return self._target.request(dialect.path, dialect.body(text, response_tokens))
 
     def _prompts(self, tokens: Tokens) -> Prompts:
         if tokens not in self._made:  # with a salt of its own for each: no prompt of the run begins like these
             self._made[tokens] = Prompts(tokens, salt="request", seed=self._seed, fresh=os.urandom(8), own=self._text)
         return self._made[tokens]
 
-    def _ask(self, payload: bytes) -> Exchange:
-        """Send and wait for the end."""
-        return self._ask_all([payload])[0]
-
-    def _ask_all(self, payloads: list[bytes]) -> list[Exchange]:
-        """Send, a few at once, and wait for all ends; once more on a fresh connection where a kept one was stale."""
-        over: dict[int, Exchange] = {}
-        left = iter(range(len(payloads)))
-
-        def send(row: int | None, attempt: int = 1) -> None:
-            if row is not None:
-                self._pool.send(Exchange(row, attempt, payloads[row], 0, end), fresh=attempt > 1)
-
-        def end(exchange: Exchange) -> None:
-            if exchange.ending == "stale_reuse" and exchange.attempt == 1:
-                send(exchange.row, 2)
-                return
-            over[exchange.row] = exchange
-            send(next(left, None))
-            self._loop.stop()
-
-        for _ in range(WARM_AT_ONCE):
-            send(next(left, None))
-        while (ended := len(over)) < len(payloads):
-            self._loop.run(within=self._timeout)
-            if len(over) == ended:
+    async def _ask(self, payload: bytes) -> Exchange:
+        """Send and wait for the end; once more on a fresh connection if a kept one was stale."""
+        for fresh in (False, True):
+            over: asyncio.Future[Exchange] = self._loop.create_future()
+            exchange = Exchange(0, 1, payload, 0, over.set_result)
+            self._pool.send(exchange, fresh=fresh)
+            await asyncio.wait([over], timeout=self._timeout)
+            if not over.done():
                 raise InputError(
                     f"--url {self._target.url}: no answer to a one-token request in {self._timeout:g} s; is it stuck?"
                 )
-        return [over[row] for row in range(len(payloads))]
+            if exchange.ending != "stale_reuse":
+                break
+        return exchange
 
     def _check_key(self, exchange: Exchange) -> None:
         if exchange.http_status in (401, 403):

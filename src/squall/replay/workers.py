@@ -3,6 +3,7 @@
 They import what a sender needs (no tables, no files of traces), so each starts quickly and stays small.
 """
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace as changed
 from typing import Any
 
-from squall.replay.machine import raise_file_limit
+import uvloop
+
+from squall.replay.loopback import raise_file_limit
 from squall.replay.schedule import Schedule
 from squall.replay.sender import LEAD, Counts, Plan, Sender, prepare
 
@@ -72,9 +75,13 @@ def _work(plan: Plan, schedule: Schedule, worker: int, parent: int, shared: Any)
         shared[own + 1 : own + 1 + _COUNTS] = list(vars(counts).values())
         return shared[1] if os.getppid() == parent else 2
 
+    async def send() -> None:
+        prepare(plan)
+        shared[own] = 1
+        while not shared[0] and os.getppid() == parent:
+            await asyncio.sleep(0.005)
+        await Sender(plan, schedule, shared[0], worker=worker, watch=watch).run()
+
     raise_file_limit()
-    prepare(plan)
-    shared[own] = 1
-    while not shared[0] and os.getppid() == parent:
-        time.sleep(0.005)
-    Sender(plan, schedule, shared[0], worker=worker, watch=watch).run()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(send())
