@@ -173,5 +173,5 @@ def test_memory_stays_below_that_of_the_file(tmp_path_factory, tmp_path, verb):
     command = [sys.executable, "-c", LIMITED, str(big), str(tmp_path / "x.parquet"), verb]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # 70 MB of text: whole, it takes 570 MB.
-    assert float(done.stdout) < 480
+    # 70 MB of text: whole, it takes 570 MB. In blocks 420 to 500, as polars' threads come to run on a busy machine.
+    assert float(done.stdout) < 530
