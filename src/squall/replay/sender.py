@@ -616,7 +616,7 @@ def _collections() -> Iterator[list[float]]:
 
     gc.freeze()
     thresholds = gc.get_threshold()
-    gc.set_threshold(20_000, 100, 1000)
+    gc.set_threshold(5_000, 100, 1000)  # each looks at so many objects, a third of a microsecond for one
     gc.callbacks.append(measure)
     try:
         yield longest
