@@ -140,7 +140,7 @@ def run_requests(
         queue,
         affinity,
         chosen.outages(limits.replicas, float(arrival[-1]), seed),
-        _kernel_seeds(seed),
+        kernel_seeds(seed),
         start,
         tokens,
         TICKS // 64,
@@ -249,7 +249,7 @@ def run_trace(
     return Run.of(_attempts(trace.table, rows, left_out, outcome, cluster), meta, _series(outcome, cluster))
 
 
-def _kernel_seeds(seed: int) -> np.ndarray:
+def kernel_seeds(seed: int) -> np.ndarray:
     """(2, 1) uint64: the kernel's streams for the router and for the clients' retry jitter."""
     return np.array(
         [[stream(seed, purpose).integers(2**64, dtype=np.uint64)] for purpose in ("router", "retry jitter")]

@@ -677,7 +677,7 @@ def _entry(sources: int) -> Any:
 _COMPILED = "blocks.py", "bundle.py", "kernel.py", "records.py", "replica.py", "waiting.py"
 
 
-def _fingerprint() -> int:
+def fingerprint() -> int:
     """Of the compiled files together: numba's cache itself looks only at the one of the function that is called."""
     from zlib import crc32
 
@@ -685,7 +685,7 @@ def _fingerprint() -> int:
     return crc32(b"".join((here / name).read_bytes() for name in _COMPILED))
 
 
-_run = _entry(_fingerprint())
+_run = _entry(fingerprint())
 
 
 def run_cluster(

@@ -23,7 +23,7 @@ from squall.simulate import kernel, records
 from squall.simulate.blocks import Pool, clear
 from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
-from squall.simulate.engine import _kernel_seeds
+from squall.simulate.engine import kernel_seeds
 from squall.simulate.kernel import end_transfer, enter, give_up, look
 from squall.simulate.policies import (
     Choices,
@@ -218,7 +218,7 @@ def _entries(sources: int) -> tuple[Any, ...]:
     return advance, ahead, cancel, begin
 
 
-_advance, _ahead, _cancel, _begin = _entries(kernel._fingerprint())
+_advance, _ahead, _cancel, _begin = _entries(kernel.fingerprint())
 
 
 class Load(NamedTuple):
@@ -286,7 +286,7 @@ class LiveCluster:
             costs,
             points,
             block_size=limits.block_size,
-            seeds=_kernel_seeds(seed),
+            seeds=kernel_seeds(seed),
             width=records.TICKS,
             heap=capacity + 64,
         )
