@@ -10,7 +10,8 @@ import socket
 import sys
 import tempfile
 from contextlib import ExitStack
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +21,19 @@ except ImportError:  # the suite does without
     atheris = None
 
 with atheris.instrument_imports(include=["squall.replay"]) if atheris and __name__ == "__main__" else ExitStack():
-    from squall.replay.connection import Connection, Exchange
-    from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
+    from squall.replay.connection import Connection
+    from squall.replay.exchange import Exchange
+    from squall.replay.sockets import Sockets, compiled
+    from squall.replay.stream import MESSAGE_LIMIT, Reply
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 STATUSES = {"ok", "http_error", "reset", "truncated"}
 SEEDS = (
     b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n',
     b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n',
+    b'data: {"choices":[{"delta":{"content":"\\"b\\\\"},"finish_reason":null}]}\n\n',
+    b'data: {"choices":[{"delta":{"content":""},"finish_reason":null}]}\n\n',
+    b'data: {"choices":[{"delta":{"content":"c","x":{"text":"d"}},"finish_reason":null}]}\n\n',
     b'data: {"choices":[{"delta":{"reasoning_content":"hm"}}]}\r\n\r\n',
     b'data: {"choices":[{"text":"b","finish_reason":"stop"}]}\n\n',
     b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":-2,"prompt_tokens_details":{}}}\n\n',
@@ -57,8 +63,8 @@ class Transport:
         return False
 
 
-def read(reads: list[bytes]) -> tuple[Exchange, Reply, Outcome]:
-    """What becomes of a request that is answered by these reads and then by the end of the connection."""
+def by_transport(reads: list[bytes]) -> Exchange:
+    """The exchange after these reads and the end of a connection of asyncio's."""
     pool = SimpleNamespace(connections=set(), idle=[], forget=lambda connection: None)
     exchange = Exchange(0, 1, b"POST", 0, lambda exchange: None)
     connection = Connection(pool, exchange)
@@ -67,7 +73,37 @@ def read(reads: list[bytes]) -> tuple[Exchange, Reply, Outcome]:
         if exchange.ended is None:
             connection.data_received(data)
     connection.connection_lost(None)
-    return exchange, *exchange.outcome()
+    return exchange
+
+
+@cache
+def sockets() -> Sockets:
+    """A pool of plain sockets whose turns we take ourselves."""
+    nothing = SimpleNamespace(add_reader=lambda *_: None, call_soon=lambda *_: None)
+    return Sockets(nothing, ("127.0.0.1", 1))
+
+
+def by_socket(reads: list[bytes]) -> Exchange:
+    """The same of a plain socket."""
+    exchange = Exchange(0, 1, b"POST", 0, lambda exchange: None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        sockets().add(ours, exchange)
+        theirs.recv(16)
+        for data in reads:
+            if exchange.ended is None:
+                theirs.sendall(data)
+                sockets().turn(0)
+        theirs.close()
+        while exchange.ended is None:
+            sockets().turn(0)
+        for connection in list(sockets().connections):
+            connection.abort()
+    return exchange
+
+
+KINDS = (by_transport, by_socket) if compiled() else (by_transport,)
 
 
 def cut(stream: bytes, at: list[int]) -> list[bytes]:
@@ -79,8 +115,9 @@ def cut(stream: bytes, at: list[int]) -> list[bytes]:
 def check(stream: bytes, at: list[int]) -> None:
     """Every stream ends, in one of the classes, with sane numbers, and the cuts change neither class nor numbers."""
     said = []
-    for reads in ([stream] if stream else [], cut(stream, at)):
-        exchange, reply, outcome = read(reads)
+    for kind, reads in product(KINDS, ([stream] if stream else [], cut(stream, at))):
+        exchange = kind(reads)
+        reply, outcome = exchange.outcome()
         assert exchange.ended is not None
         assert outcome.status in STATUSES, outcome
         assert outcome.message is None or len(outcome.message) <= max(2 * MESSAGE_LIMIT, 400), outcome
@@ -90,6 +127,9 @@ def check(stream: bytes, at: list[int]) -> None:
         assert all(count is None or 0 <= count < 2**31 for count in counts)
         said.append((outcome.status, outcome.reason, reply.pieces, counts, exchange.http_status))
     assert said[0] == said[1], (said, stream, at)
+    # Of a broken framing the kinds may notice a byte sooner or later.
+    assert said[2:] in ([], said[:2]) or "bad_http" in {reason for _, reason, *_ in said}, (said, stream, at)
+    assert not said[2:] or said[2] == said[3], (said, stream, at)
     pieces, times = cut(stream, at), list(range(len(cut(stream, at))))
     at_once, one_by_one = Reply(streamed=True), Reply(streamed=True)
     at_once.take(times, pieces)

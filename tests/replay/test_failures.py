@@ -16,7 +16,7 @@ from mock import Behaviour, Mock  # noqa: UP026 - the file beside this one
 from test_engine import check, in_run, statuses, trace
 
 from squall.errors import InputError
-from squall.replay import connection, replay, target
+from squall.replay import exchange, replay, sockets, target
 from squall.replay.schedule import NOT_SENT, rows_of, schedule_of
 
 BUSY = Behaviour(status=503, body=b'{"error": {"message": "busy"}}')
@@ -244,6 +244,14 @@ BAD = {
 }
 
 
+@pytest.fixture(params=["sockets", "transports"])
+def connections(request, monkeypatch):
+    """Both kinds of connections: plain ones and those of asyncio, which carry TLS."""
+    if request.param == "transports":
+        monkeypatch.setattr(sockets, "compiled", lambda: False)
+
+
+@pytest.mark.usefixtures("connections")
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_answers_are_classified(kind):
     raw, expected = BAD[kind]
@@ -257,6 +265,7 @@ def test_bad_answers_are_classified(kind):
         assert set(run.table["token_source"]) == {"chunks"}
 
 
+@pytest.mark.usefixtures("connections")
 def test_a_stream_cut_at_every_byte_gives_one_answer():
     """Whatever reads the network makes of a stream, on the true connection code."""
     stream = HEAD + framed(b": hi\n\n", TOKEN, TOKEN, USAGE.replace(b"-", b""), DONE) + END
@@ -278,7 +287,7 @@ def test_a_stream_cut_at_every_byte_gives_one_answer():
 
 
 def test_an_infinite_body_ends_with_bounded_memory(monkeypatch):
-    monkeypatch.setattr(connection, "BODY_LIMIT", 8 << 20)
+    monkeypatch.setattr(exchange, "BODY_LIMIT", 8 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with Mock(in_run(Behaviour(endless=TOKEN * 100))) as mock:
         run = replay(trace(2), url=mock.url, drain_timeout=20)

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic_ns
 from typing import Any
 
 import msgspec
@@ -27,8 +28,10 @@ import uvloop
 
 from squall import __version__
 from squall.errors import InputError
-from squall.replay.connection import Exchange, Pool
+from squall.replay.exchange import Exchange
+from squall.replay.pacer import Alarm
 from squall.replay.schedule import Schedule
+from squall.replay.sockets import pool_for
 
 WARN, REFUSE = 0.7, 1.0
 STREAMS, ROUNDS = 24, 3
@@ -171,19 +174,27 @@ def _environment() -> dict[str, str]:
 async def _stream(port: int, chunks: int, rounds: int) -> float:
     """Processor seconds per request of so many chunks."""
     loop = asyncio.get_running_loop()
-    pool = Pool(loop, ("127.0.0.1", port))
+    pool = pool_for(loop, ("127.0.0.1", port))
     body = b'{"messages":[{"role":"user","content":"%b"}],"max_tokens":%d}' % (b" word" * 200, chunks)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    waiting: list[asyncio.Future[Exchange]] = []
+
+    def send() -> None:
+        if waiting:
+            pool.send(Exchange(0, 1, head + body, 0, waiting.pop().set_result))
+            alarm.set(monotonic_ns() + round(GAP / STREAMS * 1e9))
+
+    alarm = Alarm(pool.loop, send)
     used = 0.0
     for _ in range(rounds):
         over = [loop.create_future() for _ in range(STREAMS)]
         began = time.process_time()
-        for future in over:
-            pool.send(Exchange(0, 1, head + body, 0, future.set_result))
-            await asyncio.sleep(GAP / STREAMS)
+        waiting.extend(over)
+        send()
         for exchange in await asyncio.gather(*over):
             exchange.outcome()
         used += time.process_time() - began
+    alarm.close()
     pool.close()
     return used / (rounds * STREAMS)
 
@@ -204,12 +215,12 @@ def _chunk(**fields: Any) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-def _choice(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": delta, "text": delta.get("content", ""), "finish_reason": finish}]}
+def _choice(said: dict[str, Any], finish: str | None = None) -> bytes:
+    return _chunk(choices=[{"index": 0, **said, "finish_reason": finish}])
 
 
-_ROLE = _chunk(**_choice({"role": "assistant", "content": ""}))
-_TOKEN = _chunk(**_choice({"content": " word"}))
+_ROLE = _choice({"delta": {"role": "assistant", "content": ""}})
+_TOKEN, _TEXT = _choice({"delta": {"content": " word"}}), _choice({"text": " word"})
 
 
 class Server:
@@ -247,10 +258,11 @@ class Server:
 class _Stream:
     """One answer."""
 
-    __slots__ = ("last", "left", "transport", "write")
+    __slots__ = ("last", "left", "token", "transport", "write")
 
-    def __init__(self, transport: Any, tokens: int, last: bytes) -> None:
-        self.transport, self.write, self.left, self.last = transport, transport.write, tokens, last
+    def __init__(self, transport: Any, tokens: int, token: bytes, last: bytes) -> None:
+        self.transport, self.write = transport, transport.write
+        self.left, self.token, self.last = tokens, token, last
 
     def step(self) -> bool:
         """Write what is due now; whether more is to come."""
@@ -261,9 +273,9 @@ class _Stream:
             return False
         self.left -= 1
         if self.left == 0:
-            self.write(_TOKEN + self.last)
+            self.write(self.token + self.last)
             return False
-        self.write(_TOKEN)
+        self.write(self.token)
         return True
 
 
@@ -300,9 +312,11 @@ class _Serve(asyncio.Protocol):
                 return
             if tokens > 1:
                 self.server.arrivals.append(at)
-            last = _chunk(**_choice({}, "length")) + _chunk(choices=[], usage=usage)
-            self.transport.write(_HEAD + _ROLE)
-            done = _Stream(self.transport, tokens, last + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            chat = b"/chat/" in head.partition(b"\r\n")[0]
+            last = _choice({"delta": {}} if chat else {"text": ""}, "length") + _chunk(choices=[], usage=usage)
+            self.transport.write(_HEAD + _ROLE if chat else _HEAD)
+            token, end = _TOKEN if chat else _TEXT, b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+            done = _Stream(self.transport, tokens, token, last + end)
             self.server.add(at + self.server.first, done)
         elif b"/arrivals" in head:
             self.document(self.server.arrivals)

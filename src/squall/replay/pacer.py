@@ -4,7 +4,6 @@ A late alarm sends everything that is due, in order, at once: no row is skipped 
 late send never delays the next. Loop timers are no use here: uvloop's count in milliseconds.
 """
 
-import asyncio
 import ctypes
 import gc
 import os
@@ -62,12 +61,13 @@ class _Spec(ctypes.Structure):
 
 
 class Alarm:
-    """Calls `ring` on the loop at an absolute monotonic time: by timerfd on Linux, elsewhere by a short spin."""
+    """Calls `ring` on the loop at an absolute monotonic time: by timerfd on Linux, elsewhere (if `exact`) by a spin."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], Any]) -> None:
-        self._loop, self._ring = loop, ring
+    def __init__(self, loop: Any, ring: Callable[[], Any], *, exact: bool = True) -> None:
+        """`loop` is asyncio's, or a `Sockets`, which has what is needed of one."""
+        self._loop, self._ring, self._spin = loop, ring, 1_500_000 if exact else 0
         self._fd = -1
-        self._handle: asyncio.Handle | None = None
+        self._handle: Any = None
         if sys.platform == "linux":
             self._libc = ctypes.CDLL(None, use_errno=True)
             monotonic, nonblocking_and_cloexec = 1, os.O_NONBLOCK | os.O_CLOEXEC
@@ -88,9 +88,9 @@ class Alarm:
             return
         self.clear()
         wait = at - monotonic_ns()
-        if wait > 2_000_000:
-            self._handle = self._loop.call_later((wait - 1_500_000) / 1e9, self.set, at)
-        elif wait > 0:
+        if wait > self._spin + 500_000:
+            self._handle = self._loop.call_later((wait - self._spin) / 1e9, self.set, at)
+        elif wait > 0 and self._spin:
             self._handle = self._loop.call_soon(self.set, at)
         else:
             self._handle = self._loop.call_soon(self._ring)

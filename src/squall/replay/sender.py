@@ -22,17 +22,18 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from squall.replay.connection import Exchange, Pool
+from squall.replay.exchange import Exchange
 from squall.replay.pacer import Alarm, Pacer
 from squall.replay.prompt import Dialect, Prompts, Salt, Text, random_text
 from squall.replay.schedule import NOT_SENT, PROMPT_LIMIT, Schedule
+from squall.replay.sockets import compiled, pool_for
 from squall.replay.stream import MESSAGE_LIMIT, Outcome, Reply
 from squall.replay.target import Target
 from squall.run.attempt import Attempt, Client, Writer, client_path, lines_path
 
 LEAD = 100_000_000
 """Nanoseconds from the decision to start to the run's time 0."""
-BEAT = 10_000_000
+BEAT = 20_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
 SPARES, SPARES_AHEAD = 16, 100_000_000
 """At most so many connections are opened ahead of the rows that are due within so many nanoseconds."""
@@ -125,6 +126,7 @@ class _Stages:
 def prepare(plan: Plan) -> None:
     """Do what takes a moment, before the time of the start is set."""
     random_text(plan.dialect.tokens, plan.seed)
+    compiled()
     gc.freeze()
 
 
@@ -183,14 +185,15 @@ class Sender:
         self._number = 0
         self._retried = 0
         self._sent = 0
-        self._pool = Pool(
+        self._pool = pool_for(
             self._loop,
             plan.target.address,
             tls=plan.target.context(),
             hostname=plan.target.host,
             connect_timeout=plan.connect_timeout,
         )
-        self._alarm = Alarm(self._loop, self._ring)
+        self._alarm = Alarm(self._pool.loop, self._ring)
+        self._pulse = Alarm(self._pool.loop, self._beat, exact=False)
         self._journal = Writer(lines_path(plan.journal, worker, plan.part))
         self._random = random.Random(f"{plan.seed} {worker}")
         self._made: dict[int, bytes] = {}  # row -> request made ahead of its time
@@ -220,7 +223,7 @@ class Sender:
                 self._ring()
                 await self._over
         finally:
-            self._next_beat.cancel()
+            self._pulse.close()
             self._alarm.close()
             self._pool.close()
             self._journal.close()
@@ -358,19 +361,20 @@ class Sender:
     def _settle_soon(self) -> None:
         if not self._settling:
             self._settling = True
-            self._loop.call_soon(self._settle)
+            self._pool.loop.call_soon(self._settle)
 
     def _settle(self) -> None:
-        """Parse and write one answer, unless a row is due in a moment; the alarm calls again."""
+        """Parse and write answers, a few at a time, unless a row is due in a moment; the alarm calls again."""
         self._settling = False
         deadline = self._deadline()
-        if deadline is not None and deadline - monotonic_ns() < QUIET and len(self._ended) < BACKLOG:
-            return
         more = False
-        if self._ended:
+        for _ in range(self._pool.at_once):
+            if deadline is not None and deadline - monotonic_ns() < QUIET and len(self._ended) < BACKLOG:
+                return
+            if not self._ended:
+                more = self._make_ahead()
+                break
             self._record(self._ended.popleft())
-        else:
-            more = self._make_ahead()
         if self._ended or more:
             self._settle_soon()
         elif self._done():
@@ -504,15 +508,15 @@ class Sender:
         now = monotonic_ns()
         self._stages.stall.append(max(0.0, (now - self._beat_at) / 1e9))
         self._beat_at = now + BEAT
-        self._next_beat = self._loop.call_later(BEAT / 1e9, self._beat)
+        self._pulse.set(self._beat_at)
         while self._limits and self._limits[0].at <= now:
             self._look(heappop(self._limits), now)
         self._beats += 1
         self._pool.prepare(self._pacer.soon(now + SPARES_AHEAD, self._room()))
-        if self._beats % 10 == 0:
+        if self._beats % 5 == 0:
             self.counts.in_flight = len(self._flying)
             self._stop(self._watch(self.counts))
-        if self._beats % 100 == 0:
+        if self._beats % 50 == 0:
             self._journal.flush()
         self._look_after_end(now)
         self._settle_soon()

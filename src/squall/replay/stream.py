@@ -173,6 +173,46 @@ class Reply:
         for at, piece in zip(times, pieces, strict=True):
             self.feed(at, piece)
 
+    def take_part(self, body: bytes, marks: Sequence[int], plain: bool) -> None:
+        """As `feed` for each piece of `body`; `marks` says of each its time and its end.
+
+        Where they are `plain`, each is one event, and those that end at negative places mean what the last one before
+        that does not means, but for the text of the token in it: they need not be decoded.
+        """
+        times, ends = marks[::2], marks[1::2]
+        begins = [0, *map(abs, ends)]
+        if not (plain and self.streamed and self.text is None) or self._tail or self._data or self._cr:
+            self.take(times, [body[begin : abs(end)] for begin, end in zip(begins, ends, strict=False)])
+            return
+        said = [body[begin + 5 : end - 2] for begin, end in zip(begins, ends, strict=False) if end > 0]
+        finished = ends[-1] > 0 and said[-1].strip() == b"[DONE]"
+        if finished:
+            said.pop()
+        try:
+            decoded = _decode_all(b"[%b]" % b",".join(said))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            decoded = []
+        if len(decoded) != len(said):
+            for at, begin, end in zip(times, begins, ends, strict=False):
+                self.feed(at, body[begin : abs(end)])
+            return
+        if finished:
+            if self.done is None:
+                self.done = times[-1]
+            times, ends = times[:-1], ends[:-1]
+        documents, document, token = iter(decoded), _Document(), False
+        for at, end in zip(times, ends, strict=True):
+            if end > 0:
+                document = next(documents)
+                self._take(document, at)
+                token = _is_token(document)
+            elif token:
+                self.pieces += 1
+                if self.chunks[-1] != at:
+                    self.chunks.append(at)
+            else:
+                self._take(document, at)
+
     def feed(self, at: int, data: bytes) -> None:
         """Take the bytes that one socket read at time `at` brought; they may be cut anywhere."""
         if not self.streamed:
@@ -356,6 +396,22 @@ def judge(ending: str, http_status: int | None, reply: Reply | None) -> Outcome:
     if ending == "reset":
         return Outcome("reset", "reset")
     return Outcome("truncated", "eof", "the stream ended without a terminal event")
+
+
+def _is_token(document: _Document) -> bool:
+    """Whether the event is one token of the answer's text, and nothing else."""
+    if document.choices is None or len(document.choices) != 1:
+        return False
+    choice = document.choices[0]
+    part = choice.delta or choice.message
+    return bool(
+        (choice.text or (part and part.content))
+        and choice.finish_reason is None
+        and document.usage == _NULL
+        and document.error is None
+        and document.type is None
+        and document.object != "error"
+    )
 
 
 def _number(value: Any, known: int | None) -> int | None:

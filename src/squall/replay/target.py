@@ -18,7 +18,8 @@ import msgspec
 from squall import __version__
 from squall.errors import InputError
 from squall.progress import printable
-from squall.replay.connection import Exchange, Pool
+from squall.replay.connection import Transports
+from squall.replay.exchange import Exchange
 from squall.replay.prompt import Api, Dialect, Fit, Prompts, Text, Tokens
 from squall.replay.stream import Outcome
 from squall.replay.text import Tokenizer, most_common_words, sample_words, text_of_ids, text_of_words
@@ -242,7 +243,7 @@ class Preflight:
         self._target, self._seed = target, seed
         self._timeout = max(PROBE_TIMEOUT, timeout or 0)
         self._loop = asyncio.get_running_loop()
-        self._pool = Pool(
+        self._pool = Transports(
             self._loop, target.address, tls=target.context(), hostname=target.host, connect_timeout=connect_timeout
         )
         self._number = 0
