@@ -22,11 +22,13 @@ import llvmlite.binding as llvm
 _engines: list[Any] = []  # the code lives as long as its engine
 
 
-def load(module: str, name: str, arguments: int, also: tuple[str, ...] = ()) -> Callable[..., int]:
+def load(
+    module: str, name: str, arguments: int, also: tuple[str, ...] = (), slow: Callable[[], object] = lambda: None
+) -> Callable[..., int]:
     """The function `name` of `module`, which is not imported unless it must be compiled.
 
     It takes so many `arguments` and gives one number, all integers of 64 bits or addresses as such. `also` are other
-    modules whose change calls for compiling anew.
+    modules whose change calls for compiling anew; `slow` is called before that is done, which takes seconds.
     """
     source = _source(module)
     texts = [_source(one).read_bytes() for one in (module, *also)]
@@ -39,6 +41,7 @@ def load(module: str, name: str, arguments: int, also: tuple[str, ...] = ()) -> 
     )
     code = next(_kept(source, name, key), None)
     if code is None:
+        slow()
         code = _compiled(module, name, arguments, machine)
         _keep(source, name, key, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)

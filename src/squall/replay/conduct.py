@@ -36,6 +36,7 @@ from squall.replay.schedule import (
 )
 from squall.replay.scrape import Endpoint, find_metrics
 from squall.replay.sender import LEAD, RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
+from squall.replay.sockets import compiled
 from squall.replay.target import OURS, Found, Preflight, Target, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
 from squall.replay.watch import Watch
@@ -386,6 +387,7 @@ def _conduct(
         if workers == 1:
             state = _here(plan, schedule, started, follow, stops, since)
         else:
+            compiled()  # here, where one process does it for all
             state = in_processes(plan, schedule, workers, started, follow, stops, since)
     line("")
     if rule.fired is not None:

@@ -21,6 +21,7 @@ import httptools
 import numpy as np
 
 from squall import native
+from squall.progress import note
 from squall.replay import phases
 from squall.replay.connection import Transports
 from squall.replay.exchange import IDLE_LIMIT, Answering, Exchange, Part, watch_for_death
@@ -41,8 +42,15 @@ _code: dict[str, Callable[..., int]] = {}
 def compiled() -> bool:
     """Make the machine code ready, which takes seconds at the very first time; whether this system has it."""
     if not _code and sys.platform == "linux":
+        said: list[None] = []
+
+        def slow() -> None:
+            if not said:
+                note("replay: compiling what reads the answers; this is done once, and takes some seconds.")
+            said.append(None)
+
         for name, arguments in (("turn", 1), ("frame", 5), ("read_events", 3)):
-            _code[name] = native.load("squall.replay.reading", name, arguments, also=("squall.replay.phases",))
+            _code[name] = native.load("squall.replay.reading", name, arguments, ("squall.replay.phases",), slow)
     return bool(_code)
 
 
