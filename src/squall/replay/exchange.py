@@ -143,9 +143,9 @@ class Exchange:
 
     def fold(self) -> Reply:
         """Parse what was read so far."""
-        reply = self.reply = self.reply or Reply(self.streamed, self.keep_text)
         if self.connection is not None:
             self.connection.hand_over()
+        reply = self.reply = self.reply or Reply(self.streamed, self.keep_text)
         if self.parts:
             for part in self.parts:
                 reply.take_part(*part)
@@ -279,6 +279,7 @@ class Answering:
             exchange.end("reset" if error else "eof", message)
 
     def _give_up(self, ending: str, message: str) -> None:
+        self.hand_over()
         exchange, self._exchange = self._exchange, None
         self.abort()
         if exchange is not None:

@@ -42,6 +42,9 @@ class Pool:
             self._spares += 1
             self._start(None)
 
+    def hurry(self) -> None:
+        """Tell of an answer's end at once: something waits for it. Else it may take until a timer goes off."""
+
     def forget(self, connection: Answering) -> None:
         """The connection is gone. Where it lies among the idle ones, `send` finds it unusable."""
         self.connections.discard(connection)

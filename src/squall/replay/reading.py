@@ -23,13 +23,17 @@ from squall.replay.phases import (
     DATA_LF,
     DIGITS,
     END,
+    ENDS,
     EOF,
     EPOLL,
     ERROR,
     EVENTS,
     FIELDS,
+    FIRST,
     FULL,
     HEAD,
+    KNOWN,
+    KNOWN_SIZE,
     LAST,
     LEFT,
     LENGTH,
@@ -223,6 +227,15 @@ def frame(desk: int, descriptor: int, begin: int, end: int, at: int) -> int:
     return _frame(_longs(table[ROWS]), _longs(table[LOG]), 0, descriptor, begin, end, at)
 
 
+@_compiled
+def _pressing(log: Any, notes: int) -> bool:
+    """Whether a note is there that cannot wait: any but the end of an answer."""
+    for note in range(notes):  # noqa: SIM110 - no generators here
+        if log[note * FIELDS + 1] != END:
+            return True
+    return False
+
+
 def turn(desk: int) -> int:
     """Serve the sockets until Python has something to do or the time has come; the number of notes, or minus errno."""
     table = _longs(desk)
@@ -242,7 +255,7 @@ def turn(desk: int) -> int:
             return notes if code == _EINTR else -code
         if ready == 0:
             if wait == 0 or not table[TIRED]:
-                return 0
+                return notes
             table[TIRED] = 0
             continue
         now = _now(clock, _MONOTONIC)
@@ -268,7 +281,12 @@ def turn(desk: int) -> int:
                 last = rows[row + LAST]
                 at = _came(table, now, offset, last)
                 if phase == HEAD:
-                    notes = _note(log, notes, descriptor, RAW, at, used, used + got)
+                    known = table[KNOWN_SIZE]
+                    if known > 0 and got >= known and _memcmp(rows[row + BODY], table[KNOWN], known) == 0:
+                        rows[row + FIRST], rows[row + PHASE] = at, SIZE
+                        notes = _frame(rows, log, notes, descriptor, known, got, at)
+                    else:
+                        notes = _note(log, notes, descriptor, RAW, at, used, used + got)
                 else:
                     notes = _frame(rows, log, notes, descriptor, used, used + got, at)
                     table[READS] += 1
@@ -281,7 +299,7 @@ def turn(desk: int) -> int:
                     notes = _note(log, notes, descriptor, ERROR, now, code, 0)
             if notes > NOTES - 4:
                 break
-        if notes > 0 or until <= 0:
+        if until <= 0 or notes > table[ENDS] or _pressing(log, notes):
             return notes
 
 

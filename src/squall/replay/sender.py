@@ -192,6 +192,8 @@ class Sender:
             hostname=plan.target.host,
             connect_timeout=plan.connect_timeout,
         )
+        if self._follows is not None or plan.max_concurrency is not None:
+            self._pool.hurry()
         self._alarm = Alarm(self._pool.loop, self._ring)
         self._pulse = Alarm(self._pool.loop, self._beat, exact=False)
         self._journal = Writer(lines_path(plan.journal, worker, plan.part))
@@ -536,7 +538,7 @@ class Sender:
         elif limit.kind == "hang_up":
             self._abort(exchange, "cancelled/plan", "hung up by plan")
         elif limit.kind == "first":
-            if exchange.first_byte is None or not exchange.fold().chunks:
+            if not exchange.fold().chunks:
                 self._abort(exchange, "timeout/first", f"no token in {plan.first_token_timeout:g} s")
         elif plan.idle_timeout is not None:
             last = exchange.last_read or exchange.sent or exchange.released

@@ -36,6 +36,10 @@ NAP = 1
 kernel stamps what comes meanwhile. A stream's pieces that came within one have one time, so there are none where
 more than `QUICK_SHARE` of `READS_LOOKED_AT` reads follow the same stream's last one within two and a half."""
 QUICK_SHARE, READS_LOOKED_AT = 0.2, 1000
+KNOWN_LIMIT = 1 << 12
+"""Bytes of the longest header that is compared instead of read."""
+ENDS = 8
+"""Ends of answers that may wait for a timer, where nothing waits for them."""
 _code: dict[str, Callable[..., int]] = {}
 
 
@@ -101,6 +105,7 @@ class Socket(Answering):
 
     def writable(self) -> None:
         """There is room for more of the request."""
+        self.hand_over()
         if self._exchange is not None and self._rest is not None:
             self._write(self._exchange, self._rest)
 
@@ -129,6 +134,12 @@ class Socket(Answering):
 
     def hand_over(self) -> None:
         table, row, exchange = self._pool.table, self._row, self._exchange
+        first, known = table[row + phases.FIRST], self._pool.head
+        if first and exchange is not None and known is not None:
+            table[row + phases.FIRST] = 0
+            exchange.first_byte, exchange.payload = first, b""
+            exchange.http_status, exchange.streamed = known.status, known.streamed
+            self._headers, self._keep = True, known.keep
         pieces = table[row + phases.PIECES]
         if pieces == 0 or exchange is None or self._number < 0:
             return
@@ -151,12 +162,6 @@ class Socket(Answering):
         if exchange.first_byte is None:
             exchange.first_byte = at
             exchange.payload = b""
-        known = self._pool.head
-        if known is not None and not self._begin and data.startswith(known.text):
-            exchange.http_status, exchange.streamed = known.status, known.streamed
-            self._headers, self._keep = True, known.keep
-            self._pool.expect(self._number, phases.SIZE)
-            return len(known.text)
         self._parser = self._parser or httptools.HttpResponseParser(self)
         taken = 0
         while taken < len(data):
@@ -175,7 +180,7 @@ class Socket(Answering):
                 phase = phases.UNTIL_CLOSE if self._length is None else phases.LENGTH
                 self._pool.expect(self._number, phases.SIZE if self._chunked else phase, self._length or 0)
                 if self._chunked and not (exchange.compressed or exchange.location or exchange.retry_after):
-                    self._pool.head = Head(self._begin, exchange.http_status or 0, exchange.streamed, self._keep)
+                    self._pool.know(Head(self._begin, exchange.http_status or 0, exchange.streamed, self._keep))
                 return taken
         self._grown(exchange)
         return taken
@@ -265,7 +270,11 @@ class Sockets(Pool):
         self._room[2 + 2], self._room[2 + 3], self._room[2 + 4] = vector, 1, control
         desk = np.zeros(phases.DESK, dtype=np.int64)
         self._desk, self._desk_at = desk.data, desk.ctypes.data
+        known = np.zeros(KNOWN_LIMIT, dtype=np.uint8)
+        self._known = known.data
         for place, what in (
+            (phases.KNOWN, known.ctypes.data),
+            (phases.ENDS, ENDS),
             (phases.EPOLL, self._epoll.fileno()),
             (phases.TIMERS, self._timers.fileno()),
             (phases.NAP, NAP),
@@ -279,6 +288,9 @@ class Sockets(Pool):
         ):
             self._desk[place] = what
         loop.add_reader(self._epoll.fileno(), self.run)
+
+    def hurry(self) -> None:
+        self._desk[phases.ENDS] = 0
 
     @property
     def naps(self) -> bool:
@@ -357,7 +369,17 @@ class Sockets(Pool):
         table[row + phases.PHASE] = phase
         table[row + phases.LEFT] = left
         table[row + phases.LINE] = table[row + phases.DIGITS] = 0
-        table[row + phases.USED] = table[row + phases.PIECES] = table[row + phases.LAST] = 0
+        for column in (phases.USED, phases.PIECES, phases.LAST, phases.FIRST):
+            table[row + column] = 0
+
+    def know(self, head: Head) -> None:
+        """Have the compiled half take this header for read wherever it stands; what it said of others is told first."""
+        for connection in self.connections:
+            connection.hand_over()
+        self.head = head
+        size = min(len(head.text), KNOWN_LIMIT)
+        self._known[:size] = head.text[:size]
+        self._desk[phases.KNOWN_SIZE] = size if size == len(head.text) else 0
 
     def watch_writing(self, number: int, on: bool) -> None:
         """Whether to call `writable` when there is room for more of a request."""
