@@ -346,3 +346,44 @@ def test_errors_inside_a_200_are_retried_like_others():
     with Mock(in_run(Behaviour(raw=HEAD + framed(body) + END))) as mock:
         run = replay(trace(2), url=mock.url, retries=1, retry_backoff=0.01)
     assert statuses(run) == {"http_error/in_band": 4}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"220 mail.example ESMTP\r\n", "no HTTP answer.*correct the host, port or scheme"),
+        (b"\x15\x03\x01\x00\x02\x02F", "it speaks TLS: write https://"),
+        (b"", "the connection was closed without an answer"),
+        (b"HTTP/1.1 301 X\r\nLocation: https://there/v1\r\nContent-Length: 0\r\n\r\n", "redirect to https://there/v1"),
+    ],
+)
+def test_a_port_that_is_no_such_server_is_told_before_the_run(raw, words):
+    with socket.create_server(("127.0.0.1", 0)) as port:
+
+        def serve():
+            while True:
+                try:
+                    connection = port.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(raw)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(InputError, match=words):
+            replay(trace(2), url=f"http://127.0.0.1:{port.getsockname()[1]}")
+
+
+def test_a_warm_up_is_sent_to_a_server_without_usage_and_left_out_loudly_before_one_that_fails():
+    with Mock(lambda number, seen: Behaviour(usage=False)) as mock:
+        run = replay(trace(2), url=mock.url, warmup=2)
+        assert len(mock.run) == 4
+    assert run.meta.target["prompts"]["warmup"] == {"requests": 2, "failed": 0}
+    with Mock(lambda number, seen: Behaviour(body=b"<html>", content_type="text/html")) as mock:
+        run = replay(trace(2), url=mock.url, warmup=2)
+    assert statuses(run) == {"truncated/bad_stream": 2}
+    (note,) = [text for text in run.meta.notes if "before the run failed" in text]
+    assert "truncated/bad_stream, HTTP 200: what came is no answer of this API: <html>" in note
+    assert "The warm-up is left out." in note
+    assert not any("reports no usage" in text for text in run.meta.notes)

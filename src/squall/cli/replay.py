@@ -289,6 +289,7 @@ def _show_spread(runs: "list[tuple[Run, Metrics]]") -> None:
 
 def _show(run: "Run", result: "Metrics", out: str) -> None:
     from squall.report.terminal import agreement, console, number, row, table
+    from squall.run.attempt import told
 
     screen = console()
     target = run.meta.target
@@ -343,9 +344,11 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         for found in result.agreement:
             screen.print(printable(agreement(found, server.name)), markup=False)
     for failure in result.failures[:5]:
-        kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
-        text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"
+        what = told(failure.status, failure.reason, failure.http_status, failure.message)
+        text = f"{failure.requests:,} x (first: request {failure.example}) {what}"
         screen.print(f"  {printable(text)}", markup=False)
+    if result.requests and not result.succeeded:
+        screen.print("No request succeeded: no latency was measured.", style="bold red", markup=False)
 
 
 def _beside(found: "dict[str, Any]") -> str:
