@@ -174,6 +174,14 @@ def test_too_many_errors_end_the_run(rule):
         ({"cacert": "missing.pem"}, "no such file"),
         ({"prompts": "missing.txt"}, "--prompts"),
         ({"resume": True}, "--resume"),
+        ({"history": "live"}, "the trace has no sessions"),
+        ({"recorded_failures": "mark"}, "no request failed when the trace was recorded"),
+        ({"workers": 3}, "only 2 requests"),
+        ({"connect_timeout": 0}, "--connect-timeout 0"),
+        ({"model": " "}, "--model"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "no such environment variable"),
+        ({"header": ["content-length=5"]}, "squall sets it itself"),
+        ({"header": ["X-A=1", "x-a=2"]}, "given twice"),
     ],
 )
 def test_settings_that_are_wrong_or_do_nothing(options, words):
@@ -373,6 +381,14 @@ def test_a_port_that_is_no_such_server_is_told_before_the_run(raw, words):
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(InputError, match=words):
             replay(trace(2), url=f"http://127.0.0.1:{port.getsockname()[1]}")
+
+
+def test_a_header_of_the_users_takes_the_place_of_ours(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-the-environment")
+    with Mock() as mock:
+        replay(trace(2), url=mock.url, header=["authorization=Bearer sk-mine-instead", "Accept=*/*"])
+    assert {seen.headers["authorization"] for seen in mock.seen} == {"Bearer sk-mine-instead"}
+    assert {seen.headers["accept"] for seen in mock.seen} == {"*/*"}
 
 
 def test_a_warm_up_is_sent_to_a_server_without_usage_and_left_out_loudly_before_one_that_fails():

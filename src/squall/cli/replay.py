@@ -176,8 +176,10 @@ def replay(
     from squall.replay import replay as send
     from squall.run import metrics as measure
 
-    if repeat < 1 or (repeat > 1 and resume):
-        raise InputError(f"--repeat {repeat}: give at least 1; and --resume goes on with one run: leave it out there.")
+    if repeat < 1:
+        raise InputError(f"--repeat {repeat}: give at least 1.")
+    if repeat > 1 and resume:
+        raise InputError("--resume goes on with one run: leave --repeat out, and send the others afterwards.")
     send_as = partial(
         send,
         trace,

@@ -93,6 +93,19 @@ class Trust:
         return context
 
 
+OWN_HEADERS = (
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "content-type",
+    "expect",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+)
+"""Headers that say how a request is framed and how its answer may be: no user's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """Where requests go. Nothing secret shows in its text form."""
@@ -170,7 +183,8 @@ def find_target(
     if api_key:
         fields["Authorization"] = f"Bearer {api_key}"
         secrets.append(api_key)
-    fields |= headers
+    own = {name.lower() for name in headers}
+    fields = {name: value for name, value in fields.items() if name.lower() not in own} | headers
     for name, value in fields.items():
         if not (
             name.isascii()
