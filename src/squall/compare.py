@@ -22,13 +22,15 @@ from squall.run.metrics import latencies, per_request, requests_that_met
 from squall.run.resampling import (
     CELLS,
     FEWEST_BLOCKS,
-    FEWEST_EPISODES,
+    PARTS,
     Deviations,
     Statistic,
     cells_of,
     deviations,
+    error,
     quantile,
     ratio,
+    swings,
 )
 from squall.run.slo import SLO, parse_slo
 from squall.run.table import Run, RunSource
@@ -45,6 +47,13 @@ _HIGHER_IS_BETTER = (*RATES, "goodput_share")
 _NEEDS_SLO = ("goodput", "goodput_share")
 BEYOND = 10
 """A percentile is compared if at least so many values are expected above it: P99 needs 1,000 requests."""
+SWINGS = 8
+"""Runs are compared if their latency (TTFT, E2E and the one compared) went from its lowest to its highest quarter at
+least so often."""
+SWINGS_OF_TAILS = 24
+"""The same for P95, P99, shares and goodput, which few of those swings reach."""
+ANSWERS = 100
+"""A run is compared if it lasts at least so many times as long as its mean answer: who fly together are alike."""
 
 Verdict = Literal["better", "worse", "equal", "cannot tell"]
 
@@ -86,6 +95,8 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """Requests (seconds for rates) that were taken as one event."""
     blocks: float | None
     """How many of those a run has; of the run that has fewer."""
+    needed: int | None
+    """Where no interval can be given: about how many requests the shorter run would need for one; null if unknown."""
     verdict: Verdict
     """Of B: better, worse, equal (the same numbers), or cannot tell."""
     sentence: str
@@ -256,6 +267,7 @@ class _View:
         self.begin = float(np.nanmin(scheduled))
         self.ended = ended
         self._known: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._swings: dict[str, float] = {}
         self.span = float(np.nanmax(ended)) - self.begin if np.isfinite(ended).any() else 0.0
 
     def exact(self, name: str) -> tuple[float | None, int]:
@@ -291,6 +303,19 @@ class _View:
         if level == "mean":
             return ratio(np.bincount(cell, values, self.cells), np.bincount(cell, minlength=self.cells))
         return quantile(values, cell, self.cells, float(level[1:]) / 100, ordered)
+
+    def swings(self, latency: str) -> float:
+        """How often the latency swung from its lowest quarter to its highest; without bound where no value is known."""
+        if latency not in self._swings:
+            values = self._latency(latency)[0]
+            self._swings[latency] = swings(values) if values.size else float("inf")
+        return self._swings[latency]
+
+    def lasts(self) -> float:
+        """Time in which requests were scheduled, in mean answers; without bound where there was none."""
+        values = self._latency("e2e")[0]
+        mean = float(values.mean()) if values.size else 0.0
+        return float(np.nanmax(self.column["scheduled"]) - self.begin) / mean if mean > 0 else float("inf")
 
     def _latency(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The known values of requests that succeeded, their cells, and the values sorted."""
@@ -328,39 +353,44 @@ def _difference(
     plain: dict[str, Any] = {
         "metric": name, "a": a, "b": b, "n_a": n_a, "n_b": n_b, "relative": relative, "change": change,
         "low": None, "high": None, "p_value": None, "p_adjusted": None, "block": None, "blocks": None,
-        "verdict": "cannot tell", "sentence": "",
+        "needed": None, "verdict": "cannot tell", "sentence": "",
     }  # fmt: skip
-    level = name.rpartition("_")[2]
+    latency, _, level = name.rpartition("_")
     if level in LEVELS[1:]:
         needed = BEYOND / (1 - float(level[1:]) / 100)
         if min(n_a, n_b) < needed - 1e-6:
-            return Difference(**plain | {"sentence": _too_few(name, min(n_a, n_b), round(needed))})
+            return Difference(**plain | _too_few(name, min(n_a, n_b), round(needed)))
+    # A long answer hides in E2E that the queue never moved: TTFT has to have swung too.
+    swung = min(view.swings(of) for view in views for of in {"ttft", "e2e", *({latency} & {*LATENCIES})})
+    if a != b and (short := _too_short(name, views, swung)):
+        return Difference(**plain | short)
     width = max(max(view.span for view in views) / (CELLS // 2), 1e-9)
-    transform = np.log if relative else None
     statistics = [view.statistic(name, width) for view in views]
     if paired:
-        errors = [_together(statistics, relative, seed, index)]
+        errors = _together(statistics, relative, seed, index)
     else:
-        errors = [deviations(one, seed, index, k, transform=transform) for k, one in enumerate(statistics)]
-    spread, freedom = _combined(errors)
+        of_a, of_b = (deviations(one, seed, index, k, relative=relative) for k, one in enumerate(statistics))
+        errors = of_b.less(of_a)
     per_cell = width if name in RATES else max(view.size / view.cells for view in views)
-    fewest = min(one.blocks for one in errors)
-    plain |= {"block": max(one.block for one in errors) * per_cell, "blocks": fewest}
-    if not np.isfinite(spread).all():
+    plain |= {"block": errors.block * per_cell, "blocks": errors.blocks}
+    if not np.isfinite(errors.values).all():
         return Difference(**plain)
-    if a == b and not spread.any():
-        return Difference(**plain | {"low": 0.0, "high": 0.0, "verdict": "equal"})
-    if fewest < FEWEST_BLOCKS:
-        return Difference(**plain | {"sentence": _too_alike(name, fewest)})
-    episodes = min(one.episodes for one in statistics)
-    if spread.any() and episodes < FEWEST_EPISODES:
-        return Difference(**plain | {"sentence": _too_rare(name, episodes)})
+    if a == b and not errors.values.any():
+        return Difference(**plain | {"verdict": "equal"})
+    if short := _too_short(name, views, swung):
+        return Difference(**plain | short)
+    if latency not in LATENCIES and errors.blocks < FEWEST_BLOCKS and errors.values.any():
+        return Difference(**plain | _too_alike(name, errors.blocks, min(view.size for view in views)))
     middle = np.log(b / a) if relative else b - a
-    down, up = Deviations(spread, 0, fewest, freedom).interval(alpha)
+    most = max(swung - 1, 1.0)
+    down, up = errors.interval(alpha, most)
+    p_value = _p_value(middle, down if middle > 0 else up, alpha, min(errors.freedom, most))
+    if paired:
+        level_error = max(map(_relative_error, [name] * 2, statistics))
+        down, up = _with_level(middle, down, up, level_error, alpha, min(PARTS - 1, most))
     low, high = middle + down, middle + up
-    p_value = _p_value(middle, down if middle > 0 else up, alpha, freedom)
     if relative:
-        low, high = np.expm1(low), np.expm1(high)
+        low, high = np.expm1(max(low, -50.0)), np.expm1(min(high, 50.0))  # finite, whatever it is
     return Difference(**plain | {"low": float(low), "high": float(high), "p_value": p_value})
 
 
@@ -381,17 +411,35 @@ def _together(statistics: Sequence[Statistic], relative: bool, seed: int, index:
     return deviations(Statistic(estimate, scaled(b) - scaled(a)), seed, index)
 
 
-def _combined(errors: Sequence[Deviations]) -> tuple[np.ndarray, float]:
-    """Deviations of B minus those of A, if resampled apart, with Welch and Satterthwaite's degrees of freedom."""
-    if len(errors) == 1:
-        return errors[0].values, errors[0].freedom
-    a, b = errors
-    variances = np.array([np.var(a.values), np.var(b.values)])
-    total = variances.sum()
-    if not total > 0 or not np.isfinite(total):
-        return b.values - a.values, min(a.freedom, b.freedom)
-    freedom = total**2 / (variances**2 / [a.freedom, b.freedom]).sum()
-    return b.values - a.values, float(freedom)
+def _relative_error(name: str, statistic: Statistic) -> float:
+    """The standard error of one run's statistic as a part of it; of a share, as a part of the rarer side."""
+    value = min(statistic.value, 1 - statistic.value) if name in SHARES else statistic.value
+    return error(statistic.influence) / value if value > 0 else 0.0
+
+
+MOST_OF_LEVEL = 0.9
+"""Bound of (Student's t x relative error)^2 in `_with_level`, beyond which the far end would have no bound."""
+
+
+def _with_level(
+    middle: float, down: float, up: float, level_error: float, alpha: float, freedom: float
+) -> tuple[float, float]:
+    """`down` and `up`, widened by what the runs do not know of their common load.
+
+    Pairs know little of how far apart the two servers would be under a longer queue than they saw. A difference grows
+    with the queues, about as the latency does, so besides what resampling found it has a relative error like that of
+    the latency itself. Those true differences d are in the interval for which (found - d)^2 <= h^2 + (t e d)^2, with
+    the half-width h found, the relative error e and Student's t (as in Fieller's theorem, 1954). 0 is outside if and
+    only if it was.
+    """
+    from scipy.stats import t
+
+    g = min((float(t.ppf(1 - alpha / 2, freedom)) * level_error) ** 2, MOST_OF_LEVEL)
+    size = abs(middle)
+    towards, away = (-down, up) if middle > 0 else (up, -down)
+    near = (size - np.sqrt(towards**2 * (1 - g) + size**2 * g)) / (1 - g)
+    far = (size + np.sqrt(away**2 * (1 - g) + size**2 * g)) / (1 - g)
+    return (near - size, far - size) if middle > 0 else (size - far, size - near)
 
 
 def _p_value(middle: float, reach: float, alpha: float, freedom: float) -> float:
@@ -443,7 +491,7 @@ def change_of(one: Difference, change: float | None) -> str:
     if change == 0:
         return "0"
     if one.relative:
-        return f"{100 * change:+.3g} %" if change < 9 else f"x {1 + change:.3g}"
+        return f"{100 * change:+.3g} %" if change < 9 else f"x {1 + change:.3g}" if change < 99 else "over x 100"
     return f"{100 * change:+.3g} pt" if one.metric in SHARES else f"{change:+.3g}"
 
 
@@ -476,6 +524,8 @@ def _change(one: Difference, change: float) -> str:
         unit = " points" if one.metric in SHARES else (" s" if one.metric.rpartition("_")[0] in LATENCIES else "/s")
         size = abs(change) * (100 if one.metric in SHARES else 1)
         return f"{size:.2g}{unit} {_direction(change)}"
+    if change > 99:
+        return "over 100 times as high"
     if change > 2:
         return f"{1 + change:.3g} times as high"
     return f"{_percent(change)} % {_direction(change)}"
@@ -486,7 +536,7 @@ def _range(one: Difference) -> str:
     if low > 0 or high < 0:
         near, far = sorted((low, high), key=abs)
         if one.relative and low > 2:
-            return f"{1 + near:.3g} to {1 + far:.3g} times"
+            return f"{1 + near:.3g} to {1 + far:.3g} times" if far < 99 else f"{1 + near:.3g} to over 100 times"
         if one.relative and far <= 2:
             return f"{_percent(near)} to {_percent(far)} %"
     return f"{_change(one, low)} to {_change(one, high)}"
@@ -501,23 +551,41 @@ def _direction(change: float) -> str:
     return "lower" if change < 0 else "higher"
 
 
-def _too_few(name: str, n: int, needed: int) -> str:
-    return f"{name_of(name)}: cannot tell; {n:,} requests are too few, {needed:,} are needed."
+def _too_few(name: str, n: int, needed: int) -> dict[str, Any]:
+    said = f"{name_of(name)}: cannot tell; {n:,} requests are too few, {needed:,} are needed."
+    return {"needed": needed, "sentence": said}
 
 
-def _too_alike(name: str, blocks: float) -> str:
-    return (
+def _too_alike(name: str, blocks: float, requests: int) -> dict[str, Any]:
+    needed = _rounded(requests * FEWEST_BLOCKS / blocks)
+    said = (
         f"{name_of(name)}: cannot tell; neighbours are so alike that a run amounts to {blocks:.2g} independent "
-        "stretches; a longer run is needed."
+        f"stretches; {FEWEST_BLOCKS:g} are needed, about {needed:,} requests."
     )
+    return {"needed": needed, "sentence": said}
 
 
-def _too_rare(name: str, episodes: float) -> str:
-    level = float(name.rpartition("_")[2][1:])
-    return (
-        f"{name_of(name)}: cannot tell; the slowest {100 - level:g} % came in about {max(1, round(episodes))} "
-        "episodes; a longer run is needed."
-    )
+def _too_short(name: str, views: Sequence["_View"], swung: float) -> dict[str, Any] | None:
+    """Why the runs cannot speak for longer ones, and how many requests would do; None if they can."""
+    requests = min(view.size for view in views)
+    rare = name.endswith(("_p95", "_p99")) or name in (*SHARES, *_NEEDS_SLO)
+    wanted = SWINGS_OF_TAILS if rare else SWINGS
+    lasts = min(view.lasts() for view in views)
+    needed = _rounded(requests * max(wanted / max(swung, 1.0), ANSWERS / max(lasts, 1e-9)))
+    if lasts < ANSWERS:
+        why = f"it lasts only {lasts:.2g} times as long as the mean answer, and {ANSWERS} times are needed"
+    elif swung < wanted:
+        why = f"it swung only {swung:.0f} times between fast and slow, and {wanted} times are needed"
+    else:
+        return None
+    said = f"{name_of(name)}: cannot tell; a run of {requests:,} requests is too short: {why}, "
+    return {"needed": needed, "sentence": f"{said}about {needed:,} requests."}
+
+
+def _rounded(requests: float) -> int:
+    """Up, to two digits."""
+    step = 10 ** max(int(np.floor(np.log10(requests))) - 1, 0)
+    return int(np.ceil(requests / step)) * step
 
 
 def _least(one: Difference) -> float:
@@ -527,12 +595,19 @@ def _least(one: Difference) -> float:
 
 def _summary(found: Sequence[Difference]) -> list[str]:
     told = [one.sentence for word in ("worse", "better") for one in found if one.verdict == word]
-    unknown = [name_of(one.metric) for one in found if one.verdict == "cannot tell"]
+    short = {
+        name_of(one.metric): one.needed for one in found if one.verdict == "cannot tell" and one.needed is not None
+    }
+    unknown = [name_of(one.metric) for one in found if one.verdict == "cannot tell" and one.needed is None]
     same = [name_of(one.metric) for one in found if one.verdict == "equal"]
     if same:
         told.append(f"The same in both: {', '.join(same)}.")
     if unknown:
         told.append(f"Cannot tell: {', '.join(unknown)}.")
+    if short:
+        needed = sorted(set(short.values()))
+        by = [f"{', '.join(name for name in short if short[name] == n)} (about {n:,} requests)" for n in needed]
+        told.append(f"Too short to tell, and what would do: {'; '.join(by)}.")
     return told
 
 

@@ -1,6 +1,7 @@
 """Any bytes from a server, in any reads, on the true connection and parser: what must hold, and a fuzzer that tries.
 
     make fuzz                                   # five minutes of atheris, which is installed for it
+    make fuzz ARGS=corpus                       # the same; what it learns is kept in this folder for the next time
     python tests/replay/fuzz.py -max_total_time=60      # with atheris installed; the other options are libFuzzer's
 
 `test_fuzz.py` draws its own bytes by hypothesis and asks the same.
@@ -162,6 +163,9 @@ def one(data: bytes) -> None:
 
 def main() -> None:
     """Fuzz until libFuzzer's options say stop; a finding is an exception, and its bytes are in a file named crash-…"""
+    for folder in sys.argv[1:]:
+        if not folder.startswith("-"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as corpus:
         for number in range(len(SEEDS)):
             body = b"".join(SEEDS[: number + 1] + SEEDS[-1:])

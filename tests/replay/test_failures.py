@@ -174,6 +174,14 @@ def test_too_many_errors_end_the_run(rule):
         ({"cacert": "missing.pem"}, "no such file"),
         ({"prompts": "missing.txt"}, "--prompts"),
         ({"resume": True}, "--resume"),
+        ({"history": "live"}, "the trace has no sessions"),
+        ({"recorded_failures": "mark"}, "no request failed when the trace was recorded"),
+        ({"workers": 3}, "only 2 requests"),
+        ({"connect_timeout": 0}, "--connect-timeout 0"),
+        ({"model": " "}, "--model"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "no such environment variable"),
+        ({"header": ["content-length=5"]}, "squall sets it itself"),
+        ({"header": ["X-A=1", "x-a=2"]}, "given twice"),
     ],
 )
 def test_settings_that_are_wrong_or_do_nothing(options, words):
@@ -355,3 +363,52 @@ def test_errors_inside_a_200_are_retried_like_others():
     with Mock(in_run(Behaviour(raw=HEAD + framed(body) + END))) as mock:
         run = replay(trace(2), url=mock.url, retries=1, retry_backoff=0.01)
     assert statuses(run) == {"http_error/in_band": 4}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"220 mail.example ESMTP\r\n", "no HTTP answer.*correct the host, port or scheme"),
+        (b"\x15\x03\x01\x00\x02\x02F", "it speaks TLS: write https://"),
+        (b"", "the connection was closed without an answer"),
+        (b"HTTP/1.1 301 X\r\nLocation: https://there/v1\r\nContent-Length: 0\r\n\r\n", "redirect to https://there/v1"),
+    ],
+)
+def test_a_port_that_is_no_such_server_is_told_before_the_run(raw, words):
+    with socket.create_server(("127.0.0.1", 0)) as port:
+
+        def serve():
+            while True:
+                try:
+                    connection = port.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(raw)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(InputError, match=words):
+            replay(trace(2), url=f"http://127.0.0.1:{port.getsockname()[1]}")
+
+
+def test_a_header_of_the_users_takes_the_place_of_ours(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-the-environment")
+    with Mock() as mock:
+        replay(trace(2), url=mock.url, header=["authorization=Bearer sk-mine-instead", "Accept=*/*"])
+    assert {seen.headers["authorization"] for seen in mock.seen} == {"Bearer sk-mine-instead"}
+    assert {seen.headers["accept"] for seen in mock.seen} == {"*/*"}
+
+
+def test_a_warm_up_is_sent_to_a_server_without_usage_and_left_out_loudly_before_one_that_fails():
+    with Mock(lambda number, seen: Behaviour(usage=False)) as mock:
+        run = replay(trace(2), url=mock.url, warmup=2)
+        assert len(mock.run) == 4
+    assert run.meta.target["prompts"]["warmup"] == {"requests": 2, "failed": 0}
+    with Mock(lambda number, seen: Behaviour(body=b"<html>", content_type="text/html")) as mock:
+        run = replay(trace(2), url=mock.url, warmup=2)
+    assert statuses(run) == {"truncated/bad_stream": 2}
+    (note,) = [text for text in run.meta.notes if "before the run failed" in text]
+    assert "truncated/bad_stream, HTTP 200: what came is no answer of this API: <html>" in note
+    assert "The warm-up is left out." in note
+    assert not any("reports no usage" in text for text in run.meta.notes)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.signal import lfilter
 
 from squall.run import resampling
-from squall.run.resampling import block_length, cells_of, deviations, quantile, ratio
+from squall.run.resampling import block_length, cells_of, deviations, error, quantile, ratio, swings
 from squall.seeds import stream
 
 
@@ -28,8 +28,7 @@ def test_the_block_is_the_best_one_for_an_autoregression(phi: float) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(8, 40), st.integers(1, 8), st.integers(0, 1000))
 def test_weights_are_those_of_circular_blocks(size: int, length: int, seed: int) -> None:
-    weights = resampling._weights(size, length, stream(seed, "t"))[:5]
-    starts = stream(seed, "t").integers(size, size=(resampling.DRAWS, max(1, round(size / length))))[:5]
+    weights, starts = (found[:5] for found in resampling._weights(size, length, stream(seed, "t")))
     for row, begun in zip(weights, starts, strict=True):
         expected = np.zeros(size)
         for start in begun:
@@ -54,19 +53,57 @@ def test_a_resampled_quantile_is_that_of_the_resampled_values(n: int, share: flo
         assert (repeated < found - 1e-9).mean() - reach <= share <= (repeated <= found + 1e-9).mean() + reach
 
 
-def test_the_error_of_a_mean_is_the_long_run_one() -> None:
-    """The variance of the mean of an AR(1) is (1 + phi) / (1 - phi) times that of independent values."""
+def test_the_error_of_a_mean_is_the_long_run_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance of the mean of an AR(1) is (1 + phi) / (1 - phi) times that of independent values.
+
+    The largest of three estimates is taken, that of eight parts among them: the root of max(1, chi2(7) / 7) is 1.10 in
+    the mean, and scatters by 0.14.
+    """
+    monkeypatch.setattr(resampling, "DRAWS", 500)
     phi, n = 0.8, 20_000
-    noise = np.random.default_rng(2).standard_normal(n + 500)
-    series = lfilter([1.0], [1, -phi], noise)[500:]
     cell = cells_of(n)
-    sums, counts = np.bincount(cell, series), np.bincount(cell).astype(float)
-    found = deviations(ratio(sums, counts), 1)
-    assert found.values.std() == pytest.approx(1 / (1 - phi) / np.sqrt(n), rel=0.15)
+    errors, widths = [], []
+    for seed in range(16):
+        noise = np.random.default_rng(seed).standard_normal(n + 500)
+        series = lfilter([1.0], [1, -phi], noise)[500:]
+        statistic = ratio(np.bincount(cell, series), np.bincount(cell).astype(float))
+        found = deviations(statistic, 1)
+        assert deviations(statistic, 1).values == pytest.approx(found.values)
+        assert found.values.std() == pytest.approx(error(statistic.influence), rel=0.12)
+        low, high = found.interval(0.05)
+        assert low < 0 < high
+        errors.append(found.values.std())
+        widths.append(high - low)
+    true = 1 / (1 - phi) / np.sqrt(n)
+    assert np.mean(errors) / true == pytest.approx(1.1, abs=0.12)
+    assert np.mean(widths) / (2 * 1.96 * true) == pytest.approx(1.15, abs=0.15)
+
+
+def test_skewed_sums_widen_the_side_of_what_was_not_seen() -> None:
+    """Of lognormal values the mean may be far higher than what 200 of them show, and hardly lower."""
+    values = np.random.default_rng(5).lognormal(0, 1.5, 200)
+    found = deviations(ratio(values, np.ones(200)), 1)
     low, high = found.interval(0.05)
-    assert low < 0 < high
-    assert high - low == pytest.approx(2 * 1.96 / (1 - phi) / np.sqrt(n), rel=0.2)
-    assert deviations(ratio(sums, counts), 1).values == pytest.approx(found.values)
+    assert high > 1.3 * -low
+    assert found.interval(0.05, most=5.0)[0] < low
+    one, other = (deviations(ratio(values, np.ones(200)), 1, k) for k in range(2))
+    difference = one.less(other)
+    assert difference.values.std() == pytest.approx(np.hypot(one.values.std(), other.values.std()), rel=0.1)
+    assert 1 <= min(one.freedom, other.freedom) <= difference.freedom <= one.freedom + other.freedom
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        (np.tile(np.arange(8), 5), 5),  # a saw
+        (np.sort(np.random.default_rng(1).random(100)), 1),
+        (np.sort(np.random.default_rng(1).random(100))[::-1], 0),
+        (np.tile([1.0, 1.0, 1.0, 1.0, 5.0], 6), 6),  # most are alike: whatever is slower is the upper quarter
+        (np.ones(50), np.inf),
+    ],
+)
+def test_swings_are_counted(values: np.ndarray, count: float) -> None:
+    assert swings(values) == count
 
 
 def test_cells_are_equal_and_few() -> None:

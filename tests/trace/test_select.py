@@ -102,6 +102,8 @@ def test_equal_seeds_give_equal_rows(poisson):
         ({"rate": -1.0}, "above 0"),
         ({"rate": 1.0, "speed": 2.0}, "both set the load"),
         ({"rate": 1e9, "scale_method": "thin"}, "only lowers"),
+        ({"scale_method": "thin"}, "--scale-method thin does nothing without --rate"),
+        ({"over_limit": "clip"}, "--over-limit clip does nothing"),
         ({"seed": -1}, "seed"),
         ({"max_request_tokens": 0}, "at least one token"),
         ({"burstiness": 2}, "no such option"),

@@ -176,8 +176,10 @@ def replay(
     from squall.replay import replay as send
     from squall.run import metrics as measure
 
-    if repeat < 1 or (repeat > 1 and resume):
-        raise InputError(f"--repeat {repeat}: give at least 1; and --resume goes on with one run: leave it out there.")
+    if repeat < 1:
+        raise InputError(f"--repeat {repeat}: give at least 1.")
+    if repeat > 1 and resume:
+        raise InputError("--resume goes on with one run: leave --repeat out, and send the others afterwards.")
     send_as = partial(
         send,
         trace,
@@ -289,6 +291,7 @@ def _show_spread(runs: "list[tuple[Run, Metrics]]") -> None:
 
 def _show(run: "Run", result: "Metrics", out: str) -> None:
     from squall.report.terminal import agreement, console, number, row, table
+    from squall.run.attempt import told
 
     screen = console()
     target = run.meta.target
@@ -343,9 +346,11 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         for found in result.agreement:
             screen.print(printable(agreement(found, server.name)), markup=False)
     for failure in result.failures[:5]:
-        kind = "/".join(str(part) for part in (failure.status, failure.reason, failure.http_status) if part is not None)
-        text = f"{failure.requests:,} x {kind}, first request {failure.example}: {failure.message or '-'}"
+        what = told(failure.status, failure.reason, failure.http_status, failure.message)
+        text = f"{failure.requests:,} x (first: request {failure.example}) {what}"
         screen.print(f"  {printable(text)}", markup=False)
+    if result.requests and not result.succeeded:
+        screen.print("No request succeeded: no latency was measured.", style="bold red", markup=False)
 
 
 def _beside(found: "dict[str, Any]") -> str:

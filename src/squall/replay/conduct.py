@@ -37,7 +37,7 @@ from squall.replay.schedule import (
 from squall.replay.scrape import Endpoint, find_metrics
 from squall.replay.sender import LEAD, RETRY_KINDS, RETRY_ON, Counts, Plan, Retries, Sender, prepare
 from squall.replay.sockets import compiled
-from squall.replay.target import OURS, Found, Preflight, Target, Trust, find_target
+from squall.replay.target import OURS, OWN_HEADERS, Found, Preflight, Target, Trust, find_target
 from squall.replay.text import load_tokenizer, read_texts
 from squall.replay.watch import Watch
 from squall.replay.workers import in_processes
@@ -51,6 +51,8 @@ from squall.trace import TraceSource, open_trace
 from squall.units import Duration, seconds
 
 CONNECT_TIMEOUT = 10.0
+API_KEY = "OPENAI_API_KEY"
+"""Environment variable of the key, where no other is named."""
 ERRORS_AFTER = 20
 """Requests that must be decided before a share of failures ends a run."""
 
@@ -62,7 +64,7 @@ def replay(
     out: str | Path | None = None,
     model: str | None = None,
     api: Api = "chat",
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str = API_KEY,
     cacert: str | Path | None = None,
     cert: str | Path | None = None,
     key: str | Path | None = None,
@@ -131,12 +133,17 @@ def replay(
     stop_rule = _StopRule.of(max_errors, max_error_rate)
     again = _retries(retries, retry_backoff, retry_jitter, retry_budget, retry_on)
     hang_up = _hang_up(cancel_rate, cancel_after, recorded_failures)
-    connect = seconds(connect_timeout, "--connect-timeout")
+    connect = _positive(connect_timeout, "--connect-timeout") or CONNECT_TIMEOUT
     drain = seconds(drain_timeout, "--drain-timeout")
     span = None if duration is None else seconds(duration, "--duration")
     waits = {"timeout": timeout, "first_token_timeout": first_token_timeout, "idle_timeout": idle_timeout}
     waited = {name: _positive(value, f"--{name.replace('_', '-')}") for name, value in waits.items()}
     extra, headers = _extra_body(extra_body), _headers(header)
+    secret = os.environ.get(api_key_env)
+    if secret is None and api_key_env != API_KEY:
+        raise InputError(f"--api-key-env {api_key_env}: there is no such environment variable; set it, with the key.")
+    if model is not None and not model.strip():
+        raise InputError("--model: the name is empty; leave it out for the first model that the server lists.")
     if resume and out is None:
         raise InputError("--resume goes on from the journal beside the run: name the run with --out.")
     journal = _journal_path(out, resume)
@@ -144,6 +151,7 @@ def replay(
     rows = rows_of(opened, span)
     if rows.is_empty():
         raise InputError(f"{opened.meta.source}: no request is scheduled before --duration {duration}.")
+    _check_use(rows, workers, history, recorded_failures, sessions=opened.table["session"].is_not_null().any())
     seed = int(options.get("seed", DEFAULT_SEED))
     schedule = schedule_of(
         rows,
@@ -157,7 +165,6 @@ def replay(
     before = resumption(journal, rows, schedule) if resume and journal is not None else None
     if before is not None and history == "live":
         raise InputError("--resume cannot go on with --history live: the replies of the killed run are not kept.")
-    secret = os.environ.get(api_key_env)
     trust = Trust.of(cacert=cacert, cert=cert, key=key, insecure=insecure)
     target = find_target(url, api_key=secret, headers=headers, connect_timeout=connect, trust=trust)
     endpoint, server = _metrics_page(target, metrics, metrics_url, metrics_interval)
@@ -255,6 +262,21 @@ def replay(
         write_run(run, out)
     shutil.rmtree(plan.journal)
     return run
+
+
+def _check_use(
+    rows: pl.DataFrame, workers: int, history: History, failures: RecordedFailures, *, sessions: bool
+) -> None:
+    """Refuse settings that nothing in the trace answers to."""
+    if workers > len(rows):
+        raise InputError(f"--workers {workers}: there are only {len(rows)} requests to send.")
+    if history != "recorded" and not sessions:
+        raise InputError(f"--history {history} does nothing: the trace has no sessions; leave it out.")
+    if failures != "short" and not rows["failed"].any():
+        raise InputError(
+            f"--recorded-failures {failures} does nothing: no request failed when the trace was recorded (or "
+            "--drop-failed left them out)."
+        )
 
 
 def _positive(value: Duration | None, flag: str) -> float | None:
@@ -506,14 +528,17 @@ def _extra_body(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
 
 
 def _headers(given: dict[str, str] | list[str] | None) -> dict[str, str]:
-    if given is None or isinstance(given, dict):
-        return given or {}
-    fields = {}
-    for text in given:
-        name, equals, value = text.partition("=")
+    fields: dict[str, str] = {}
+    for text in given.items() if isinstance(given, dict) else given or ():
+        name, equals, value = text.partition("=") if isinstance(text, str) else (text[0], "=", text[1])
+        name = name.strip()
         if not equals or not name:
             raise InputError(f"--header {name}: write it as Name=value.")
-        fields[name.strip()] = value.strip()
+        if name.lower() in OWN_HEADERS:
+            raise InputError(f"--header {name}: squall sets it itself, as HTTP/1.1 needs it; leave it out.")
+        if name.lower() in map(str.lower, fields):
+            raise InputError(f"--header {name}: it is given twice.")
+        fields[name] = value.strip()
     return fields
 
 

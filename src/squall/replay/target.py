@@ -23,6 +23,7 @@ from squall.replay.exchange import Exchange
 from squall.replay.prompt import Api, Dialect, Fit, Prompts, Text, Tokens
 from squall.replay.stream import Outcome
 from squall.replay.text import Tokenizer, most_common_words, sample_words, text_of_ids, text_of_words
+from squall.run.attempt import MEANINGS, told
 
 PROBE_TIMEOUT = 120.0
 """Seconds that a server has for a one-token answer: it may be loading."""
@@ -91,6 +92,19 @@ class Trust:
                 what = f"--cert {self.cert}" + (f" --key {self.key}" if self.key else "")
                 raise InputError(f"{what}: no usable certificate with its unencrypted key ({error}).") from error
         return context
+
+
+OWN_HEADERS = (
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "content-type",
+    "expect",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+)
+"""Headers that say how a request is framed and how its answer may be: no user's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +184,8 @@ def find_target(
     if api_key:
         fields["Authorization"] = f"Bearer {api_key}"
         secrets.append(api_key)
-    fields |= headers
+    own = {name.lower() for name in headers}
+    fields = {name: value for name, value in fields.items() if name.lower() not in own} | headers
     for name, value in fields.items():
         if not (
             name.isascii()
@@ -285,17 +300,19 @@ class Preflight:
                 dialect = await self._ids(dialect, notes)
             if own is not None or tokenizer is not None:
                 dialect = await self._cut(dialect, own, tokenizer, notes)
-            dialect, usage = await self._fields(dialect, notes)
-            if usage is None:
+            dialect, answered, usage = await self._fields(dialect, notes, bool(warmup))
+            if not answered:
+                calibration: dict[str, Any] = {"tokens": dialect.tokens, "calibrated": False}
+            elif usage is None:
                 notes.append(
                     "The server reports no usage: prompt lengths are in words, and answers are counted in chunks."
                 )
-                calibration: dict[str, Any] = {"tokens": dialect.tokens, "calibrated": False}
+                calibration = {"tokens": dialect.tokens, "calibrated": False}
             else:
                 dialect, calibration = await self._calibrate(dialect, typical, context)
             if self._text is not None:
                 calibration |= {"text": "own" if own is not None else "words", "counted": self._text.exact}
-            if warmup and usage is not None:
+            if warmup and answered:
                 dialect, calibration["warmup"] = await self._warm(dialect, warmup)
             return Found(dialect, context, calibration, notes, self._engine, self._text)
         finally:
@@ -306,9 +323,9 @@ class Preflight:
         url = self._target.url
         exchange = await self._ask(self._target.question("/models"))
         if exchange.ending.startswith(("refused", "timeout")) or exchange.http_status is None:
-            what = exchange.message or exchange.ending
             raise InputError(
-                f"--url {url}: no HTTP answer to a question for its models ({what}); correct the host, port or scheme."
+                f"--url {url}: no HTTP answer to a question for its models ({_unanswered(exchange)}); "
+                f"{self._other_scheme(exchange) or 'correct the host, port or scheme'}."
             )
         self._check_key(exchange)
         body = b"".join(exchange.pieces)
@@ -318,9 +335,10 @@ class Preflight:
             models = []
         if not models:
             if model is None:
+                moved = f" (redirect to {printable(self._target.hide(exchange.location))})" if exchange.location else ""
                 raise InputError(
-                    f"--url {url}: {self._target.base}/models answered {exchange.http_status} and lists no model; "
-                    "correct the URL, or name the model with --model."
+                    f"--url {url}: {self._target.base}/models answered {exchange.http_status}{moved} and lists no "
+                    "model; correct the URL, or name the model with --model."
                 )
             notes.append(f"{self._target.base}/models answered {exchange.http_status} and lists no model.")
             return None, None
@@ -331,6 +349,14 @@ class Preflight:
             return None, None
         self._engine = chosen.owned_by if isinstance(chosen.owned_by, str) else None
         return chosen.id, chosen.max_model_len or (chosen.meta or {}).get("n_ctx")
+
+    def _other_scheme(self, exchange: Exchange) -> str | None:
+        """What to do if the port speaks TLS where http:// was said, or the other way round."""
+        if not self._target.tls and "\\x15\\x03" in (exchange.message or ""):  # the alert of a TLS server
+            return "it speaks TLS: write https://"
+        if self._target.tls and not exchange.http_status and exchange.ending.startswith(("refused/tls", "reset")):
+            return "correct the host and port, or write http:// if it speaks no TLS"
+        return None
 
     async def _cut(self, dialect: Dialect, own: str | None, tokenizer: Tokenizer | None, notes: list[str]) -> Dialect:
         """Cut the user's text, or the words that are there anyway, into pieces whose tokens are known."""
@@ -392,20 +418,23 @@ class Preflight:
         )
         return dialect
 
-    async def _fields(self, dialect: Dialect, notes: list[str]) -> tuple[Dialect, int | None]:
-        """The dialect without the optional fields that the server refuses, and the prompt tokens that it reported."""
+    async def _fields(self, dialect: Dialect, notes: list[str], warm: bool) -> tuple[Dialect, bool, int | None]:
+        """The dialect without the optional fields that the server refuses; whether it then answers; the prompt tokens
+        that it reported."""
         while True:
             exchange, outcome = await self._probe(dialect, PROBE_WORDS[0], 1)
             if outcome.status == "ok" and exchange.reply is not None:
-                return dialect, exchange.reply.prompt_tokens
+                return dialect, True, exchange.reply.prompt_tokens
             self._check_key(exchange)
             said = outcome.message or outcome.reason or outcome.status
             refused = exchange.http_status in (400, 404, 405, 422)
             if not refused:
+                what = told(outcome.status, outcome.reason, exchange.http_status, outcome.message)
                 notes.append(
-                    f"A one-token request before the run failed ({outcome.status}: {said}); nothing is calibrated."
+                    f"A one-token request before the run failed ({what}); nothing is calibrated: prompt lengths are in "
+                    "words." + (" The warm-up is left out." if warm else "")
                 )
-                return dialect, None
+                return dialect, False, None
             if "max_completion_tokens" in said and dialect.api != "responses" and dialect.limit == "max_tokens":
                 dialect = replace(dialect, limit="max_completion_tokens")
                 continue
@@ -503,6 +532,12 @@ class Preflight:
                 f"--url {self._target.url}: the server answers {exchange.http_status}: it wants an API key; "
                 "put it into the environment variable OPENAI_API_KEY, or name another with --api-key-env."
             )
+
+
+def _unanswered(exchange: Exchange) -> str:
+    """Why there was no answer."""
+    status, _, reason = exchange.ending.partition("/")
+    return exchange.message or MEANINGS.get(reason or status) or exchange.ending
 
 
 class _Model(msgspec.Struct):

@@ -33,6 +33,24 @@ class Attempt(msgspec.Struct, omit_defaults=True, kw_only=True):
     cached_tokens: int | None = None
 
 
+MEANINGS = {
+    "bad_stream": "what came is no answer of this API",
+    "eof_headers": "the connection was closed without an answer",
+    "stale_reuse": "a kept connection turned out closed",
+}
+"""In words, the reasons whose message, if there is one, is what the server sent."""
+
+
+def told(status: str, reason: str | None, http_status: int | None, message: str | None) -> str:
+    """What went wrong, for people: `truncated/bad_stream, HTTP 200: what came is no answer of this API: <html>`."""
+    kind = f"{status}/{reason}" if reason else status
+    code = f", HTTP {http_status}" if http_status is not None else ""
+    if message and http_status is not None:  # HTTP it was, until its framing broke
+        message = message.replace("not HTTP: ", "broken HTTP: ", 1)
+    words = [text for text in (MEANINGS.get(reason or ""), message) if text]
+    return ": ".join([kind + code, *words])
+
+
 class Client(msgspec.Struct, kw_only=True):
     """What a sending process says of itself at its end."""
 

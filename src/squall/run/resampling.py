@@ -8,10 +8,17 @@ statistic's influence series: for a mean x - mean, for a percentile 1[x > percen
 To take millions of requests in a second, neighbours are first added up in at most `CELLS` cells; a block is a number of
 neighbouring cells. All statistics here are functions of sums over cells, which a resample weighs.
 
-A block bootstrap of few blocks is too sure of itself. Three known corrections widen its deviations: the long-run
-variance that blocks cut off (the flat-top estimate of the same rule over the blocks' own), the mean being estimated
-from the same cells (N / (N - block)), and Student's t instead of the normal law, with the 1.5 N / block - 1 degrees of
-freedom of the Bartlett estimate that overlapping blocks amount to, or fewer if few blocks make the variance.
+A block bootstrap of few blocks is too sure of itself, and a run in which no long queue came up knows nothing of long
+queues. What is done about it, each as measured in docs/compare.md:
+
+- The deviations are widened by the long-run variance that blocks cut off (the flat-top estimate of the same rule, or
+  that between eighths of the run, whichever is more) and by the mean being estimated from the same cells
+  (N / (N - block)).
+- Student's t takes the place of the normal law, with the 1.5 N / block - 1 degrees of freedom of the Bartlett estimate
+  that overlapping blocks amount to, or fewer if few blocks make the variance.
+- Each end of the interval is the wider one of the percentile interval's and of the studentised block bootstrap's (Gotze
+  and Kunsch, 1996), which knows that sums of rare long queues are skewed.
+- How often a run swung between slow and fast (`swings`) tells whether it can speak for more than itself.
 """
 
 from collections.abc import Callable
@@ -26,10 +33,9 @@ CELLS = 2000
 DRAWS = 2000
 """Resamples."""
 FEWEST_BLOCKS = 10.0
-"""With fewer blocks than this in a run no interval is given."""
-FEWEST_EPISODES = 5.0
-"""A percentile has no interval if what lies above it came in fewer episodes than this, those that hang together being
-one: with 2 to 3 of them the measured coverage of 95 % intervals falls to 75 % (M/D/1 at 90 %, P99 of 20,000)."""
+"""With fewer blocks than this in a run no interval is given of a share or rate."""
+PARTS = 8
+"""Parts of a run between which the variance is looked at; their mean has PARTS - 1 degrees of freedom."""
 
 Estimate = Callable[[np.ndarray], np.ndarray]
 """From weights of cells, (draws, cells) or (1, cells), to one value of the statistic per draw."""
@@ -41,9 +47,7 @@ class Statistic:
 
     estimate: Estimate
     influence: np.ndarray = field(repr=False)
-    """(cells,): how much each cell moves the statistic, up to a factor; sums to about 0."""
-    episodes: float = float("inf")
-    """For a quantile: values above it, divided by how many of them hang together (long-run over plain variance)."""
+    """(cells,): how much each cell moves the statistic; sums to about 0."""
 
     @property
     def value(self) -> float:
@@ -57,18 +61,49 @@ class Deviations:
 
     values: np.ndarray = field(repr=False)
     """(draws,): resampled minus found, widened by the corrections except Student's."""
+    sums: np.ndarray = field(repr=False)
+    """(draws,): of the influence over each resample."""
+    variances: np.ndarray = field(repr=False)
+    """(draws,): of those sums, as each resample estimates it from its own blocks."""
     block: float
     """Cells."""
     blocks: float
     freedom: float
 
-    def interval(self, alpha: float) -> tuple[float, float]:
-        """Lowest and highest deviation at confidence 1 - alpha (percentile interval, widened by Student's t)."""
+    def less(self, other: "Deviations") -> "Deviations":
+        """The deviations of this statistic minus those of another one, resampled apart.
+
+        The degrees of freedom are Welch and Satterthwaite's.
+        """
+        of = np.array([np.var(self.values), np.var(other.values)])
+        total = of.sum()
+        freedom = min(self.freedom, other.freedom)
+        if total > 0 and np.isfinite(total):
+            freedom = float(total**2 / (of**2 / [self.freedom, other.freedom]).sum())
+        return Deviations(
+            self.values - other.values,
+            self.sums - other.sums,
+            self.variances + other.variances,
+            max(self.block, other.block),
+            min(self.blocks, other.blocks),
+            freedom,
+        )
+
+    def interval(self, alpha: float, most: float = float("inf")) -> tuple[float, float]:
+        """Lowest and highest deviation of the truth from what was found, at confidence 1 - alpha.
+
+        `most` bounds the degrees of freedom.
+        """
         from scipy.stats import norm, t
 
-        wider = float(t.ppf(1 - alpha / 2, self.freedom) / norm.ppf(1 - alpha / 2))
-        low, high = np.quantile(self.values, [alpha / 2, 1 - alpha / 2])
-        return float(low) * wider, float(high) * wider
+        ends = [alpha / 2, 1 - alpha / 2]
+        wider = float(t.ppf(ends[1], min(self.freedom, most)) / norm.ppf(ends[1]))
+        low, high = np.quantile(self.values, ends) * wider
+        known = self.variances > 0
+        if known.any():
+            studentised = np.quantile(self.sums[known] / np.sqrt(self.variances[known]), ends) * self.values.std()
+            low, high = min(low, -studentised[1]), max(high, -studentised[0])
+        return float(low), float(high)
 
 
 def cells_of(size: int, most: int = CELLS) -> np.ndarray:
@@ -128,9 +163,7 @@ def quantile(
     around = ordered[min(n - 1, high - 1 + width)] - ordered[max(0, low - width)]
     density = (high - low + 2 * width) / n / around if around > 0 else 1.0
     above = over.sum() / n
-    excess = over - counts * above
-    together = block_length(excess)[1] * cells / max(n * above * (1 - above), 1e-300)
-    return Statistic(estimate, excess / (n * density), n * above / max(together, 1.0))
+    return Statistic(estimate, (over - counts * above) / (n * density))
 
 
 def _crossing(shares: np.ndarray, thresholds: np.ndarray, share: float) -> np.ndarray:
@@ -178,21 +211,59 @@ def block_length(series: np.ndarray) -> tuple[float, float]:
     return float(np.clip(best, 1.0, limit)), long_run
 
 
-def deviations(statistic: Statistic, seed: int, *index: int, transform: Callable | None = None) -> Deviations:
-    """Resample `statistic`; `transform` (such as np.log) is applied to its values before they are subtracted."""
-    influence = statistic.influence
+def swings(values: np.ndarray) -> float:
+    """How often neighbouring `values` rose into their highest quarter after they had been in their lowest.
+
+    What never was as far up as down has no swings; values that are all alike need none (infinity).
+    """
+    low, high = np.percentile(values, [25, 75])
+    if values.min() == values.max():
+        return float("inf")
+    side = np.where(values >= high if high > low else values > high, 1, np.where(values <= low, -1, 0))
+    side = side[side != 0]
+    return float(np.count_nonzero(side[1:] > side[:-1]))
+
+
+def deviations(statistic: Statistic, seed: int, *index: int, relative: bool = False) -> Deviations:
+    """Resample `statistic`, or its logarithm if `relative`."""
+    influence = statistic.influence / statistic.value if relative else statistic.influence
+    length, widened = _spread(influence)
+    weights, starts = _weights(influence.size, length, stream(seed, "resampling", *index))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shaped = np.log if relative else np.asarray
+        values = shaped(statistic.estimate(weights)) - shaped(np.array([statistic.value]))
+    sums = _block_sums(influence, length)
+    drawn = sums[starts]
+    blocks = influence.size / length
+    variances = drawn.var(axis=1, ddof=1) * drawn.shape[1] if drawn.shape[1] > 1 else np.zeros(len(drawn))
+    plain = float(np.sqrt(sums @ sums / length))
+    return Deviations(
+        values * (widened / plain if plain > 0 else 1.0),
+        drawn.sum(axis=1),
+        variances,
+        length,
+        blocks,
+        _freedom(sums, blocks),
+    )
+
+
+def error(influence: np.ndarray) -> float:
+    """The standard error of a statistic with this influence, corrected as the deviations are."""
+    return _spread(influence)[1]
+
+
+def _spread(influence: np.ndarray) -> tuple[int, float]:
+    """The length of the blocks in cells, and the standard error of the influence's sum with all corrections."""
     size = influence.size
     block, long_run = block_length(influence)
     length = max(1, round(block))
-    rng = stream(seed, "resampling", *index)
-    shaped = transform or (lambda values: values)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = shaped(statistic.estimate(_weights(size, length, rng))) - shaped(np.array([statistic.value]))
     sums = _block_sums(influence, length)
     kept = float(sums @ sums) / size / length
-    cut_off = np.sqrt(max(1.0, long_run / kept)) if kept > 0 else 1.0
-    own_mean = np.sqrt(size / (size - length)) if size > length else 1.0
-    return Deviations(values * cut_off * own_mean, length, size / length, _freedom(sums, size / length))
+    own_mean = size / (size - length) if size > length else 1.0
+    part = size // PARTS
+    parts = influence[: part * PARTS].reshape(PARTS, part).sum(axis=1) if part else np.zeros(PARTS)
+    between = float(parts.var(ddof=1)) / max(part, 1)
+    return length, float(np.sqrt(size * max(max(kept, long_run) * own_mean, between)))
 
 
 def _block_sums(series: np.ndarray, length: int) -> np.ndarray:
@@ -215,14 +286,17 @@ def _freedom(sums: np.ndarray, blocks: float) -> float:
     return max(1.5 * blocks * min(1.0, 2 / max(kurtosis - 1, 1e-9)) - 1, 1.0)
 
 
-def _weights(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """(DRAWS, size) float32: how often each cell is in each resample of circular blocks of `length` cells."""
+def _weights(size: int, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(DRAWS, size) float32: how often each cell is in each resample of circular blocks of `length` cells.
+
+    And where those blocks start: (DRAWS, blocks).
+    """
     blocks = max(1, round(size / length))
     starts = rng.integers(size, size=(DRAWS, blocks), dtype=np.int64)
-    starts += np.arange(DRAWS, dtype=np.int64)[:, None] * size
-    begun = np.bincount(starts.ravel(), minlength=DRAWS * size).reshape(DRAWS, size)
+    places = starts + np.arange(DRAWS, dtype=np.int64)[:, None] * size
+    begun = np.bincount(places.ravel(), minlength=DRAWS * size).reshape(DRAWS, size)
     if length == 1:
-        return begun.astype(np.float32)
+        return begun.astype(np.float32), starts
     running = np.cumsum(np.concatenate([begun[:, size - length + 1 :], begun], axis=1), axis=1, dtype=np.float32)
     running[:, length:] -= running[:, :-length].copy()
-    return running[:, length - 1 :]
+    return running[:, length - 1 :], starts

@@ -32,7 +32,7 @@ from squall.trace.files import (
 )
 from squall.trace.formats import Finding, Format, Parsed
 from squall.trace.formats.parquet import checked, kept_meta
-from squall.trace.select import TraceOptions, _rebase, window_of
+from squall.trace.select import TraceOptions, _rebase, check_use, window_of
 from squall.trace.table import SCHEMA, Trace, TraceMeta, TraceSource
 
 WHOLE = 2 << 30
@@ -103,8 +103,7 @@ def _refuse_what_needs_all(source: str | Path, options: TraceOptions) -> None:
                 f"{memory_needed(Path(source)) / 1e9:.0f} GB of memory; take a part of it first, with --between or "
                 "--service."
             )
-    if options.rate is not None and options.speed is not None:
-        raise InputError("--rate and --speed both set the load; give one of them.")
+    check_use(options)
     if options.sample is not None and not 0 < options.sample <= 1:
         raise InputError(f"--sample {options.sample}: a probability above 0 and at most 1 is needed.")
     for name in ("rate", "speed"):

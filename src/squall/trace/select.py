@@ -67,8 +67,7 @@ def select(trace: Trace, options: TraceOptions) -> Trace:
     Ties are broken before anything is left out, so that a request's time does not depend on the filters.
     The result starts at arrival 0: START of `between`, else its first request. Raises InputError if nothing is left.
     """
-    if options.rate is not None and options.speed is not None:
-        raise InputError("--rate and --speed both set the load; give one of them.")
+    check_use(options)
     if options.seed < 0:
         raise InputError(f"--seed {options.seed}: a seed is a whole number from 0.")
     trace = break_ties(trace, options.ties, options.seed)
@@ -91,6 +90,18 @@ def select(trace: Trace, options: TraceOptions) -> Trace:
         rearranged: Trace = importlib.import_module("squall.workload").rearranged(trace, options.arrivals, options.seed)
         return rearranged
     return trace
+
+
+def check_use(options: TraceOptions) -> None:
+    """Refuse options that exclude each other, or change nothing."""
+    if options.rate is not None and options.speed is not None:
+        raise InputError("--rate and --speed both set the load; give one of them.")
+    if options.scale_method != "compress" and options.rate is None:
+        raise InputError(f"--scale-method {options.scale_method} does nothing without --rate.")
+    if options.over_limit != "drop" and options.max_request_tokens is None and options.max_response_tokens is None:
+        raise InputError(
+            f"--over-limit {options.over_limit} does nothing without --max-request-tokens or --max-response-tokens."
+        )
 
 
 def _filter(trace: Trace, options: TraceOptions) -> Trace:
