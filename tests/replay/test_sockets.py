@@ -26,6 +26,7 @@ def answering():
         theirs, _ = listening.accept()
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, sockets.STAMPED, 1)
+    time.sleep(0.05)  # the kernel begins to stamp in a moment
     pool, exchange = sockets.Sockets(NOTHING, ("127.0.0.1", 1)), Exchange(0, 1, b"POST", 0, lambda exchange: None)
     with theirs:
         pool.add(ours, exchange)
