@@ -33,7 +33,7 @@ from squall.run.attempt import Attempt, Client, Writer, client_path, lines_path
 
 LEAD = 100_000_000
 """Nanoseconds from the decision to start to the run's time 0."""
-BEAT = 20_000_000
+BEAT = 10_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
 SPARES, SPARES_AHEAD = 16, 100_000_000
 """At most so many connections are opened ahead of the rows that are due within so many nanoseconds."""
@@ -515,10 +515,10 @@ class Sender:
             self._look(heappop(self._limits), now)
         self._beats += 1
         self._pool.prepare(self._pacer.soon(now + SPARES_AHEAD, self._room()))
-        if self._beats % 5 == 0:
+        if self._beats % 10 == 0:
             self.counts.in_flight = len(self._flying)
             self._stop(self._watch(self.counts))
-        if self._beats % 50 == 0:
+        if self._beats % 100 == 0:
             self._journal.flush()
         self._look_after_end(now)
         self._settle_soon()

@@ -322,7 +322,10 @@ class Sockets(Pool):
     async def _connect(self, exchange: Exchange | None) -> None:
         """Resolve, connect, and go on with the first address that answers."""
         loop, (host, port) = self._loop, self._address
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:  # a name, for which another thread asks
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for place, (family, kind, protocol, _, address) in enumerate(found):
             opening = socket.socket(family, kind, protocol)
             try:
