@@ -563,9 +563,10 @@ def _sentence(one: Difference, alpha: float) -> str:
 
 def _sentence_of_parts(one: Difference) -> str:
     values = f"{value_of(one.metric, one.b)} against {value_of(one.metric, one.a)}"
+    change = _change(one, one.change or 0.0)
     return (
-        f"B's {name_of(one.metric)} is {_change(one, one.change or 0.0)} ({values}), by a factor of {GROSS:g} or more "
-        f"in each eighth of the runs, which are too short for an interval: about {one.needed or 0:,} requests are needed."
+        f"B's {name_of(one.metric)} is {change} ({values}), by a factor of {GROSS:g} or more in each eighth of the "
+        f"runs, which are too short for an interval: about {one.needed or 0:,} requests are needed."
     )
 
 
