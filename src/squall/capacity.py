@@ -483,7 +483,7 @@ def _interval(met: np.ndarray, scheduled: np.ndarray, seed: int) -> tuple[float 
     found = deviations(ratio(np.bincount(cell, ordered), np.bincount(cell)), seed)
     if found.blocks < FEWEST_BLOCKS:
         return None, None
-    down, up = found.interval(0.05)
+    down, up = found.interval(0.05, studentised=False)
     return max(0.0, share + down), min(1.0, share + up)
 
 

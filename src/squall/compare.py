@@ -392,6 +392,8 @@ def _difference(
         level_error = max(map(_relative_error, [name] * 2, statistics))
         down, up = _with_level(middle, down, up, level_error, alpha, min(PARTS - 1, most))
     low, high = middle + down, middle + up
+    if name in SHARES:
+        low, high = max(low, -a), min(high, 1 - a)
     if relative:
         low, high = np.expm1(max(low, -50.0)), np.expm1(min(high, 50.0))  # finite, whatever it is
     least = min(abs(low), abs(high)) if low > 0 or high < 0 else 0.0
