@@ -454,10 +454,12 @@ class _Search:
             }.get(state, f"No load has been found yet that gives {asked}.{least}")
         text = f"Up to {passed:.3g} requests/s give {asked}"
         text += f"; {failed:.3g}/s does not." if failed is not None else "; no load tried fails."
-        if low is not None or high is not None:
-            left = "unknown" if low is None else f"{low:.3g}"
-            right = "unknown" if high is None else f"{high:.3g}"
-            text += f" Clear of chance are a pass at {left} and a fail at {right} requests/s."
+        if low is not None and high is not None:
+            text += f" Clear of chance are a pass at {low:.3g} and a fail at {high:.3g} requests/s."
+        elif low is not None:
+            text += f" Clear of chance is a pass at {low:.3g} requests/s, and no fail."
+        elif high is not None:
+            text += f" Clear of chance is a fail at {high:.3g} requests/s, and no pass."
         ends = {
             "highest passes": " Higher ones were not tried.",
             "budget": " The time budget ended the search.",
@@ -483,7 +485,7 @@ def _interval(met: np.ndarray, scheduled: np.ndarray, seed: int) -> tuple[float 
     found = deviations(ratio(np.bincount(cell, ordered), np.bincount(cell)), seed)
     if found.blocks < FEWEST_BLOCKS:
         return None, None
-    down, up = found.interval(0.05)
+    down, up = found.interval(0.05, studentised=False)
     return max(0.0, share + down), min(1.0, share + up)
 
 

@@ -95,6 +95,9 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """Requests (seconds for rates) that were taken as one event."""
     blocks: float | None
     """How many of those a run has; of the run that has fewer."""
+    least: float | None
+    """How far from 0 the change is at least: the nearer end of the interval, or, where pairs are too few for one, the
+    smallest change in an eighth of the runs."""
     needed: int | None
     """Where no interval can be given: about how many requests the shorter run would need for one; null if unknown."""
     verdict: Verdict
@@ -173,7 +176,7 @@ def compare(
         raise InputError("compare: the two runs have no metric in common.")
     found = [_judged(one, adjusted, alpha) for one, adjusted in zip(found, _holm(found), strict=True)]
     sides = [_side(run, source, view) for run, source, view in zip(runs, (a, b), views, strict=True)]
-    worse = [one for one in found if one.verdict == "worse" and _least(one) > tolerance]
+    worse = [one for one in found if one.verdict == "worse" and (one.least or 0.0) > tolerance]
     return Comparison(
         a=sides[0],
         b=sides[1],
@@ -353,7 +356,7 @@ def _difference(
     plain: dict[str, Any] = {
         "metric": name, "a": a, "b": b, "n_a": n_a, "n_b": n_b, "relative": relative, "change": change,
         "low": None, "high": None, "p_value": None, "p_adjusted": None, "block": None, "blocks": None,
-        "needed": None, "verdict": "cannot tell", "sentence": "",
+        "least": None, "needed": None, "verdict": "cannot tell", "sentence": "",
     }  # fmt: skip
     latency, _, level = name.rpartition("_")
     if level in LEVELS[1:]:
@@ -363,7 +366,7 @@ def _difference(
     # A long answer hides in E2E that the queue never moved: TTFT has to have swung too.
     swung = min(view.swings(of) for view in views for of in {"ttft", "e2e", *({latency} & {*LATENCIES})})
     if a != b and (short := _too_short(name, views, swung)):
-        return Difference(**plain | short)
+        return Difference(**plain | short | (_in_each_part(name, views) if paired else {}))
     width = max(max(view.span for view in views) / (CELLS // 2), 1e-9)
     statistics = [view.statistic(name, width) for view in views]
     if paired:
@@ -389,9 +392,48 @@ def _difference(
         level_error = max(map(_relative_error, [name] * 2, statistics))
         down, up = _with_level(middle, down, up, level_error, alpha, min(PARTS - 1, most))
     low, high = middle + down, middle + up
+    if name in SHARES:
+        low, high = max(low, -a), min(high, 1 - a)
     if relative:
         low, high = np.expm1(max(low, -50.0)), np.expm1(min(high, 50.0))  # finite, whatever it is
-    return Difference(**plain | {"low": float(low), "high": float(high), "p_value": p_value})
+    least = min(abs(low), abs(high)) if low > 0 or high < 0 else 0.0
+    found = {"low": float(low), "high": float(high), "least": float(least), "p_value": p_value}
+    return Difference(**plain | found)
+
+
+GROSS = 2.0
+"""Factor between two latencies that pairs are told of however short they are."""
+
+
+def _in_each_part(name: str, views: Sequence["_View"]) -> dict[str, Any]:
+    """Of pairs too short for an interval, whether a latency of B is GROSS times A's, or A's of B's, in each eighth.
+
+    The same arrivals make the same luck, so what is as large all along is no chance, however long the queues. p is of
+    the eighths' mean by Student's t, with its error doubled: they are not independent.
+    """
+    from scipy.stats import t
+
+    latency, _, level = name.rpartition("_")
+    if latency not in LATENCIES:
+        return {}
+    factors = []
+    for rows in np.array_split(np.arange(views[0].size), PARTS):
+        ends = []
+        for view in views:
+            values = view.column[latency][rows]
+            values = values[np.isfinite(values) & view.ok[rows]]
+            if not values.size:
+                return {}
+            ends.append(values.mean() if level == "mean" else np.percentile(values, float(level[1:])))
+        if min(ends) <= 0:
+            return {}
+        factors.append(np.log(ends[1] / ends[0]))
+    found = np.array(factors)
+    if found.min() < np.log(GROSS) and found.max() > -np.log(GROSS):
+        return {}
+    wide = 2 * found.std(ddof=1) / np.sqrt(PARTS)
+    p_value = float(2 * t.sf(abs(found.mean()) / wide, PARTS - 1)) if wide > 0 else 0.0
+    return {"least": float(abs(np.expm1(found[np.abs(found).argmin()]))), "p_value": p_value}
 
 
 def _together(statistics: Sequence[Statistic], relative: bool, seed: int, index: int) -> Deviations:
@@ -471,6 +513,8 @@ def _judged(one: Difference, adjusted: float | None, alpha: float) -> Difference
     if adjusted is not None and verdict != "equal" and adjusted < alpha and one.change:
         verdict = "better" if (one.change > 0) == (one.metric in _HIGHER_IS_BETTER) else "worse"
     judged = msgspec.structs.replace(one, p_adjusted=adjusted, verdict=verdict)
+    if verdict in ("better", "worse") and one.low is None:
+        return msgspec.structs.replace(judged, sentence=_sentence_of_parts(judged))
     return msgspec.structs.replace(judged, sentence=one.sentence or _sentence(judged, alpha))
 
 
@@ -517,6 +561,15 @@ def _sentence(one: Difference, alpha: float) -> str:
             chance = "; among so many metrics one interval leaves 0 out by chance"
         return f"{name}: cannot tell; B's is {_change(one, one.change)} ({values}), {interval}{chance}."
     return f"B's {name} is {_change(one, one.change)} ({values}), {interval}."
+
+
+def _sentence_of_parts(one: Difference) -> str:
+    values = f"{value_of(one.metric, one.b)} against {value_of(one.metric, one.a)}"
+    change = _change(one, one.change or 0.0)
+    return (
+        f"B's {name_of(one.metric)} is {change} ({values}), by a factor of {GROSS:g} or more in each eighth of the "
+        f"runs, which are too short for an interval: about {one.needed or 0:,} requests are needed."
+    )
 
 
 def _change(one: Difference, change: float) -> str:
@@ -586,11 +639,6 @@ def _rounded(requests: float) -> int:
     """Up, to two digits."""
     step = 10 ** max(int(np.floor(np.log10(requests))) - 1, 0)
     return int(np.ceil(requests / step)) * step
-
-
-def _least(one: Difference) -> float:
-    """By how much a worse metric is worse at least."""
-    return min(abs(one.low or 0.0), abs(one.high or 0.0))
 
 
 def _summary(found: Sequence[Difference]) -> list[str]:

@@ -262,6 +262,20 @@ def test_near_saturation_a_short_run_is_told_so() -> None:
     assert given <= 10  # of 3 expected, once in a thousand times
 
 
+def test_what_is_far_worse_all_along_is_told_of_short_pairs_too() -> None:
+    """A server that falls behind makes its own run too short; CI must hear of it all the same."""
+    latency = 20 * alike(300, 0.5, 21)
+    found = compare(run(latency), run(6 * latency * alike(300, 0.9, 22)), metric="ttft_mean,e2e_p90,throughput")
+    assert found.regressions == ["ttft_mean", "e2e_p90"]
+    one = found.differences[0]
+    assert one.low is None
+    assert one.least is not None
+    assert 1 < one.least < 5
+    assert "by a factor of 2 or more in each eighth of the runs, which are too short" in one.sentence
+    assert compare(run(latency), run(6 * latency), metric="ttft_mean", tolerance=6.0).regressions == []
+    assert compare(run(latency), run(1.5 * latency * alike(300, 0.9, 22)), metric="ttft_mean").regressions == []
+
+
 def test_what_pairs_do_not_know_of_their_load_widens_the_far_side() -> None:
     """As in Fieller's theorem: the far end runs away, the near one stays on its side of 0."""
     assert _with_level(0.1, -0.02, 0.03, 0.0, 0.05, 7) == pytest.approx((-0.02, 0.03))

@@ -86,6 +86,10 @@ def test_skewed_sums_widen_the_side_of_what_was_not_seen() -> None:
     low, high = found.interval(0.05)
     assert high > 1.3 * -low
     assert found.interval(0.05, most=5.0)[0] < low
+    rare = np.zeros(1000)
+    rare[[100, 500]] = 1.0
+    few = deviations(ratio(rare, np.ones(1000)), 1).interval(0.05, studentised=False)
+    assert -0.01 < few[0] < 0 < few[1] < 0.02
     one, other = (deviations(ratio(values, np.ones(200)), 1, k) for k in range(2))
     difference = one.less(other)
     assert difference.values.std() == pytest.approx(np.hypot(one.values.std(), other.values.std()), rel=0.1)

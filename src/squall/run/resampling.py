@@ -89,10 +89,11 @@ class Deviations:
             freedom,
         )
 
-    def interval(self, alpha: float, most: float = float("inf")) -> tuple[float, float]:
+    def interval(self, alpha: float, most: float = float("inf"), *, studentised: bool = True) -> tuple[float, float]:
         """Lowest and highest deviation of the truth from what was found, at confidence 1 - alpha.
 
-        `most` bounds the degrees of freedom.
+        `most` bounds the degrees of freedom. Without `studentised` it is the percentile interval alone: of a share near
+        0 or 1, which a few rows decide, resamples without any of them have no spread to divide by.
         """
         from scipy.stats import norm, t
 
@@ -100,9 +101,9 @@ class Deviations:
         wider = float(t.ppf(ends[1], min(self.freedom, most)) / norm.ppf(ends[1]))
         low, high = np.quantile(self.values, ends) * wider
         known = self.variances > 0
-        if known.any():
-            studentised = np.quantile(self.sums[known] / np.sqrt(self.variances[known]), ends) * self.values.std()
-            low, high = min(low, -studentised[1]), max(high, -studentised[0])
+        if studentised and known.any():
+            least, greatest = np.quantile(self.sums[known] / np.sqrt(self.variances[known]), ends) * self.values.std()
+            low, high = min(low, -greatest), max(high, -least)
         return float(low), float(high)
 
 
