@@ -247,7 +247,9 @@ def _whole_windows(arrivals: np.ndarray, window: float, phase: float) -> Iterato
         begin, size = begin + slot.size, PIECE
 
 
-def _fit(gap: np.ndarray, gaps: np.ndarray, method: FitMethod, minimum: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _fit(
+    gap: np.ndarray, gaps: np.ndarray, method: FitMethod, minimum: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Gaps used and fitted values of windows that hold `gaps` of the `gap`s each, one after another."""
     if method == "mle":
         positive = gap > 0

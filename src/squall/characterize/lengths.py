@@ -134,9 +134,7 @@ def request_response(request: np.ndarray, response: np.ndarray) -> Correlation:
         whole.add(x, y)
         inside = (x >= 400) & (x < 2000)
         middle.add(x[inside], y[inside])
-    return Correlation(
-        n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response), slope=middle.slope
-    )
+    return Correlation(n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response), slope=middle.slope)
 
 
 @dataclass
