@@ -256,12 +256,13 @@ def _by_request(rows: pl.DataFrame, trace: Trace) -> dict[str, Any]:
     request, response = rows["request_tokens"].to_numpy(), rows["response_tokens"].to_numpy()
     failed = rows["failed"].to_numpy()
     answered = ~failed & (request > 0)
+    pairs = request[answered], response[answered]
     return {
         "failed_share": float(np.mean(failed)),
         "request_tokens": length_statistics(request, request > 0),
         "response_tokens": length_statistics(response, ~failed),
-        "correlation": request_response(request, response, answered),
-        "response_bands": response_bands(request, response, answered),
+        "correlation": request_response(*pairs),
+        "response_bands": response_bands(*pairs),
         "conversations": session_statistics(rows) if "session" in rows.columns else Conversations(),
         "prefixes": prefix_sharing(rows, trace.meta.block_size) if "prefix" in rows.columns else Prefixes(),
     }

@@ -60,9 +60,14 @@ class Bursts(Struct, frozen=True, kw_only=True):
 
 def burst_table(arrivals: np.ndarray, scale: float, start: float, end: float) -> tuple[pl.DataFrame, np.ndarray, float]:
     """Every burst (columns start, length, requests, peak: requests of its fullest bin), the counts, the threshold."""
+    counts = bin_counts(arrivals, scale, start, end)[: int((end - start) // scale)]
+    return _table(counts, scale, start)
+
+
+def _table(counts: np.ndarray, scale: float, start: float) -> tuple[pl.DataFrame, np.ndarray, float]:
+    """The same from the counts in bins of `scale` s."""
     from scipy.special import pdtrik
 
-    counts = bin_counts(arrivals, scale, start, end)[: int((end - start) // scale)]
     mean = float(counts.mean())
     threshold = max(ABOVE_MEAN * mean, float(np.ceil(pdtrik(ABOVE_POISSON, mean))))
     edges = np.flatnonzero(np.diff(counts > threshold, prepend=False, append=False))
@@ -80,14 +85,20 @@ def burst_table(arrivals: np.ndarray, scale: float, start: float, end: float) ->
 
 def bursts(arrivals: np.ndarray, start: float, end: float) -> list[Bursts]:
     """Bursts over [start, end] s at every scale with 30 bins and a request per bin; `arrivals` are sorted seconds."""
-    found = []
+    found, counts, of = [], np.zeros(0, np.int64), 0.0
     for scale in SCALES:
         bins = (end - start) // scale
         if not MINIMUM_BINS <= bins <= MAXIMUM_WINDOWS or arrivals.size < bins:
             continue
         if arrivals[0] >= start + bins * scale:
             continue
-        table, counts, threshold = burst_table(arrivals, scale, start, end)
+        if of:  # each scale is a multiple of the one before
+            ratio = int(scale / of)
+            counts = counts[: int(bins) * ratio].reshape(-1, ratio).sum(1)
+        else:
+            counts = bin_counts(arrivals, scale, start, end)[: int(bins)]
+        of = scale
+        table, counts, threshold = _table(counts, scale, start)
         start_of, length, requests = (table[name].to_numpy() for name in ("start", "length", "requests"))
         shown = np.sort(np.argsort(-requests, kind="stable")[:MOST_BURSTS])
         pause = start_of[1:] - (start_of + length)[:-1]

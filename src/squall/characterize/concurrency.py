@@ -13,6 +13,7 @@ process, levels off at CV^2 for a renewal process, and keeps growing for a rate 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from squall.characterize.summary import (
     known,
     pieces,
     summary,
+    sums_of_runs,
 )
 from squall.errors import InputError
 from squall.seeds import DEFAULT_SEED
@@ -42,10 +44,12 @@ MINIMUM_BINS = 5
 MAXIMUM_WINDOWS = 10_000_000
 """More windows than this are a slip in the flag, not a question."""
 
-STRIDE = 8
-"""The distance between gaps and fit is looked for at every eighth gap first."""
+STRIDES = (64, 8, 1)
+"""The distance between gaps and fit is looked for at every so many gaps first, and closer where it may be larger."""
 MAXIMUM_POINTS = 500
 """A series that is kept for a chart has at most this many points."""
+_FEW_BINS = 8
+"""Bins are few if there are so many arrivals to one of them."""
 
 FitMethod = Literal["moments", "mle"]
 
@@ -213,8 +217,8 @@ def gamma_windows(
         count[occupied] = sizes
         # The first gap of a piece comes from the arrival before it; the very first arrival has none.
         gap = np.diff(arrivals[max(begin - 1, 0) : begin + at.size])
-        owner = np.repeat(np.arange(run.size), sizes)[-gap.size or at.size :]
-        gaps[occupied], found = _fit(gap, owner, run.size, method, minimum)
+        sizes[0] -= at.size - gap.size
+        gaps[occupied], found = _fit(gap, sizes, method, minimum)
         for name, values in found.items():
             fit[name][occupied] = values
     return GammaWindows(
@@ -244,26 +248,30 @@ def _whole_windows(arrivals: np.ndarray, window: float, phase: float) -> Iterato
 
 
 def _fit(
-    gap: np.ndarray, owner: np.ndarray, windows: int, method: FitMethod, minimum: int
+    gap: np.ndarray, gaps: np.ndarray, method: FitMethod, minimum: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Gaps used and fitted values of each of the `windows`, to which the gaps belong by `owner` (ascending)."""
+    """Gaps used and fitted values of windows that hold `gaps` of the `gap`s each, one after another."""
     if method == "mle":
-        gap, owner = gap[gap > 0], owner[gap > 0]
-    gaps = np.bincount(owner, minlength=windows)
-    log_mean = np.full(windows, np.nan)
+        positive = gap > 0
+        gap, gaps = gap[positive], sums_of_runs(positive, gaps).astype(np.int64)
+    log_mean = np.full(gaps.size, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.bincount(owner, gap, windows) / gaps
-        variance = np.bincount(owner, (gap - mean[owner]) ** 2, windows) / gaps
+        mean = sums_of_runs(gap, gaps) / gaps
+        variance = sums_of_runs((gap - np.repeat(mean, gaps)) ** 2, gaps) / gaps
         # Below this the spread is the rounding of the clock, not a property of the traffic.
         usable = (gaps >= max(minimum, 2)) & (variance > 1e-12 * mean**2)
         cv = np.where(usable, np.sqrt(variance) / mean, np.nan)
         if method == "moments":
             alpha = cv**-2.0
         else:
-            log_mean = np.bincount(owner, np.log(gap), windows) / gaps
+            log_mean = sums_of_runs(np.log(gap), gaps) / gaps
             alpha = gamma_shape(np.where(usable, np.log(mean) - log_mean, np.nan))
         beta = alpha / mean
-    ks = _gamma_distance(gap, owner, alpha, beta)
+    ks = np.full(gaps.size, np.nan)
+    fitted = np.isfinite(alpha)
+    if fitted.any():
+        gap = gap if fitted.all() else gap[np.repeat(fitted, gaps)]
+        ks[fitted] = _gamma_distance(gap, gaps[fitted], alpha[fitted], beta[fitted])
     return gaps, {
         "alpha": alpha,
         "beta": beta,
@@ -315,9 +323,9 @@ def dispersion(
         else:
             occupied, held = _occupied(arrivals, scale, start)
         of = scale
-        counts = held[: np.searchsorted(occupied, bins)].astype(float)
-        mean = counts.sum() / bins
-        result.append((scale, dot(counts, counts) / bins / float(mean) - float(mean)))
+        counts = held[: np.searchsorted(occupied, bins)]
+        mean = float(counts.sum()) / bins
+        result.append((scale, dot(counts, counts) / bins / mean - mean))
     return result
 
 
@@ -326,24 +334,36 @@ def _occupied(arrivals: np.ndarray, width: float, start: float) -> tuple[np.ndar
     bins, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for (part,) in pieces(arrivals):
         bin_of = np.floor((part - start) / width).astype(np.int64)
-        first = np.flatnonzero(np.diff(bin_of, prepend=-1))
-        bins.append(bin_of[first])
-        counts.append(np.diff(first, append=bin_of.size))
+        last = _ends(bin_of)
+        bins.append(bin_of[last])
+        counts.append(np.diff(last, prepend=-1))
     return _merged(np.concatenate(bins), np.concatenate(counts))  # a bin may lie across two pieces
 
 
 def _merged(bins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ascending `bins` with equal ones made one."""
-    first = np.flatnonzero(np.diff(bins, prepend=-1))
-    return bins[first], np.add.reduceat(counts, first)
+    last = _ends(bins)
+    return bins[last], np.diff(np.cumsum(counts)[last], prepend=0)
+
+
+def _ends(numbers: np.ndarray) -> np.ndarray:
+    """Where the runs of equal numbers end."""
+    return np.append(np.flatnonzero(numbers[1:] != numbers[:-1]), numbers.size - 1)
 
 
 def bin_counts(arrivals: np.ndarray, width: float, start: float, end: float) -> np.ndarray:
     """Sorted arrivals (int) in each bin of `width` s that covers [start, end]; the last bin may reach beyond `end`."""
     bins = max(1, int(np.floor((end - start) / width)) + 1)
-    # Sorted arrivals are cut at the edges of the bins, which are far fewer.
-    places = np.searchsorted(arrivals, start + width * np.arange(bins))
-    return np.diff(places, append=np.searchsorted(arrivals, end, side="right"))
+    if bins < arrivals.size / _FEW_BINS:  # sorted arrivals are cut at the edges of few bins
+        places = np.searchsorted(arrivals, start + width * np.arange(bins))
+        return np.diff(places, append=np.searchsorted(arrivals, end, side="right"))
+    counts = np.zeros(bins, np.int64)
+    inside = slice(np.searchsorted(arrivals, start), np.searchsorted(arrivals, end, side="right"))
+    for (part,) in pieces(arrivals[inside]):
+        bin_of = ((part - start) / width).astype(np.int64)
+        low, high = int(bin_of[0]), int(bin_of[-1]) + 1
+        counts[low:high] += np.bincount(bin_of - low)
+    return counts
 
 
 def gap_statistics(arrivals: np.ndarray, spread: np.ndarray | None = None) -> Gaps:
@@ -455,40 +475,47 @@ def rate_series(arrivals: np.ndarray, start: float, end: float) -> RateSeries:
     return RateSeries(start=start, width=width, counts=bin_counts(arrivals, width, start, end).tolist())
 
 
-def _gamma_distance(gap: np.ndarray, owner: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """Kolmogorov-Smirnov distance of each window's gaps to its own Gamma(alpha, rate beta); nan without a fit."""
+def _gamma_distance(gap: np.ndarray, gaps: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """Kolmogorov-Smirnov distance of each window's `gaps` (of the `gap`s, in turn) to its Gamma(alpha, rate beta)."""
     from scipy.special import gammainc
 
-    fitted = np.isfinite(alpha)
-    if not fitted.any():
-        return np.full(alpha.size, np.nan)
-    if not fitted.all():
-        gap, owner = gap[fitted[owner]], owner[fitted[owner]]
     # The bits of positive 32-bit floats sort like the numbers, so one sort of integers sorts every window in its place.
-    packed = np.sort(owner << 32 | gap.astype(np.float32).view(np.uint32).astype(np.int64))
-    gap = (packed & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(float)
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
-    size = np.diff(first, append=gap.size)
-    rank = np.arange(gap.size) - np.repeat(first, size)
-    number = np.repeat(size, size)
+    packed = np.repeat(np.arange(gaps.size) << 32, gaps)
+    packed |= gap.astype(np.float32).view(np.uint32)
+    packed.sort()
+    first = np.cumsum(gaps) - gaps
+    largest = np.zeros(gaps.size)
 
-    def off(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cdf = gammainc(alpha[owner[at]], beta[owner[at]] * gap[at])
-        return cdf, np.maximum((rank[at] + 1) / number[at] - cdf, cdf - rank[at] / number[at])
+    def cdf_at(place: np.ndarray, window: np.ndarray) -> np.ndarray:
+        sorted_gap = (packed[place] & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(float)
+        cdf: np.ndarray = gammainc(alpha[window], beta[window] * sorted_gap)
+        rank, number = place - first[window], gaps[window]
+        np.maximum.at(largest, window, np.maximum((rank + 1) / number - cdf, cdf - rank / number))
+        return cdf
 
-    # Both steps and cdf rise, so between two gaps the distance cannot exceed their cross differences: look at every
-    # eighth first, and then only where the distance could be larger than what was found.
-    some = np.flatnonzero((rank % STRIDE == 0) | (rank == number - 1))
-    cdf, found = off(some)
-    window_of = owner[some]
-    best = np.maximum.reduceat(found, np.flatnonzero(np.diff(window_of, prepend=-1)))
-    largest = np.full(alpha.size, np.nan)
-    largest[owner[first]] = best
-    inside = window_of[1:] == window_of[:-1]
-    above = rank[some[1:]] / number[some[1:]] - cdf[:-1]
-    below = cdf[1:] - (rank[some[:-1]] + 1) / number[some[:-1]]
-    open_ = np.flatnonzero(inside & (np.maximum(above, below) > largest[window_of[1:]]))
-    rest = some[open_][:, None] + np.arange(1, STRIDE)
-    rest = rest[rest < some[open_ + 1][:, None]]
-    np.fmax.at(largest, owner[rest], off(rest)[1])
+    # Both steps and cdf rise, so between two gaps the distance cannot exceed their cross differences: look at few gaps
+    # first, and closer only where the distance could be larger than what was found.
+    widest = STRIDES[0]
+    points = -(-gaps // widest)
+    window = np.repeat(np.arange(gaps.size), points)
+    left = first[window] + widest * (np.arange(window.size) - np.repeat(np.cumsum(points) - points, points))
+    last = first + gaps - 1
+    right = np.minimum(left + widest, last[window])
+    below = cdf_at(left, window)
+    above = np.append(below[1:], 0.0)
+    above[np.cumsum(points) - 1] = cdf_at(last, np.arange(gaps.size))
+    for wide, stride in pairwise(STRIDES):
+        number, begin = gaps[window], first[window]
+        most = np.maximum((right - begin) / number - below, above - (left - begin + 1) / number)
+        closer = (right > left + 1) & (most > largest[window])
+        left, right, below, above, window = (x[closer, None] for x in (left, right, below, above, window))
+        places = np.minimum(left + stride * np.arange(wide // stride + 1), right)
+        window = np.repeat(window, places.shape[1], axis=1)
+        cdf = np.repeat(above, places.shape[1], axis=1)
+        cdf[:, :1] = below
+        new = places < right
+        new[:, 0] = False
+        cdf[new] = cdf_at(places[new], window[new])
+        left, right, below, above = (x.ravel() for x in (places[:, :-1], places[:, 1:], cdf[:, :-1], cdf[:, 1:]))
+        window = window[:, :-1].ravel()
     return largest

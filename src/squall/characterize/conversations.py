@@ -117,9 +117,10 @@ def session_statistics(table: pl.DataFrame) -> Conversations:
 def _by_turn(turn: np.ndarray, request: np.ndarray, response: np.ndarray) -> list[Turn]:
     """Lengths by turn, counted from 0 in `turn`."""
     found = []
-    for number in range(MOST_TURNS):
-        here = turn == number
-        if np.count_nonzero(here) < FEWEST:
+    turn = np.minimum(turn, MOST_TURNS).astype(np.uint8)  # small numbers are sorted by counting
+    order = np.argsort(turn, kind="stable")
+    for number, here in enumerate(np.split(order, np.cumsum(np.bincount(turn, minlength=MOST_TURNS + 1)))[:MOST_TURNS]):
+        if here.size < FEWEST:
             break
         asked = summary(request[here])
         found.append(

@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import MAXIMUM_WINDOWS, GammaWindows, bin_counts, gamma_shape
-from squall.characterize.summary import bin_width, dot, pieces, position
+from squall.characterize.summary import bin_width, dot, position, sums_of_runs
 
 HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 WHOLE = 0.95
@@ -178,18 +178,13 @@ def clock_hours(
     if last - first >= MAXIMUM_WINDOWS:
         return None
     hours = last - first + 1
-    counts, asked, answered = (np.zeros(hours, kind) for kind in (np.int64, float, float))
-    for times, *tokens in pieces(arrivals, request, response):
-        hour_of = np.floor((times + midnight) / HOUR).astype(np.int64) - first
-        low, high = int(hour_of[0]), int(hour_of[-1]) + 1
-        for into, weights in ((counts, None), *zip((asked, answered), tokens, strict=True)):
-            into[low:high] += np.bincount(hour_of - low, weights, high - low).astype(into.dtype)
     begin = (first + np.arange(hours)) * HOUR - midnight
+    counts = np.diff(np.searchsorted(arrivals, begin[1:]), prepend=0, append=arrivals.size)
     return Hours(
         first=first,
         requests=counts,
-        request_tokens=asked,
-        response_tokens=answered,
+        request_tokens=sums_of_runs(request, counts),
+        response_tokens=sums_of_runs(response, counts),
         covered=(np.minimum(begin + HOUR, end) - np.maximum(begin, start)) / HOUR,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from squall.characterize.concurrency import gamma_shape
-from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, dot, known, pieces
+from squall.characterize.summary import LONGEST_TABLE, Summary, Tally, correlation, dot, known, pieces, sums_of_runs
 
 TIME_SCALES = (60.0, 300.0, 1200.0, 3600.0)
 """Windows for the dependence of lengths on time, s."""
@@ -127,16 +127,14 @@ def length_statistics(tokens: np.ndarray, where: np.ndarray | None = None) -> Le
     )
 
 
-def request_response(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> Correlation:
-    """Correlation of request and response lengths (pairs, tokens) of the same requests, or of those `where` true."""
+def request_response(request: np.ndarray, response: np.ndarray) -> Correlation:
+    """Correlation of request and response lengths (pairs, tokens) of the same requests."""
     whole, middle = _Moments(), _Moments()
-    for x, y in pieces(request, response, where=where):
+    for x, y in pieces(request, response):
         whole.add(x, y)
         inside = (x >= 400) & (x < 2000)
         middle.add(x[inside], y[inside])
-    return Correlation(
-        n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response, where), slope=middle.slope
-    )
+    return Correlation(n=whole.n, pearson=whole.correlation, spearman=_spearman(request, response), slope=middle.slope)
 
 
 @dataclass
@@ -175,16 +173,16 @@ class _Moments:
         return None if self.correlation is None else self._centred[2] / self._centred[0]
 
 
-def _spearman(x: np.ndarray, y: np.ndarray, where: np.ndarray | None) -> float | None:
+def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson's correlation of the ranks; None as there."""
-    tallies = Tally.of_array(x, where), Tally.of_array(y, where)
+    tallies = Tally.of_array(x), Tally.of_array(y)
     n = tallies[0].size
     if n < 3:
         return None
     ranks = [tally.ranks() - (n + 1) / 2 for tally in tallies]
     scale = float(np.prod([np.sqrt(dot(tally.counts, rank**2)) for tally, rank in zip(tallies, ranks, strict=True)]))
     look_up = [_lookup(tally.values, rank) for tally, rank in zip(tallies, ranks, strict=True)]
-    both = sum(dot(look_up[0](a), look_up[1](b)) for a, b in pieces(x, y, where=where))
+    both = sum(dot(look_up[0](a), look_up[1](b)) for a, b in pieces(x, y))
     return both / scale if scale > 0 else None
 
 
@@ -197,24 +195,20 @@ def _lookup(keys: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.n
     return lambda wanted: table[wanted]
 
 
-def response_bands(request: np.ndarray, response: np.ndarray, where: np.ndarray | None = None) -> list[Band]:
-    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2).
-
-    Of all pairs, or of those `where` this is true.
-    """
+def response_bands(request: np.ndarray, response: np.ndarray) -> list[Band]:
+    """Responses by request length (both tokens, requests >= 1), in bins of a factor of about sqrt(2)."""
     if request.size == 0:
         return []
     longest = int(request.max())
     edges = _edges(longest, 2)
     if longest < LONGEST_TABLE:
         table = np.digitize(np.arange(longest + 1), edges)
-        binned = (table[x] for (x,) in pieces(request, where=where))
+        binned = (table[x] for (x,) in pieces(request))
     else:
-        binned = (np.digitize(x, edges) for (x,) in pieces(request, where=where))
+        binned = (np.digitize(x, edges) for (x,) in pieces(request))
     # Bin and response in one number: counting these puts every bin in a run and its responses in order.
     width = int(response.max()) + 1
-    answers = (y for (y,) in pieces(response, where=where))
-    packed = (bins * width + y for bins, y in zip(binned, answers, strict=True))
+    packed = (bins * width + y for bins, (y,) in zip(binned, pieces(response), strict=True))
     pairs = Tally.of(packed, (len(edges) + 1) * width)
     bin_of, answer = np.divmod(pairs.values, width)
     bands = []
@@ -235,18 +229,23 @@ def length_time(
 
     `tokens` are integers; 0 is an unknown length and left out.
     """
-    result = []
+    result: list[LengthTime] = []
     unknown = np.flatnonzero(tokens == 0)
-    until = np.concatenate(([0], np.cumsum(tokens, dtype=np.int64)))
     squares = _squares(tokens)
+    places, tokens_in, of = np.zeros(0, np.int64), np.zeros(0), 0.0
     for scale in scales:
         windows = int((end - start) // scale)
         if not 5 <= windows <= 10_000_000:
             continue
-        # Sorted arrivals are cut at the edges of the windows.
-        places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
-        count = np.diff(places) - np.diff(np.searchsorted(unknown, places))
-        load = np.diff(until[places])
+        if of and scale % of == 0:  # windows of a multiple of the scale before are made of its windows
+            ratio = int(scale / of)
+            places, tokens_in = places[: windows * ratio + 1 : ratio], tokens_in[: windows * ratio]
+            tokens_in = tokens_in.reshape(-1, ratio).sum(1)
+        else:  # sorted arrivals are cut at the edges of the windows
+            places = np.searchsorted(arrivals, start + scale * np.arange(windows + 1))
+            tokens_in = sums_of_runs(tokens[places[0] : places[-1]], np.diff(places))
+        of = scale
+        count, load = np.diff(places) - np.diff(np.searchsorted(unknown, places)), tokens_in.astype(np.int64)
         n, total = int(count.sum()), int(load.sum())
         if n == 0:
             continue

@@ -59,13 +59,13 @@ def describe(sample: np.ndarray) -> dict[str, Any]:
     """The fields of a Summary for the numbers in `sample`, in any order."""
     if sample.size == 0:
         return {"n": 0}
-    places = {name: position(share, sample.size) for name, share in QUANTILES.items()}
-    placed = np.partition(sample, sorted({0, sample.size - 1, *places.values()}))
-    fields = {name: placed[place].item() for name, place in places.items()}
-    mean = float(sample.mean())
+    ordered = np.sort(sample)  # vectorised; np.partition is not, and takes twice as long for so many places
+    fields = {name: ordered[position(share, sample.size)].item() for name, share in QUANTILES.items()}
+    mean = float(sum(part.sum() for (part,) in pieces(sample))) / sample.size
     if mean > 0:
-        fields["cv"] = float(sample.std()) / mean
-    return {"n": sample.size, "mean": mean, "min": placed[0].item(), "max": placed[-1].item(), **fields}
+        off = (part - mean for (part,) in pieces(sample))
+        fields["cv"] = float(np.sqrt(sum(dot(part, part) for part in off) / sample.size)) / mean
+    return {"n": sample.size, "mean": mean, "min": ordered[0].item(), "max": ordered[-1].item(), **fields}
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,14 @@ def pieces(*arrays: np.ndarray, where: np.ndarray | None = None, size: int = 0) 
         part = slice(begin, begin + step)
         kept = None if where is None else where[part]
         yield tuple(array[part] if kept is None else array[part][kept] for array in arrays)
+
+
+def sums_of_runs(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The sums (float) of runs of `sizes` values each, one after another."""
+    result, some = np.zeros(sizes.size), sizes > 0
+    if some.any():
+        result[some] = np.add.reduceat(values, (np.cumsum(sizes) - sizes)[some], dtype=float)
+    return result
 
 
 def position(share: float, size: int) -> int:

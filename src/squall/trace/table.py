@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import polars as pl
 
 from squall.errors import InputError
@@ -144,8 +145,11 @@ class Trace:
 def _turns(session: pl.Series) -> pl.Series:
     """The place of each request in its session, from 1; null outside of sessions (which are most rows, so left out)."""
     rows = session.is_not_null().arg_true()
-    known = pl.DataFrame({"session": session.gather(rows)})
-    place = known.select(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("session")).to_series()
+    known = session.gather(rows).to_numpy()
+    order = np.argsort(known, kind="stable")
+    first = np.flatnonzero(np.diff(known[order], prepend=known[order[0]] - 1))
+    place = np.empty(known.size, np.int32)
+    place[order] = np.arange(1, known.size + 1) - np.repeat(first, np.diff(first, append=known.size))
     return pl.zeros(len(session), pl.Int32, eager=True).set(session.is_null(), None).scatter(rows, place)
 
 

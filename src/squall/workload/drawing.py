@@ -220,7 +220,7 @@ def _refuse_windows(draw: Draw) -> None:
 
 
 def rows(draw: Draw, portion: int = PORTION) -> Iterator[pl.DataFrame]:
-    """The drawn requests of all classes, sorted by arrival, in frames of `portion` rows with the columns of SCHEMA.
+    """The drawn requests of all classes, sorted by arrival, in frames of up to `portion` rows with SCHEMA's columns.
 
     What costs less says the same: names of models are an Enum, and a column that is null in all frames has the type
     Null. Raises InputError if there are none.
@@ -299,21 +299,10 @@ def _joined(pieces: list[Columns]) -> Columns:
 
 
 def _portions(pieces: Iterator[Columns], portion: int) -> Iterator[Columns]:
-    """The same rows in pieces of `portion` rows; the last one has what is left."""
-    held: list[Columns] = []
-    size = 0
+    """The same rows in pieces of at most `portion` rows."""
     for piece in pieces:
-        held.append(piece)
-        size += piece["arrival"].size
-        if size < portion:
-            continue
-        whole = _joined(held)
-        for first in range(0, size - portion + 1, portion):
-            yield {name: column[first : first + portion] for name, column in whole.items()}
-        held = [{name: column[size - size % portion :] for name, column in whole.items()}]
-        size %= portion
-    if size:
-        yield _joined(held)
+        for first in range(0, piece["arrival"].size, portion):
+            yield {name: column[first : first + portion] for name, column in piece.items()}
 
 
 def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
@@ -332,8 +321,9 @@ def _class(one: ClassModel, draw: Draw, factor: float, index: int) -> _Pieces:
         arrival = process.along(piece)
         columns, u = {"arrival": arrival}, None
         if seating is not None:
-            session, columns["turn"], u = seating.seat(arrival)
-            columns["session"] = session * classes + index
+            columns["session"], columns["turn"], u = seating.seat(arrival)
+            columns["session"] *= classes
+            columns["session"] += index
         failed = striking.strike(arrival)
         request, response = np.zeros(arrival.size, np.int32), np.zeros(arrival.size, np.int32)
         if one.lengths:

@@ -8,11 +8,10 @@ from squall.trace.formats.rows import (
     blank_to_null,
     finding_at,
     float_column,
+    numbered_sessions,
     quote,
     read_csv,
     read_typed,
-    session_names,
-    session_numbers,
     token_column,
 )
 from squall.trace.table import SERVICES, TraceMeta
@@ -62,8 +61,7 @@ def parse_burstgpt(data: bytes) -> Parsed:
         columns["model"] = blank_to_null(frame["Model"])
     for name in ("Session ID", "Session prefix"):
         if name in have:
-            names = blank_to_null(frame[name])
-            columns["session"], sessions = session_numbers(names), session_names(names)
+            columns["session"], sessions = numbered_sessions(blank_to_null(frame[name]))
     if "Elapsed time" in have:
         columns["elapsed"] = float_column(frame, "Elapsed time", findings)
     total = token_column(frame, "Total tokens", findings) if "Total tokens" in have else None

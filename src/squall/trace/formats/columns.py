@@ -20,10 +20,9 @@ from squall.trace.formats.rows import (
     blank_to_null,
     finding_at,
     float_column,
+    numbered_sessions,
     quote,
     read_csv,
-    session_names,
-    session_numbers,
     token_column,
 )
 from squall.trace.formats.times import wall_clock
@@ -149,6 +148,7 @@ def _mapped(
     frame: pl.DataFrame, names: dict[str, str], units: dict[str, str], findings: list[Finding], meta: dict[str, Any]
 ) -> Parsed:
     columns: dict[str, pl.Series] = {}
+    sessions = None
     for column, name in names.items():
         if column in ("arrival", "ended"):
             columns["arrival"], clocks = _arrival(frame, name, units.get(column), findings)
@@ -166,8 +166,7 @@ def _mapped(
         elif column == "model":
             columns[column] = blank_to_null(frame[name])
         elif column == "session":
-            columns[column] = session_numbers(blank_to_null(frame[name]))
-    sessions = session_names(blank_to_null(frame[names["session"]])) if "session" in names else None
+            columns[column], sessions = numbered_sessions(blank_to_null(frame[name]))
     if "ended" in names:
         columns["arrival"] = columns["arrival"] - columns["elapsed"].fill_null(0.0)
         early = columns["arrival"].min()

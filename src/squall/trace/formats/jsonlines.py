@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 import polars as pl
 
-from squall.trace.formats.rows import LARGEST_COUNT, Finding, Parsed, session_names, session_numbers
+from squall.trace.formats.rows import LARGEST_COUNT, Finding, Parsed, numbered_sessions
 from squall.trace.table import SCHEMA, TraceMeta
 
 MOONCAKE_ATTRIBUTION = "Mooncake FAST'25 trace release, https://github.com/kvcache-ai/Mooncake, Apache-2.0."
@@ -132,7 +132,7 @@ def _parsed(rows: list[_Line], arrival: list[float], findings: list[Finding], me
     sessions = None
     if any(row.session_id is not None for row in rows):
         names = pl.Series([None if row.session_id is None else str(row.session_id) for row in rows], dtype=pl.String)
-        columns["session"], sessions = session_numbers(names), session_names(names)
+        columns["session"], sessions = numbered_sessions(names)
     return Parsed(pl.DataFrame(columns), findings, meta, session_names=sessions)
 
 

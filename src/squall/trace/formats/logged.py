@@ -12,7 +12,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
-from squall.trace.formats.rows import LARGEST_COUNT, Finding, Parsed, Severity, session_names, session_numbers
+from squall.trace.formats.rows import LARGEST_COUNT, Finding, Parsed, Severity, numbered_sessions
 
 ANSWER = {"first_token": pl.Float64, "http_status": pl.Int32, "cached_tokens": pl.Int32}
 """Seconds from arrival to first token, and what else a log may know of the answer; the columns of `Parsed` for it."""
@@ -98,13 +98,14 @@ def parsed(requests: Iterable[Logged], found: Found, notes: list[str], **meta: A
         notes.append(f"{left:,} requests that succeeded without token counts were left out")
     start = min(row.start for row in rows)
     names = pl.Series([row.session for row in rows], dtype=pl.String)
+    numbers, sessions = numbered_sessions(names)
     columns = {
         "arrival": pl.Series([(row.start - start) / 1e9 for row in rows], dtype=pl.Float64),
         "request_tokens": pl.Series([row.request_tokens for row in rows], dtype=pl.Int32),
         "response_tokens": pl.Series([row.response_tokens for row in rows], dtype=pl.Int32),
         "failed": pl.Series([row.failed for row in rows], dtype=pl.Boolean),
         "model": pl.Series([row.model for row in rows], dtype=pl.String),
-        "session": session_numbers(names),
+        "session": numbers,
         "elapsed": pl.Series([row.elapsed for row in rows], dtype=pl.Float64),
         **{name: pl.Series([getattr(row, name) for row in rows], dtype=kind) for name, kind in ANSWER.items()},
     }
@@ -114,8 +115,12 @@ def parsed(requests: Iterable[Logged], found: Found, notes: list[str], **meta: A
         "midnight": start % _DAY / 1e9,
         "weekday": (3 + start // _DAY) % 7,  # 1970-01-01 was a Thursday
     }
-    sessions = session_names(names) if names.null_count() < len(names) else None
-    return Parsed(pl.DataFrame(columns), found.findings(), {**clocks, "notes": notes, **meta}, session_names=sessions)
+    return Parsed(
+        pl.DataFrame(columns),
+        found.findings(),
+        {**clocks, "notes": notes, **meta},
+        session_names=None if sessions.is_empty() else sessions,
+    )
 
 
 def _empty() -> pl.DataFrame:

@@ -105,7 +105,7 @@ def read_typed(data: bytes, types: dict[str, Any], required: Sequence[str]) -> p
             if (lowest is not None and lowest < 0) or not column.is_finite().all():
                 return None
         elif column.dtype == pl.String:
-            values = column.unique()
+            values = column.drop_nulls().unique()
             if (values.str.strip_chars() != values).any() or (column.name in required and (values == "").any()):
                 return None
     return frame
@@ -220,17 +220,17 @@ def blank_to_null(text: pl.Series) -> pl.Series:
     return text.set((text == "").fill_null(False), None)
 
 
-def session_numbers(names: pl.Series) -> pl.Series:
-    """Sessions numbered from 0 in the order of their first request: the ids themselves carry no meaning."""
+def numbered_sessions(names: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """The sessions' numbers, from 0 in the order of their first request, row by row, and their names by number.
+
+    The names themselves carry no meaning.
+    """
     rows = names.is_not_null().arg_true()
-    known = pl.DataFrame({"row": rows, "name": names.gather(rows)})
-    numbered = known.with_columns(session=pl.col("row").min().over("name").rank("dense").cast(pl.Int64) - 1)
-    return pl.zeros(len(names), pl.Int64, eager=True).set(names.is_null(), None).scatter(rows, numbered["session"])
-
-
-def session_names(names: pl.Series) -> pl.Series:
-    """Each session's name once, in the order of the numbers that `session_numbers` gives them."""
-    return names.drop_nulls().unique(maintain_order=True)
+    known = names.gather(rows).to_frame("name")
+    each = known["name"].unique(maintain_order=True)
+    numbers = known.join(each.to_frame("name").with_row_index("number"), on="name", how="left", maintain_order="left")
+    blank = pl.zeros(len(names), pl.Int64, eager=True).set(names.is_null(), None)
+    return blank.scatter(rows, numbers["number"].cast(pl.Int64)), each
 
 
 def session_kind(names: pl.Series) -> SessionKind | None:

@@ -81,7 +81,7 @@ def pairs(law: np.ndarray, u: np.ndarray, w: np.ndarray, tables: Tables) -> tupl
     grid, grid_first, grid_columns, grid_guide = tables[5:]
     for i in range(u.size):
         k = law[i] if law.size else 0
-        request[i] = round(quantile(u[i], k, asked, asked_guide))
+        request[i] = int(np.rint(quantile(u[i], k, asked, asked_guide)))
         r = correlation[k]
         if math.isnan(r):
             v = _in_grid(u[i], w[i], grid_first[k], grid_first[k + 1], grid, grid_guide) / grid_columns[k]
@@ -89,7 +89,7 @@ def pairs(law: np.ndarray, u: np.ndarray, w: np.ndarray, tables: Tables) -> tupl
             v = w[i]
         else:
             v = normal(r * normal_quantile(u[i]) + math.sqrt(1 - r * r) * normal_quantile(w[i]))
-        tokens = round(quantile(v, k, answered, answered_guide))
+        tokens = int(np.rint(quantile(v, k, answered, answered_guide)))
         response[i] = max(tokens, 1)  # an answered request has a response; 0 would read as failed
     return request, response
 
@@ -112,8 +112,8 @@ def drawn(size: int, u: np.ndarray, tables: Tables, rng: np.random.Generator) ->
             score = normal_quantile(u[i]) if u.size else rng.standard_normal()
             rank = u[i] if u.size else normal(score)
             v = normal(r * score + math.sqrt(1 - r * r) * rng.standard_normal())
-        request[i] = round(quantile(rank, 0, asked, asked_guide))
-        response[i] = max(round(quantile(v, 0, answered, answered_guide)), 1)
+        request[i] = int(np.rint(quantile(rank, 0, asked, asked_guide)))
+        response[i] = max(int(np.rint(quantile(v, 0, answered, answered_guide))), 1)
     return request, response
 
 

@@ -30,50 +30,54 @@ def seat(
     """
     count = arrivals.size
     session, turn, score = np.empty(count, np.int64), np.empty(count, np.int32), np.empty(count)
+    begun, held, waits, places = number
+    vacant = False  # whether the first of the times held on the heap was taken, which mostly a new one replaces
     for i in range(count):
         # A turn goes to the arrival nearest to its time, so that pauses are as often rounded down as up.
         reach = (arrivals[i] + arrivals[i + 1]) / 2 if i + 1 < count else arrivals[i]
-        while number[1] > 0 and due[0] <= reach:
-            waiting[number[2]] = _pop(due, whose, number)
-            number[2] += 1
-        if number[2] > 0 and chance[i, 1] >= newcomers:
-            number[2] -= 1  # the one that became due last: most pauses stay as drawn, few become long
-            one = waiting[number[2]]
+        while _earliest(due, held, vacant) <= reach:
+            if vacant:
+                held -= 1
+                _lower(due, whose, held, due[held], whose[held])
+            waiting[waits] = whose[0]
+            waits += 1
+            vacant = True
+        if waits > 0 and chance[i, 1] >= newcomers:
+            waits -= 1  # the one that became due last: most pauses stay as drawn, few become long
+            one = waiting[waits]
             last[one] = memory * last[one] + fresh * noise[i]
         else:
-            number[3] -= 1
-            one = free[number[3]]
-            # More than k turns with probability survival[k - 1], which does not rise.
-            low, high = 0, survival.size
-            while low < high:
-                middle = (low + high) // 2
-                if survival[middle] > chance[i, 0]:
-                    low = middle + 1
-                else:
-                    high = middle
-            state[one, 0], state[one, 1], state[one, 2] = number[0], 0, low + 1
-            number[0] += 1
+            places -= 1
+            one = free[places]
+            # More than k turns with probability survival[k - 1], which does not rise; few turns are the rule.
+            turns = 1
+            while turns <= survival.size and survival[turns - 1] > chance[i, 0]:
+                turns += 1
+            state[one, 0], state[one, 1], state[one, 2] = begun, 0, turns
+            begun += 1
             last[one] = noise[i]
         state[one, 1] += 1
         session[i], turn[i], score[i] = state[one, 0], state[one, 1], last[one]
         if state[one, 1] < state[one, 2]:
-            _push(due, whose, number, arrivals[i] + pause[i], one)
+            if vacant:
+                _lower(due, whose, held, arrivals[i] + pause[i], one)
+                vacant = False
+            else:
+                _raise(due, whose, held, arrivals[i] + pause[i], one)
+                held += 1
         else:
-            free[number[3]] = one
-            number[3] += 1
+            free[places] = one
+            places += 1
+    if vacant:
+        held -= 1
+        _lower(due, whose, held, due[held], whose[held])
+    number[0], number[1], number[2], number[3] = begun, held, waits, places
     return session, turn, score
 
 
 @njit(cache=True)
-def _push(due: np.ndarray, whose: np.ndarray, number: np.ndarray, time: float, one: int) -> None:
-    """Put a time on the heap `due[: number[1]]`."""
-    number[1] += 1
-    _raise(due, whose, number[1] - 1, time, one)
-
-
-@njit(cache=True)
 def _raise(due: np.ndarray, whose: np.ndarray, at: int, time: float, one: int) -> None:
-    """Put a time in the place of the hole `at`, or above it."""
+    """Put a time in the place of the hole `at` of the heap, or above it."""
     while at > 0 and due[(at - 1) // 2] > time:
         parent = (at - 1) // 2
         due[at], whose[at] = due[parent], whose[parent]
@@ -82,24 +86,26 @@ def _raise(due: np.ndarray, whose: np.ndarray, at: int, time: float, one: int) -
 
 
 @njit(cache=True)
-def _pop(due: np.ndarray, whose: np.ndarray, number: np.ndarray) -> int:
-    """Take the earliest time off the heap; whose it is."""
-    earliest = whose[0]
-    number[1] -= 1
-    size = number[1]
-    # The hole goes down to a leaf along the earlier children, which needs no guess, and then what was last goes up.
-    at = 0
-    while 2 * at + 2 < size:
-        child = 2 * at + 1
-        child += int(due[child + 1] < due[child])
+def _lower(due: np.ndarray, whose: np.ndarray, size: int, time: float, one: int) -> None:
+    """Put a time in the place of the first of the `size` times of the heap, or below it."""
+    at, child = 0, 1
+    while child < size:
+        child += int(child + 1 < size and due[child + 1] < due[child])
+        if due[child] >= time:
+            break
         due[at], whose[at] = due[child], whose[child]
-        at = child
-    if 2 * at + 1 < size:
-        due[at], whose[at] = due[2 * at + 1], whose[2 * at + 1]
-        at = 2 * at + 1
-    if at < size:
-        _raise(due, whose, at, due[size], whose[size])
-    return earliest
+        at, child = child, 2 * child + 1
+    due[at], whose[at] = time, one
+
+
+@njit(cache=True)
+def _earliest(due: np.ndarray, size: int, vacant: bool) -> float:
+    """The earliest time on the heap, without its first one if that is `vacant`."""
+    if not vacant:
+        return due[0] if size > 0 else np.inf
+    if size < 3:
+        return due[1] if size == 2 else np.inf
+    return min(due[1], due[2])
 
 
 @njit(cache=True)

@@ -42,7 +42,8 @@ def close(at: int, ratio: np.ndarray, bins: np.ndarray, sums: np.ndarray) -> Non
     held = 0
     for scale in range(bins.shape[0]):
         if scale > 0:
-            at //= ratio[scale - 1]
+            whole = np.uint64(at) // np.uint64(ratio[scale - 1])  # without signs, which cost as much again
+            at = np.int64(whole)  # type: ignore[assignment]
             bins[scale, 1] += held
         if at == bins[scale, 0]:
             break
