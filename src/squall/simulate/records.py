@@ -122,8 +122,6 @@ REPLICA = np.dtype(
         ("on", np.int64),  # ticks paid for before that
         ("free", np.int64),  # blocks
         ("host_free", np.int64),  # blocks for swapping
-        ("front_free", np.int64),  # when its API server will have done all it has
-        ("fronted", np.int64),  # how many requests that has
         ("running", np.int64),  # how many
         ("waiting", np.int64),
         ("head", np.int64),  # of the FCFS queue; -1 if empty
@@ -184,6 +182,8 @@ REPLICA = np.dtype(
         ("changes", np.int64),  # of its role
         ("role_since", np.int64),
         ("prefilling", np.int64),  # ticks in the role of prefill, before that
+        ("front_free", np.int64),  # when its API server will have done all it has
+        ("fronted", np.int64),  # how many requests that has
     ],
     align=True,
 )
