@@ -497,18 +497,19 @@ def _with_front(measured: list[_Measured], cluster: Cluster) -> Cluster:
     """`cluster` with the `a0`, `s_in` and `s_out` that explain the bursts at the idle server best."""
     bursts = [it for it in measured if it.kind == "burst"]
     best, least = cluster.step_time, np.inf
-    for s_in, s_out in product(np.linspace(0, 5e-3, 11), np.linspace(0, 2e-3, 11)):
+    for s_in, s_out in product(np.linspace(0, 5e-3, 11), np.linspace(0, 1e-3, 11)):
         step = msgspec.structs.replace(cluster.step_time, a0=0.0, s_in=float(s_in), s_out=float(s_out))
         there = msgspec.structs.replace(cluster, step_time=step)
-        left = []
+        left, scale = [], []
         for it in bursts:
             waves = it.table["request"].to_numpy() // it.at_once
             real = (it.table["first_token"] - it.table["sent"]).to_numpy()
             simulated = simulated_requests(it.table, there)["ttft"].to_numpy()
             # Which of those sent at one moment comes first is chance.
             left.append(real[np.lexsort((real, waves))] - simulated[np.lexsort((simulated, waves))])
+            scale.append(np.median(real))
         a0 = float(np.clip(np.median([np.median(each) for each in left]), 0.0, BOUNDS["a0"].high))
-        misfit = sum(np.abs(each - a0).mean() for each in left)
+        misfit = sum(np.abs(each - a0).mean() / size for each, size in zip(left, scale, strict=True))
         if misfit < least:
             best, least = msgspec.structs.replace(step, a0=a0), misfit
     return msgspec.structs.replace(cluster, step_time=best)

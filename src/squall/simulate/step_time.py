@@ -132,7 +132,7 @@ BOUNDS = {
     "a0": Bound(0.0, 20e-3, 5e-3),
     "a1": Bound(0.0, 10e-6, 2e-6),
     "s_in": Bound(0.0, 20e-3, 1e-3),
-    "s_out": Bound(0.0, 5e-3, 0.3e-3),
+    "s_out": Bound(0.0, 5e-3, 0.8e-3),
 }
 """Of the coefficients that are fitted. Shares of a peak end at 1; host times at what the slowest stacks were seen to
 take (5 ms a step, 50 us a sequence), with room above."""
