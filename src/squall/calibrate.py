@@ -1,9 +1,11 @@
 """The verb `calibrate`: how long do the steps of this engine take? Asked of a recorded run, or of a live server.
 
 A live server is asked in closed loop, from the outside: one request at a time with prompts of rising length (what a
-prefill costs), short prompts at rising concurrency (what a step costs), long prompts (what the KV cache costs), and a
-mixture in open loop. Then it is held to account: bursty arrivals with other lengths at three loads, each sent twice,
-are predicted from the fit and compared with what happened, beside the difference between the two real runs.
+prefill costs), several at one moment (what its API server costs), short prompts at rising concurrency (what a step
+costs), long prompts (what the KV cache costs), and a mixture in open loop. Then it is held to account: bursty arrivals
+with other lengths at three loads, each sent several times, are predicted from the fit and compared with the mean of
+what happened, beside how far the real runs differ among themselves. The mixture is sent before each of these rounds, so
+that what is fitted and what is predicted are of the same time: machines drift.
 """
 
 import re
@@ -13,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +33,14 @@ from squall.simulate.calibrate import (
     Calibration,
     Errors,
     Recording,
+    Spread,
     calibrate_run,
     calibration_of,
     errors_between,
     fit_coefficients,
     requests_of,
     simulated_requests,
+    spread_of,
     table_names,
     write_calibration,
 )
@@ -51,7 +56,13 @@ from squall.verb import callable_room
 __all__ = ["Calibration", "calibrate"]
 
 LOADS = (0.3, 0.7, 1.1)
-"""Of the validation, as shares of the rate that the calibrated cluster sustains."""
+"""Of the validation, as shares of the rate that the first guess of the cluster sustains."""
+
+ROUNDS = 3
+"""How often each of these is sent."""
+
+BURSTS, APART = 8, 0.3
+"""How many times several requests are sent at one moment, and the seconds between."""
 
 UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 """Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
@@ -216,7 +227,7 @@ class _Measured(NamedTuple):
     """One batch of requests and what it was for."""
 
     kind: str
-    """`prefill`, `batch`, `context` or `mixed`."""
+    """`prefill`, `burst`, `batch`, `context` or `mixed`."""
     table: pl.DataFrame
     at_once: int
     run: Run
@@ -241,15 +252,21 @@ def _calibrate_live(
         if words["max_num_seqs"] is None:
             words["max_num_seqs"] = _most_at_once(server, words, said, seed)
         cluster = resolve(**words, engine=engines[0])
-        measured = _microbenchmarks(server, cluster, 0.35 * budget, seed)
+        measured = _microbenchmarks(server, cluster, 0.25 * budget, seed)
     if limits["max_num_batched_tokens"] is None:
         cluster = _with_budget(server, cluster, said)
     if gpu is None:
         cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
-        free = (*table_names(cluster.step_time), "a0")
+        cluster = _with_front(measured, cluster)
+        free = (*table_names(cluster.step_time), "a0", "s_in", "s_out")
     else:
-        free = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0", "a1")
-    measured += _mixed(server, cluster, 0.2 * budget, seed)
+        free = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0", "a1", "s_in", "s_out")
+    tests = _tests(cluster, 0.55 * budget / ROUNDS / len(LOADS), seed)
+    sendings: list[list[_Sending]] = [[] for _ in tests]
+    for turn in range(ROUNDS):
+        measured += _mixed(server, cluster, 0.2 * budget / ROUNDS, seed + 100 * turn)
+        for k, sent in enumerate(tests):
+            sendings[k].append(_counted(server, sent, seed + 1000 * (k + 1) + turn))
     recordings = [Recording(it.table, len(it.table)) for it in measured]
     fits = []
     for name in engines:
@@ -266,14 +283,20 @@ def _calibrate_live(
             + (unsure if lead < DECISIVE else "")
         )
     errors = {}
-    for kind in ("prefill", "batch", "context", "mixed"):
+    for kind in ("prefill", "burst", "batch", "context", "mixed"):
         tables = [it.table for it in measured if it.kind == kind]
         if tables:
             each = [simulated_requests(table, fit.cluster) for table in tables]
             errors[kind] = errors_between(pl.concat(tables), pl.concat(each), None)
-    validation, repeats = _validate(server, fit.cluster, 0.45 * budget, seed)
+    validation, spread = _judged(sendings, fit.cluster)
+    lengths = _long_tailed(cluster, stream(seed, "calibration capacity"))
+    found, guessed = (_capacity(of, *lengths) for of in (fit.cluster, cluster))
+    said.append(
+        f"The loads are shares of the first guess of the capacity; of the fitted one they are"
+        f" {', '.join(f'{load * guessed / found:.2f}' for load in LOADS)}."
+    )
     result = calibration_of(fit, errors | validation, recordings, server.url, said)
-    result = msgspec.structs.replace(result, repeats=repeats)
+    result = msgspec.structs.replace(result, spread=spread)
     write_calibration(result, out)
     return result
 
@@ -385,6 +408,12 @@ def _microbenchmarks(server: _Server, cluster: Cluster, limit: float, seed: int)
         measure("prefill", 4, length, 1, 1)
         if time.monotonic() - began > 0.3 * limit:
             break
+    for size in (1, 4, 16):
+        if size > cluster.max_num_seqs:
+            break
+        waves = np.repeat(np.arange(BURSTS) * (APART + 2 * step), size)
+        run = server.send(waves, np.full(len(waves), 16), np.ones(len(waves), int), seed=seed + 50 + size)
+        measured.append(_Measured("burst", requests_of(run, server.url)[0], size, run))
     room = cluster.usable_blocks * cluster.block_size
     sizes = [size for size in _ladder(1, cluster.max_num_seqs, 2) if size * 48 <= room]
     each = 0.4 * limit / len(sizes)
@@ -464,6 +493,28 @@ def _first_guess(measured: list[_Measured], cluster: Cluster) -> StepTime:
     )
 
 
+def _with_front(measured: list[_Measured], cluster: Cluster) -> Cluster:
+    """`cluster` with the `a0`, `s_in` and `s_out` that explain the bursts at the idle server best."""
+    bursts = [it for it in measured if it.kind == "burst"]
+    best, least = cluster.step_time, np.inf
+    for s_in, s_out in product(np.linspace(0, 5e-3, 11), np.linspace(0, 1e-3, 11)):
+        step = msgspec.structs.replace(cluster.step_time, a0=0.0, s_in=float(s_in), s_out=float(s_out))
+        there = msgspec.structs.replace(cluster, step_time=step)
+        left, scale = [], []
+        for it in bursts:
+            waves = it.table["request"].to_numpy() // it.at_once
+            real = (it.table["first_token"] - it.table["sent"]).to_numpy()
+            simulated = simulated_requests(it.table, there)["ttft"].to_numpy()
+            # Which of those sent at one moment comes first is chance.
+            left.append(real[np.lexsort((real, waves))] - simulated[np.lexsort((simulated, waves))])
+            scale.append(np.median(real))
+        a0 = float(np.clip(np.median([np.median(each) for each in left]), 0.0, BOUNDS["a0"].high))
+        misfit = sum(np.abs(each - a0).mean() / size for each, size in zip(left, scale, strict=True))
+        if misfit < least:
+            best, least = msgspec.structs.replace(step, a0=a0), misfit
+    return msgspec.structs.replace(cluster, step_time=best)
+
+
 def _mixed(server: _Server, cluster: Cluster, limit: float, seed: int) -> list[_Measured]:
     """Two open loops of Poisson arrivals, at about 0.6 and 1.0 of what the first guess sustains."""
     random = stream(seed, "calibration mix")
@@ -483,6 +534,13 @@ def _typical(cluster: Cluster) -> tuple[float, float]:
     return 0.55 * total, 0.45 * total
 
 
+def _capacity(cluster: Cluster, prompt: np.ndarray, response: np.ndarray) -> float:
+    """Requests/s of such lengths that the cluster ends while its queue is full."""
+    ends = np.sort(run_requests(np.zeros(len(prompt)), prompt, response, cluster).attempts["last"]) / TICKS
+    low, high = len(ends) // 5, len(ends) * 4 // 5
+    return float((high - low) / (ends[high] - ends[low]))
+
+
 def _arrivals(
     cluster: Cluster,
     lengths: list[np.ndarray],
@@ -493,51 +551,60 @@ def _arrivals(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gamma arrivals at `share` of the cluster's own saturation rate, for `span` seconds of work, and their lengths."""
     prompt, response = lengths
-    outcome = run_requests(np.zeros(len(prompt)), prompt, response, cluster)
-    ends = np.sort(outcome.attempts["last"]) / TICKS
-    low, high = len(ends) // 5, len(ends) * 4 // 5
-    rate = share * (high - low) / (ends[high] - ends[low])
+    rate = share * _capacity(cluster, prompt, response)
     count = int(np.clip(rate * span / max(1.0, share), 10, len(prompt)))
     gaps = random.gamma(1 / cv**2, cv**2 / rate, count)
     return np.cumsum(gaps), prompt[:count], response[:count]
 
 
-def _validate(
-    server: _Server, cluster: Cluster, limit: float, seed: int
-) -> tuple[dict[str, Errors], dict[str, Errors]]:
-    """Errors of the predictions at three loads, and those of a second real run against the first."""
+def _tests(cluster: Cluster, span: float, seed: int) -> list[tuple[np.ndarray, ...]]:
+    """What is sent to test the fit, at each of LOADS: arrivals, prompts, responses."""
     random = stream(seed, "calibration test")
-    errors, repeats, tables, predictions = {}, {}, [], []
-    for load in LOADS:
-        lengths = [
-            np.clip(random.lognormal(np.log(mean) - 0.245, 0.7, 2000), 4, 4 * mean).astype(int)
-            for mean in _typical(cluster)
-        ]
-        sent = _arrivals(cluster, lengths, load, limit / 6, 2.0, random)
-        (table, preempted), (again, preempted_again) = (
-            _counted(server, sent, seed + 1000 + int(100 * load) + turn) for turn in (0, 1)
-        )
-        predicted = simulated_requests(table, cluster)
-        name = f"load {load:g}"
-        errors[name] = errors_between(table, predicted, preempted)
-        both = table.join(again, on="request", suffix="_again", maintain_order="left").select(
-            ttft=pl.col("first_token_again") - pl.col("sent_again"),
-            e2e=pl.col("last_token_again") - pl.col("sent_again"),
-        )
-        answered = both["e2e"].is_not_null()
-        repeats[name] = errors_between(table.filter(answered), both.filter(answered), preempted, preempted_again)
-        tables.append(table)
-        predictions.append(predicted)
-    errors["held_out"] = errors_between(pl.concat(tables), pl.concat(predictions), None)
-    return errors, repeats
+    return [_arrivals(cluster, _long_tailed(cluster, random), load, span, 2.0, random) for load in LOADS]
 
 
-def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> tuple[pl.DataFrame, int | None]:
-    """The requests as answered, and how often the server preempted meanwhile (None if it does not count)."""
+def _long_tailed(cluster: Cluster, random: np.random.Generator) -> list[np.ndarray]:
+    """Lognormal lengths, 2,000 of prompts and of responses."""
+    return [
+        np.clip(random.lognormal(np.log(mean) - 0.245, 0.7, 2000), 4, 4 * mean).astype(int)
+        for mean in _typical(cluster)
+    ]
+
+
+class _Sending(NamedTuple):
+    """One real run of a test."""
+
+    table: pl.DataFrame
+    preempted: int | None
+    """How often the server preempted meanwhile; None if it does not count."""
+
+
+def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> _Sending:
     before = server.counter("vllm:num_preemptions_total")
     run = server.send(*sent, seed=seed)
     after = server.counter("vllm:num_preemptions_total")
-    return requests_of(run, server.url)[0], None if before is None or after is None else int(after - before)
+    preempted = None if before is None or after is None else int(after - before)
+    return _Sending(requests_of(run, server.url)[0], preempted)
+
+
+def _judged(sendings: list[list[_Sending]], cluster: Cluster) -> tuple[dict[str, Errors], dict[str, Spread]]:
+    """By load: errors of the predictions, which are made of each sending as it was sent, against all of them together;
+    and how far these differ. Under `held_out`, the errors over all loads."""
+    errors, spread = {}, {}
+    everything: list[pl.DataFrame] = []
+    predictions: list[pl.DataFrame] = []
+    for load, them in zip(LOADS, sendings, strict=True):
+        tables = [it.table for it in them]
+        predicted = [simulated_requests(table, cluster) for table in tables]
+        counts = [it.preempted for it in them]
+        known = None if None in counts else sum(count or 0 for count in counts)
+        name = f"load {load:g}"
+        errors[name] = errors_between(pl.concat(tables), pl.concat(predicted), known)
+        spread[name] = spread_of(tables, counts)
+        everything += tables
+        predictions += predicted
+    errors["held_out"] = errors_between(pl.concat(everything), pl.concat(predictions), None)
+    return errors, spread
 
 
 callable_room(__name__)

@@ -3,7 +3,8 @@ exactly.
 
 It follows vLLM v1: one `schedule` for prefill and decode, FCFS, chunked prefill, blocks taken when needed, the last
 admitted preempted when there are none, recompute (or swap). With asynchronous scheduling the engine keeps one composed
-step in hand. Disaggregated, an engine computes prompts only and keeps their blocks until they have been sent to the one
+step in hand. Each has an API server, which does one thing after another: it takes in a request, or it sends out what a
+step brought. Disaggregated, an engine computes prompts only and keeps their blocks until they have been sent to the one
 that generates; the two kinds may change over. Only the duration of a step is taken from the product (it is tested on
 its own).
 """
@@ -129,6 +130,8 @@ class Engine:
         self.host_free = limits.host_free
         self.extra = 0  # ticks of moving blocks, before the next step
         self.link_free = 0
+        self.api_free = 0  # when the API server has done all it was given
+        self.passing: list[tuple[int, Request]] = []  # requests that it is to hand over, and when
         self.asked = self.hits = 0  # blocks, of prompts admitted
         self.cache = Cache(limits.blocks, limits.block_size) if limits.caching else None
         self.waiting: list[Request] = []
@@ -316,6 +319,9 @@ class Engine:
     def receive(self, now: int) -> None:
         """The current step has ended."""
         assert self.current is not None
+        told = now
+        if self.limits.front_out:
+            self.api_free = told = max(self.api_free, now) + self.limits.front_out * len(self.current.parts)
         for r, _, _, emits in self.current.parts:
             if not emits or r.outcome:
                 continue
@@ -325,14 +331,24 @@ class Engine:
                     self.hand_over(r)
                 continue
             r.generated += 1
-            r.tokens.append(now)
+            r.tokens.append(told)
             if r.generated == r.output:
-                r.outcome, r.ended = "ok", now + self.limits.delivery
+                r.outcome, r.ended = "ok", told + self.limits.delivery
                 self.log.append((now, "finish", r))
                 (self.running if r in self.running else self.waiting).remove(r)
                 self.host_free += ceil(r.on_host / self.limits.block_size)
                 self.release(r)
         self.current, self.ends = None, None
+
+    def take_in(self, r: Request, now: int) -> None:
+        """The API server reads a request when it comes to it, and hands it to the scheduler."""
+        self.api_free = max(self.api_free, now) + self.limits.front_in
+        self.passing.append((self.api_free, r))
+        self.hand_in(now)
+
+    def hand_in(self, now: int) -> None:
+        while self.passing and self.passing[0][0] == now:
+            self.waiting.append(self.passing.pop(0)[1])
 
     def hand_over(self, r: Request) -> None:
         """To the generating engine with the fewest requests; the blocks stay here until they are sent."""
@@ -358,7 +374,7 @@ class Engine:
             self.ends = now + self.current.ticks
             if self.limits.asynchronous:
                 self.next = self.schedule(now)
-        elif self.changing and not self.running and not self.waiting and self.free == self.limits.blocks:
+        elif self.changing and not (self.running or self.waiting or self.passing) and self.free == self.limits.blocks:
             self.role = "decode" if self.role == "prefill" else "prefill"
             self.changing, self.changes = False, self.changes + 1
             if self.limits.provisioning:
@@ -383,6 +399,7 @@ class Cluster:
         look = limits.scale_every if limits.scale_by else -1
         while True:
             times = [e.ends for e in self.engines if e.ends is not None]
+            times += [e.passing[0][0] for e in self.engines if e.passing]
             times += [r.sent + limits.ingest for r in self.coming[:1]] + [at for at, _, _ in self.transfers]
             if not times:
                 break
@@ -400,6 +417,8 @@ class Cluster:
             for r in self.requests:
                 if r.replica is not None and not r.outcome and deadline(r, limits) == now:
                     self.give_up(r, now)
+            for e in self.engines:
+                e.hand_in(now)
             while self.coming and self.coming[0].sent + limits.ingest == now:
                 self.enter(self.coming.pop(0), now)
             if look == now:
@@ -427,7 +446,9 @@ class Cluster:
     def give_up(self, r: Request, now: int) -> None:
         r.outcome, r.ended = "timeout", max(now, r.sent + self.limits.timeout)
         e = self.engines[r.replica]
-        if r in e.waiting:
+        if r not in e.waiting:
+            e.passing = [entry for entry in e.passing if entry[1] is not r]
+        else:
             e.waiting.remove(r)
             if r.source:
                 r.source.release_sent(r)
@@ -445,11 +466,11 @@ class Cluster:
             self.turn += 1
         e = self.engines[self.turn % n]
         self.turn += 1
-        if len(e.waiting) >= limits.queue_limit:
+        if len(e.waiting) + len(e.passing) >= limits.queue_limit:
             r.outcome, r.ended = "queue_full", now
             return
         r.replica = e.number
-        e.waiting.append(r)
+        e.take_in(r, now)
 
     def change_roles(self) -> None:
         """One engine changes over if the fuller side is loaded, and would be much less so with another split."""
@@ -468,7 +489,7 @@ class Cluster:
         if back:
             back[0].changing = False
         elif len(ready) > 1:
-            min(ready, key=lambda e: len(e.running) + len(e.waiting)).changing = True
+            min(ready, key=lambda e: len(e.running) + len(e.waiting) + len(e.passing)).changing = True
 
     def demands(self) -> tuple[float, float]:
         """In engines: prompts to compute in the time between two looks, and the share of places or blocks asked for."""

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -9,8 +10,10 @@ import pytest
 import squall
 from squall.errors import InputError
 from squall.run.table import Run, RunMeta
+from squall.simulate.calibrate import simulated_requests, spread_of
 from squall.simulate.cluster import resolve
 from squall.simulate.hardware import MODELS
+from squall.simulate.step_time import StepTable, StepTime
 
 live = import_module("squall.calibrate")
 
@@ -102,3 +105,44 @@ def test_a_first_guess_finds_the_table_behind_exact_measurements():
     for tokens, seconds in found.table.points:
         both = seconds + min(tokens, 16) * found.table.per_sequence
         assert both == pytest.approx(step(tokens, min(tokens, 16), 0), rel=0.1)
+
+
+def simulated_bursts(cluster, noise):
+    """What replay would have measured: BURSTS times 1, 4 and 16 requests at one moment."""
+    rng = np.random.default_rng(4)
+    bursts = []
+    for size in (1, 4, 16):
+        sent = np.repeat(np.arange(live.BURSTS) * 0.4, size)
+        of = {"sent": sent, "request_tokens": np.full(len(sent), 16), "response_tokens": np.ones(len(sent), int)}
+        table = pl.DataFrame({"request": np.arange(len(sent)), **of})
+        took = simulated_requests(table, cluster)["ttft"].to_numpy() + rng.exponential(noise, len(sent))
+        table = table.with_columns(first_token=pl.Series(sent + took), last_token=pl.Series(sent + took))
+        bursts.append(live._Measured("burst", table, size, None))
+    return bursts
+
+
+@pytest.mark.parametrize(("s_in", "s_out"), [(0.0, 0.0), (1e-3, 0.0), (3e-3, 0.0), (1.5e-3, 8e-4)])
+def test_bursts_tell_the_api_servers_time_from_its_delay(s_in, s_out):
+    table = StepTable(points=[(1.0, 12e-3), (64.0, 16e-3), (512.0, 60e-3)], per_sequence=1e-3)
+    words = {"kv_blocks": 200, "block_size": 32, "max_num_seqs": 16, "engine": "vllm-0.24-sync"}
+    edges = {"a0": 4e-3, "s_in": s_in, "s_out": s_out}
+    cluster = resolve(**words, step_time=StepTime(table=table, o0=0.0, o1=0.0, o_gap=0.0, **edges))
+    known = msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(cluster.step_time, a0=9e-3, s_in=0.0))
+    found = live._with_front(simulated_bursts(cluster, 0.3e-3), known).step_time
+    assert found.s_in == pytest.approx(s_in, abs=0.6e-3)
+    assert found.s_out == pytest.approx(s_out, abs=0.25e-3)
+    assert found.a0 == pytest.approx(4e-3, abs=0.6e-3)
+
+
+def test_the_spread_of_real_runs_is_the_interval_of_their_mean():
+    sent = np.arange(50.0)
+
+    def run(factor):
+        return pl.DataFrame({"sent": sent, "first_token": sent + 0.1 * factor, "last_token": sent + 2.0})
+
+    spread = spread_of([run(0.9), run(1.0), run(1.1)], [1, None, 3])
+    assert spread.runs == 3
+    # t(0.975, 2) = 4.303; the standard deviation is 0.1
+    assert spread.mean["ttft"] == pytest.approx(4.303 * 0.1 / np.sqrt(3), rel=1e-3)
+    assert spread.p99["e2e"] == pytest.approx(0.0, abs=1e-12)
+    assert spread.preemptions == [1, None, 3]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squall.errors import SquallError
 from squall.simulate import kernel, records, replica
 from squall.simulate.cluster import kernel_costs, kernel_replicas, resolve
 from squall.simulate.engine import run_requests
@@ -141,6 +142,8 @@ def workloads(draw):
         host_free=draw(st.sampled_from([8, 1000])),
         ingest=draw(st.sampled_from([0, TICKS // 1000])),
         delivery=draw(st.sampled_from([0, TICKS // 1000])),
+        front_in=draw(st.sampled_from([0, 0, 1, TICKS // 500, TICKS // 20])),
+        front_out=draw(st.sampled_from([0, 0, 1, TICKS // 1000, TICKS // 100])),
     )
     host = draw(st.sampled_from([0.0, 1e-3, 2e-2]))
     cost = COSTS._replace(host=host, per_kv_token=draw(st.sampled_from([0.0, 4e-8, 4e-6])))
@@ -443,3 +446,20 @@ def test_least_outstanding_prefers_the_idle_replica():
     attempts, *_ = run_kernel([0, 1, 2, TICKS], [16] * 4, [500, 500, 1, 1], limits)
     assert attempts["replica"][0] != attempts["replica"][1]
     assert attempts["state"].tolist() == [records.OK] * 4
+
+
+def test_who_is_preempted_again_and_again_without_a_token_is_named_and_never_hangs():
+    """Without the gate for whole prompts a long prompt starts whenever its first chunk fits. Here it never gets to its
+    last one while the short prompt's response runs, and that runs for longer than anybody should try."""
+    words = {"engine": "vllm-0.11", "kv_blocks": 4, "block_size": 100_000, "max_num_batched_tokens": 100_000}
+    cluster = resolve(model="llama-3.2-1b", gpu="h100", max_num_seqs=2, max_model_len=10**6, **words)
+    sent, prompt = np.array([0.0, 1e-3]), np.array([1, 250_000])
+    for output, stuck in ((8_000, False), (60_000, True)):
+        work = sent, prompt, np.array([output, 1]), cluster
+        if stuck:
+            with pytest.raises(SquallError, match="request 1 was preempted over 10,000 times without progress"):
+                run_requests(*work)
+        else:
+            attempts = run_requests(*work).attempts
+            assert (attempts["state"] == records.OK).all()
+            assert attempts["preemptions"][1] > 1000

@@ -64,13 +64,16 @@ def drive(
     replicas=st.integers(1, 3),
     router=st.sampled_from(["round-robin", "random", "least-outstanding"]),
     queue_limit=st.sampled_from([None, 3]),
+    front=st.sampled_from([(0.0, 0.0), (3e-3, 0.0), (2e-3, 4e-4)]),
 )
-@settings(max_examples=25, deadline=None)
-def test_every_token_at_its_tick(seed, engine, replicas, router, queue_limit):
+@settings(max_examples=40, deadline=None)
+def test_every_token_at_its_tick(seed, engine, replicas, router, queue_limit, front):
     draw = np.random.default_rng(seed)
     n = 80
     router = router if replicas > 1 else "round-robin"
     cluster = resolve(**WORDS, engine=engine, replicas=replicas, router=router, queue_limit=queue_limit)
+    step = msgspec.structs.replace(cluster.step_time, s_in=front[0], s_out=front[1])
+    cluster = msgspec.structs.replace(cluster, step_time=step)
     arrival = np.sort(draw.gamma(0.4, 0.25, n).cumsum())
     prompt, output = draw.integers(1, 1500, n), draw.integers(1, 200, n)
     prompt[draw.integers(n)] = 20_000  # never fits
@@ -168,9 +171,12 @@ def test_every_token_at_its_tick_under_every_policy(choices, engine):
     ],
     ids=lambda it: "-".join(map(str, it.values())),
 )
-def test_who_goes_away_gives_everything_back(choices):
+@pytest.mark.parametrize("front", [0.0, 5e-3])
+def test_who_goes_away_gives_everything_back(choices, front):
     draw = np.random.default_rng(7)
-    live = LiveCluster(resolve(**WORDS, **choices), capacity=60)
+    cluster = resolve(**WORDS, **choices)
+    step = msgspec.structs.replace(cluster.step_time, s_in=front, s_out=front / 10)
+    live = LiveCluster(msgspec.structs.replace(cluster, step_time=step), capacity=60)
     for turn in range(20):
         slots = [
             live.submit(live.now, int(draw.integers(1, 1500)), 300, hashes=[turn * 1000 + i for i in range(90)])

@@ -72,6 +72,9 @@ PLAIN = [
     },
     {"prefill_replicas": 1, "decode_replicas": 2, "preemption": "swap", "swap_space": 4.0, "timeout": 4},
     {"fleet": "l40s=1,a100=2", "gpu": None, "kv_blocks": None},
+    {"api_request_time": "5ms", "api_result_time": "0.3ms", "timeout": 3, "retries": 1},
+    {"api_result_time": "2ms", "mtbf": "2s", "restart_time": "300ms", "retries": 3, "replicas": 2, "queue_limit": 6},
+    {"api_request_time": "8ms", "autoscale": "queue:2", "max_replicas": 3, "provisioning": "1s", "scheduler": "vtc"},
 ]
 CACHED = [
     {},
@@ -531,6 +534,7 @@ def test_overload_shows_a_plateau():
         ({"chunk_size": 0}, "--chunk-size 0"),
         ({"watermark": 1.5}, "--watermark"),
         ({"price": -1.0}, "--price"),
+        ({"api_request_time": -1.0}, "--api-request-time"),
         ({"step_order": "random"}, "--step-order"),
     ],
     ids=str,
@@ -554,6 +558,8 @@ def test_what_cannot_be_or_changes_nothing_is_refused(words, says):
         ({"scrape_interval": "2s"}, {"router": "least-outstanding", "replicas": 3}),
         ({"restart_time": "100ms"}, {"fail": "0@2s"}),
         ({"kv_latency": "20ms"}, {"prefill_replicas": 1, "decode_replicas": 1}),
+        ({"api_request_time": "1ms"}, {}),
+        ({"api_result_time": "0.01ms"}, {}),
     ],
     ids=str,
 )

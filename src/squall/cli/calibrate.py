@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from squall.simulate import Calibration
-    from squall.simulate.calibrate import Errors
+    from squall.simulate.calibrate import Errors, Spread
 
 MEASURED = Group("What was measured", sort_key=10)
 LIVE = Group("A live server", sort_key=20)
@@ -118,8 +118,8 @@ def _show(result: "Calibration", out: str) -> None:
     shown = table("Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "preempted")
     for name, errors in result.errors.items():
         _row(shown, name.replace("_", " "), errors)
-        if name in result.repeats:
-            _row(shown, "real again", result.repeats[name])
+        if name in result.spread:
+            _spread_row(shown, result.spread[name])
     screen.print(shown)
     screen.print(f"{'written':<12} {printable(out)}", markup=False)
 
@@ -135,3 +135,13 @@ def _row(shown: "Table", name: str, errors: "Errors") -> None:
     counts = errors.preemptions or (None, None)
     preempted = "/".join("?" if count is None else str(count) for count in counts)
     row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", preempted)
+
+
+def _spread_row(shown: "Table", spread: "Spread") -> None:
+    """The 95 % interval of the mean of the real runs."""
+    from squall.report.terminal import row
+
+    parts = (spread.mean, spread.p50, spread.p99)
+    ttft, e2e = ("±" + "/".join(f"{100 * part[kind]:.1f}" for part in parts) for kind in ("ttft", "e2e"))
+    counts = ",".join("?" if count is None else str(count) for count in spread.preemptions)
+    row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", counts)

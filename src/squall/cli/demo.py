@@ -46,10 +46,10 @@ def demo(
         *("arrivals", f"{tail} TTFT", "over seeds", f"{tail} E2E", "peak KV", "preemptions", "failed", "goodput"),
     )
     for arm in result.arms:
-        spread = " – ".join(map(first_token, arm.ttft_tail_range)) if arm.runs > 1 else ""
+        spread = " – ".join(first_token(arm, end) for end in arm.ttft_tail_range) if arm.runs > 1 else ""
         slowest = "-" if arm.e2e_tail is None else in_words(arm.e2e_tail)
         row(
-            *(listing, arm.arrivals, first_token(arm.ttft_tail), spread, slowest, percent(arm.peak_kv)),
+            *(listing, arm.arrivals, first_token(arm, arm.ttft_tail), spread, slowest, percent(arm.peak_kv)),
             *(number(arm.preemptions), number(arm.failed), percent(arm.goodput_share)),
         )
     page = console()

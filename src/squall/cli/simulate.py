@@ -96,6 +96,10 @@ class PolicyOptions:
     """GB/s from a prefill engine to decode engines. [default: 64]"""
     kv_latency: Annotated[str | None, Parameter(group=ROUTING)] = None
     """To set up a transfer. [default: 1ms]"""
+    api_request_time: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """Of a replica's API server for a request, one after another. [default: the calibration's, or 0s]"""
+    api_result_time: Annotated[str | None, Parameter(group=ROUTING)] = None
+    """The same, for each sequence of a step's results. [default: the calibration's, or 0s]"""
     price: Annotated[float | None, Parameter(group=ROUTING)] = None
     """Of a replica for an hour; the result then has the cost."""
 

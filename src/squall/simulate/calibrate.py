@@ -68,6 +68,18 @@ class Errors(msgspec.Struct, frozen=True):
     """Simulated and recorded; recorded is null where the run does not say."""
 
 
+class Spread(msgspec.Struct, frozen=True):
+    """How far real runs of the same requests differ: half the width of the 95 % interval (Student's t) of the mean over
+    the runs, relative to it, of each statistic. No model can be shown to be closer than that."""
+
+    runs: int
+    mean: dict[str, float]
+    p50: dict[str, float]
+    p99: dict[str, float]
+    preemptions: list[int | None]
+    """Of each run."""
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """A fitted step time: for which engine it holds, from which data it comes, and how well it does."""
 
@@ -96,8 +108,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
-    repeats: dict[str, Errors] = {}
-    """Of a second real run against the first, where a live server was sent the same twice: no model is closer."""
+    spread: dict[str, Spread] = {}
+    """By test, where a live server was sent the same several times; `errors` are then against all of these together."""
     valid: dict[str, tuple[float, float]]
     """Ranges that the data covered: request_tokens, response_tokens, running."""
     notes: list[str] = []
@@ -659,6 +671,21 @@ def errors_between(
         },
         preemptions=None if preemptions is None else (preemptions, recorded_preemptions),
     )
+
+
+def spread_of(tables: list[pl.DataFrame], preemptions: list[int | None]) -> Spread:
+    """Of two or more real runs of the same requests."""
+    from scipy.stats import t
+
+    rows: dict[str, list[list[float]]] = {"ttft": [], "e2e": []}
+    for table in tables:
+        for name, end in (("ttft", "first_token"), ("e2e", "last_token")):
+            took = (table[end] - table["sent"]).to_numpy()
+            rows[name].append([took.mean(), np.median(took), np.quantile(took, 0.99)])
+    factor = t.ppf(0.975, len(tables) - 1) / np.sqrt(len(tables))
+    half = {name: factor * np.std(values, axis=0, ddof=1) / np.mean(values, axis=0) for name, values in rows.items()}
+    mean, p50, p99 = ({name: float(values[k]) for name, values in half.items()} for k in range(3))
+    return Spread(len(tables), mean, p50, p99, preemptions)
 
 
 def _arrays(table: pl.DataFrame) -> dict[str, np.ndarray]:

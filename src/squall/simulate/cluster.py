@@ -141,6 +141,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             backoff_cap=ticks(BACKOFF_CAP),
             ingest=ticks(step.a0),
             ingest_per_token=ticks(step.a1),
+            front_in=ticks(chosen.time("api_request_time", step.s_in)),
+            front_out=ticks(chosen.time("api_result_time", step.s_out)),
             delivery=ticks(step.a2 + step.a3),
             transfer=ticks(chosen.time("kv_latency", KV_LATENCY)),
             transfer_per_token=ticks(sending),

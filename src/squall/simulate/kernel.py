@@ -2,8 +2,8 @@
 
 What one replica does in a step is in replica.py. The clock counts ticks of 10 ps in int64 (2.9 years), so sums of step
 times are exact and independent of their order. At one tick the order is: step ends, ends of KV transfers, deadlines,
-arrivals, retries, the autoscaler, replicas up and down; then every idle replica that was touched schedules, in their
-order.
+what API servers hand on, arrivals, retries, the autoscaler, replicas up and down; then every idle replica that was
+touched schedules, in their order.
 
 Options that are not used are types (None for the pool of blocks or the queue), so that they cost nothing.
 """
@@ -40,6 +40,7 @@ from squall.simulate.records import (
     DOWN,
     DRAINING,
     ENTERED,
+    FRONT,
     GIVE_UP,
     HEAPED,
     KV_END,
@@ -52,6 +53,7 @@ from squall.simulate.records import (
     OFF,
     OK,
     OPEN,
+    PASS,
     PENDING,
     POWER_OF_TWO,
     PREFILL,
@@ -129,7 +131,12 @@ def _load(engines: Engines, r: int, limits: Limits, by_blocks: bool) -> Any:
     if limits.scrape > 0:
         return engines.shared.used[r] if by_blocks else engines.shared.outstanding[r]
     me = engines.state[r]
-    return me.blocks - me.free if by_blocks else me.running + me.waiting - me.aborted
+    return me.blocks - me.free if by_blocks else _requests(me)
+
+
+@inlined
+def _requests(me: Any) -> Any:
+    return me.fronted + me.waiting + me.running - me.aborted
 
 
 @lean
@@ -140,7 +147,7 @@ def look(engines: Engines, limits: Limits, now: Any) -> None:
         at = now // limits.scrape * limits.scrape
         for r in range(engines.state.size):
             me = engines.state[r]
-            engines.shared.outstanding[r] = me.running + me.waiting - me.aborted
+            engines.shared.outstanding[r] = _requests(me)
             engines.shared.used[r] = me.blocks - me.free
             j = steps_before(me, at)
             if j > 0:
@@ -249,7 +256,7 @@ def enter(
     affinity: np.ndarray,
     now: Any,
 ) -> None:
-    """Attempt `a` reaches the cluster: refused, or queued at a replica."""
+    """Attempt `a` reaches the cluster: refused, or taken by the API server of a replica, if that needs time for it."""
     it = attempts[a]
     engines.shared.counters[OPEN] += 1
     engines.shared.counters[ARRIVED] += 1
@@ -274,21 +281,56 @@ def enter(
         return
     it.replica = r
     me = engines.state[r]
-    if me.waiting >= limits.queue_limit:
+    if me.waiting + me.fronted >= limits.queue_limit:
         log_event(engines, now, REJECT, a, r)
         fail(engines, attempts, a, QUEUE_FULL, now, limits)
         return
+    if limits.timeout < NEVER:
+        deadline = it.sent + limits.timeout - limits.delivery
+        push_event(engines, max(now + 1, deadline), DEADLINE, a)
+    if limits.front_in + limits.front_out == 0:
+        _join(engines, attempts, a, pool, queue, limits, now)
+        return
+    if me.window > 0:  # its results pass the API server too
+        wake(engines, r, attempts, pool, queue, limits, now)
+    me.front_free = max(me.front_free, now) + limits.front_in
+    me.fronted += 1
+    it.state = FRONT
+    it.epoch = me.epoch
+    it.ended = me.front_free
+    push_event(engines, me.front_free, PASS, a)
+
+
+@lean
+def _join(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
+    """Attempt `a` queues at its replica's engine."""
+    it = attempts[a]
+    r = np.int64(it.replica)
+    me = engines.state[r]
     if me.window > 0 and always_asks(queue):  # what was served within it says where a new client begins
         wake(engines, r, attempts, pool, queue, limits, now)
     account(engines, r, now)
     becomes_active(queue, r, it.request)
     enqueue(queue, me, r, attempts, a, False)
     log_event(engines, now, ARRIVE, a, r)
-    if limits.timeout < NEVER:
-        deadline = it.sent + limits.timeout - limits.delivery
-        push_event(engines, max(now + 1, deadline), DEADLINE, a)
     if me.window == 0 or me.closed < 2:
         wake(engines, r, attempts, pool, queue, limits, now)
+
+
+@lean
+def pass_front(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: Any, limits: Limits, now: Any) -> None:
+    """The API server hands attempt `a` to its engine, unless it has been given up, or the replica failed meanwhile."""
+    it = attempts[a]
+    if it.state != FRONT or it.ended != now:
+        return
+    it.ended = -1
+    if it.epoch != engines.state[it.replica].epoch:
+        log_event(engines, now, BREAK, a, it.replica)
+        fail(engines, attempts, a, RESET, now, limits)
+        return
+    engines.state[it.replica].fronted -= 1
+    it.state = QUEUED
+    _join(engines, attempts, a, pool, queue, limits, now)
 
 
 @lean
@@ -302,7 +344,9 @@ def give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: An
     if me.window > 0:
         wake(engines, r, attempts, pool, queue, limits, now)
     account(engines, r, now)
-    if it.state == QUEUED:
+    if it.state == FRONT:
+        me.fronted -= it.epoch == me.epoch
+    elif it.state == QUEUED:
         dequeue(queue, me, r, attempts, a)
         let_go(engines, attempts, a, pool, limits)
     elif it.state == RUNNING:
@@ -312,7 +356,8 @@ def give_up(engines: Engines, attempts: np.ndarray, a: int, pool: Any, queue: An
         for i in range(me.running):
             if engines.running[r, i].attempt == a:
                 write_back(attempts, engines.running[r, i])
-    leaves(queue, r, it.request)
+    if it.state != FRONT:
+        leaves(queue, r, it.request)
     log_event(engines, now, GIVE_UP, a, r)
     fail(engines, attempts, a, TIMEOUT, max(now, it.sent + limits.timeout), limits)
     if not me.busy:  # who waits behind it may fit
@@ -379,7 +424,7 @@ def _crash(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
         if engines.heap[i].kind == KV_END and attempts[engines.heap[i].who].replica == r:
             attempts[engines.heap[i].who].blocks = 0  # what is on its way here is lost
     me.free = me.blocks
-    me.link_free = 0
+    me.link_free = me.front_free = me.fronted = 0
     switch_off(engines, r, pool, now)
     set_end(engines, r, NEVER)
 
@@ -428,7 +473,7 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
         if paid > desired and me.up == READY:
             me.up = DRAINING
             paid -= 1
-            if me.running == 0 and me.waiting == 0 and not me.busy:
+            if me.fronted + me.running + me.waiting == 0 and not me.busy:
                 switch_off(engines, r, pool, now)
 
 
@@ -508,8 +553,9 @@ def _change_role(
             return
         if me.role == giver and me.up == READY:
             others += 1
-            if me.running + me.waiting < fewest:
-                chosen, fewest = r, me.running + me.waiting
+            requests = me.fronted + me.running + me.waiting
+            if requests < fewest:
+                chosen, fewest = r, requests
     if others > 1:
         state[chosen].up = CHANGING
         wake(engines, chosen, attempts, pool, queue, limits, now)
@@ -586,6 +632,8 @@ def _advance(
                     give_up(engines, attempts, who, pool, queue, limits, now)
                 elif kind == KV_END:
                     end_transfer(engines, attempts, who, pool, queue, limits, now)
+                elif kind == PASS:
+                    pass_front(engines, attempts, who, pool, queue, limits, now)
                 elif kind == RETRY:
                     old, used = attempts[who], counters[USED]
                     sent = now - seen_at(limits, 0, old.prompt)

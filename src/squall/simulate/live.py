@@ -24,7 +24,7 @@ from squall.simulate.blocks import Pool, clear
 from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import kernel_seeds
-from squall.simulate.kernel import end_transfer, enter, give_up, look
+from squall.simulate.kernel import end_transfer, enter, give_up, look, pass_front
 from squall.simulate.policies import (
     Choices,
     check_it_ends,
@@ -34,8 +34,21 @@ from squall.simulate.policies import (
     pool_for,
     queue_of,
 )
-from squall.simulate.records import ATTEMPT, KV_END, NEVER, OK, PREFILL, QUEUED, RUNNING, TICKS, TRANSFER, Engines
-from squall.simulate.replica import account, pop_event, receive, set_end, start_step, wake, widen
+from squall.simulate.records import (
+    ATTEMPT,
+    FRONT,
+    KV_END,
+    NEVER,
+    OK,
+    PASS,
+    PREFILL,
+    QUEUED,
+    RUNNING,
+    TICKS,
+    TRANSFER,
+    Engines,
+)
+from squall.simulate.replica import account, pop_event, receive, results_pass, set_end, start_step, wake, widen
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA
 
@@ -50,6 +63,7 @@ _MODELLED = frozenset(
         *("scheduler", "prediction_error", "step_order", "chunk_size", "preemption", "swap_space", "swap_bandwidth"),
         *("watermark", "prefix_caching", "eviction", "host_cache", "host_bandwidth", "router", "scrape_interval"),
         *("prefill_replicas", "decode_replicas", "kv_bandwidth", "kv_latency"),
+        *("api_request_time", "api_result_time"),
     )
 )
 _INSTEAD = {
@@ -93,6 +107,7 @@ def _tell_tokens(
     me = engines.state[r]
     if me.role == PREFILL:  # its token is the first of the decode replica's
         return told
+    now = results_pass(me, limits, now)
     for i in range(me.running):
         s = engines.running[r, i]
         if (s.now if limits.asynchronous else s.next) == 3 and attempts[s.attempt].state == RUNNING:
@@ -160,6 +175,8 @@ def _entries(sources: int) -> tuple[Any, ...]:
                     pop_event(engines)
                     if kind == KV_END:
                         end_transfer(engines, attempts, who, pool, queue, limits, now)
+                    elif kind == PASS:
+                        pass_front(engines, attempts, who, pool, queue, limits, now)
                 elif arrived < at.size and at[arrived] == now and told + most <= out.size:
                     a = slots[arrived]
                     enter(engines, attempts, a, pool, queue, limits, affinity, now)
@@ -288,7 +305,7 @@ class LiveCluster:
             block_size=limits.block_size,
             seeds=kernel_seeds(seed),
             width=records.TICKS,
-            heap=capacity + 64,
+            heap=3 * capacity + 64,
         )
         self._bundle = bundled(self._engines)
         self._attempts = np.zeros(capacity, ATTEMPT)
@@ -307,12 +324,14 @@ class LiveCluster:
         self._coming: list[tuple[int, int, int]] = []  # tick, order, slot
         self._gone: set[int] = set()  # slots cancelled before they arrived
         self._order = self._order_of_all = 0
+        self._held = np.empty(0, TOKEN)  # whose steps have ended, but which are still to pass the API server
         self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
 
     @property
     def full(self) -> bool:
         """Whether there is no room for another request."""
-        return not self._free
+        # Whoever gives up leaves an entry in the heap until the API server would have come to it.
+        return not self._free or self._engines.shared.counters[records.HEAPED] > 2 * len(self._attempts)
 
     def submit(
         self,
@@ -362,18 +381,23 @@ class LiveCluster:
         it = self._attempts[slot]
         if it["replica"] < 0:
             self._gone.add(slot)
-        elif it["state"] in (QUEUED, RUNNING, TRANSFER):
+        elif it["state"] in (QUEUED, RUNNING, TRANSFER, FRONT):
             held = it["state"] in (RUNNING, TRANSFER) or it["preemptions"] > 0
             _cancel(self._bundle, self._attempts, self._settings, self._pool_bundle, self._queue_bundle, slot, self.now)
             if held:
                 self._leaving.append((slot, int(self._engines.state[it["replica"]]["steps"])))
             else:
                 self.release(slot)
+        if (self._held["slot"] == slot).any():
+            self._held = self._held[self._held["slot"] != slot]
+            if it["state"] == OK:
+                self.release(slot)
 
     def next(self) -> int:
         """When something happens next, if nobody comes or goes; NEVER: nothing."""
         coming = self._coming[0][0] if self._coming else int(NEVER)
-        return min(coming, int(self._engines.shared.ends[1]), int(self._engines.heap[0]["tick"]))
+        held = int(self._held["time"][0]) if len(self._held) else int(NEVER)
+        return min(coming, held, int(self._engines.shared.ends[1]), int(self._engines.heap[0]["tick"]))
 
     def advance(self, until: int) -> np.ndarray:
         """Run up to and with tick `until`; returns TOKEN entries in the order of time.
@@ -407,13 +431,23 @@ class LiveCluster:
             ticks, slots = ticks[arrived:], slots[arrived:]
         self.now = max(self.now, until)
         self._retire()
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        told = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.limits.front_out == 0:
+            return told
+        told = np.concatenate([self._held, told])
+        told = told[np.argsort(told["time"], kind="stable")]
+        passed = int(np.searchsorted(told["time"], until, side="right"))
+        self._held = told[passed:]
+        return told[:passed]
 
     def ahead(self, until: int) -> np.ndarray:
         """The tokens (TOKEN, in the order of time) that the steps under way will bring by tick `until`.
 
         What a step brings is decided when it begins. Only `cancel` takes a token away again; nothing is changed here.
+        Results that pass an API server are known once their step has ended, as requests may come before them till then.
         """
+        if self.limits.front_out > 0:
+            return self._held[: int(np.searchsorted(self._held["time"], until, side="right"))]
         told = _ahead(self._bundle, self._attempts, self._settings, until, self._out)
         return self._out[:told].copy()
 

@@ -89,6 +89,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     role_change_time: str | float | None = None
     kv_bandwidth: float | None = None
     kv_latency: str | float | None = None
+    api_request_time: str | float | None = None
+    api_result_time: str | float | None = None
     price: float | None = None
 
     @property
@@ -234,7 +236,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
                 f"--prediction-error {self.prediction_error}: it is a standard deviation of the log, 0 to 10."
             )
         times = ("scrape_interval", "mtbf", "restart_time", "provisioning", "scale_down_after", "kv_latency")
-        for name in (*times, "role_interval", "role_change_time"):
+        for name in (*times, "role_interval", "role_change_time", "api_request_time", "api_result_time"):
             value = self.time(name, 1.0)
             if not (1e-6 if name in ("scrape_interval", "mtbf", "role_interval") else 0) <= value <= 1e7:
                 raise InputError(

@@ -8,11 +8,12 @@ TICKS = 100_000_000_000  # per second
 NEVER: Any = np.int64(2**62)
 UNSETTLED: Any = np.int64(2**42)  # in place of the number of a last step
 
-# States of an attempt; those from OK on are final. TRANSFER: its KV cache is on the way from prefill to decode.
-QUEUED, RUNNING, TRANSFER, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE, REFUSED, RESET = range(9)
+# States of an attempt; those from OK on are final. TRANSFER: its KV cache is on the way from prefill to decode; FRONT:
+# the API server of its replica has not handed it to the engine yet.
+QUEUED, RUNNING, TRANSFER, FRONT, OK, TIMEOUT, QUEUE_FULL, UNSERVABLE, REFUSED, RESET = range(10)
 ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, LEAST_KV, POWER_OF_TWO, PREFIX_AFFINITY, SESSION_AFFINITY = range(7)
 # Kinds of events in the heap, in their order at one tick. Step ends come before them, arrivals just before the retries.
-KV_END, DEADLINE, RETRY, SCALE, UP, DOWN = range(6)
+KV_END, DEADLINE, PASS, RETRY, SCALE, UP, DOWN = range(7)
 # What a sample of the time series accumulates: time integrals, except KV_PEAK and PREEMPTIONS.
 RUNNING_TIME, WAITING_TIME, KV_PEAK, PREEMPTIONS, TOKENS = range(5)
 # Kinds of the event log. FIRST is the first token, REJECT a 429 or 400 or a refused connection, GIVE_UP a client's
@@ -63,9 +64,9 @@ TO_COME = np.dtype([("tick", np.int64), ("kind", np.int64), ("who", np.int64)], 
 ATTEMPT = np.dtype(
     [
         ("sent", np.int64),  # by the client
-        ("first", np.int64),  # step end of the first token
+        ("first", np.int64),  # when the first token has left the API server: at its step's end, if that takes no time
         ("last", np.int64),  # and of the last one so far
-        ("ended", np.int64),
+        ("ended", np.int64),  # in FRONT: when it will have passed
         ("request", np.int32),
         ("prompt", np.int32),
         ("output", np.int32),  # tokens that it will generate
@@ -76,7 +77,7 @@ ATTEMPT = np.dtype(
         ("preemptions", np.int32),
         ("replica", np.int32),
         ("source", np.int32),  # the prefill replica that still holds its blocks; -1
-        ("epoch", np.int32),  # of that replica: another one now, and they are lost
+        ("epoch", np.int32),  # of that replica, or of the one whose API server has it: another one now, and it is lost
         ("held", np.int32),  # blocks.py: the list of these blocks
         ("node", np.int32),  # and of those held for it where it waits
         ("next", np.int32),  # in the queue of its replica
@@ -149,7 +150,7 @@ REPLICA = np.dtype(
         ("composed", np.int64),  # number of the last composed step, of the one in flight, and of the last received
         ("flying", np.int64),
         ("received", np.int64),
-        ("received_at", np.int64),
+        ("received_at", np.int64),  # when its results had passed the API server
         ("steady", np.int64),  # how many of the running are
         ("final", np.int64),  # the least of their finals; how many have it, none before which place, their part of
         ("leaving", np.int64),  # `base`, and how many of them would need a block in the step after it
@@ -181,6 +182,8 @@ REPLICA = np.dtype(
         ("changes", np.int64),  # of its role
         ("role_since", np.int64),
         ("prefilling", np.int64),  # ticks in the role of prefill, before that
+        ("front_free", np.int64),  # when its API server will have done all it has
+        ("fronted", np.int64),  # how many requests that has
     ],
     align=True,
 )
@@ -206,7 +209,9 @@ class Limits(NamedTuple):
     backoff_cap: int
     ingest: int  # from sending to the queue
     ingest_per_token: int
-    delivery: int  # from the step end of the last token to the end at the client
+    front_in: int  # of the API server, one after another: for a request
+    front_out: int  # and for each sequence of a step's results
+    delivery: int  # from the last token's leaving it to the end at the client
     transfer: int  # setup of a KV transfer
     transfer_per_token: int
     per_prompt_token: float  # ticks of a replica that computes nothing else, in full steps

@@ -159,6 +159,14 @@ def seen_at(limits: Limits, sent: Any, prompt: int) -> Any:
 
 
 @inlined
+def results_pass(me: Any, limits: Limits, now: Any) -> Any:
+    """When the results of the step in flight, which ends at `now`, have passed the API server of its replica."""
+    if limits.front_out == 0:
+        return now
+    return max(me.front_free, now) + limits.front_out * me.sequences
+
+
+@inlined
 def log_event(engines: Engines, now: Any, kind: int, attempt: int, replica: int) -> None:
     if engines.events.size > 0:
         it = engines.events[engines.shared.counters[LOGGED]]
@@ -999,6 +1007,22 @@ def _window_end(me: Any, i: Any) -> Any:
     return me.first_end + (i - 1) * me.second + me.slope * ((i - 1) * (i - 2) // 2)
 
 
+@inlined
+def _window_passed(me: Any, limits: Limits, i: Any) -> Any:
+    """When the results of the i-th step of the window, from 1, have passed the API server.
+
+    f(i) = max(f(i - 1), end(i)) + c: of end(k) + (i - k + 1)*c the largest, which has k at one of its ends, as the
+    steps of a window become longer, never shorter.
+    """
+    if limits.front_out == 0:
+        return _window_end(me, i)
+    first = results_pass(me, limits, me.first_end)
+    if i == 1:
+        return first
+    each = limits.front_out * me.running
+    return max(first, _window_end(me, 2), _window_end(me, i) - (i - 2) * each) + (i - 1) * each
+
+
 @lean
 def steps_before(me: Any, now: Any) -> Any:
     """How many steps of the window ended before `now`; 0 without one."""
@@ -1068,7 +1092,8 @@ def settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
     me.window = 0
     if j == 0:
         return
-    last = _window_end(me, j)
+    end, last = _window_end(me, j), _window_passed(me, limits, j)
+    begin_told = _window_passed(me, limits, 1)
     ticks = engines.token_ticks
     for i in range(0 if ticks.size > 0 else me.young, me.running):
         s = running[i]
@@ -1076,13 +1101,13 @@ def settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
             had = _steady_tokens(s, finals[i], me.received) if finals[i] < UNSETTLED else np.int64(s.generated)
             begin = engines.token_start[s.request] + had
             for k in range(j):
-                ticks[begin + k] = _window_end(me, k + 1)
+                ticks[begin + k] = _window_passed(me, limits, k + 1)
         if s.generated == 0:
-            attempts[s.attempt].first = me.first_end
+            attempts[s.attempt].first = begin_told
             log_event(engines, me.first_end, FIRST, s.attempt, r)
             if finals[i] < UNSETTLED:
                 s.generated = 1
-                s.last = me.first_end
+                s.last = begin_told
         if finals[i] < UNSETTLED:
             continue
         s.last = last
@@ -1108,8 +1133,11 @@ def settle(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: Any
     me.steps += j
     me.jumped += j
     me.computed += j * me.running
+    if limits.front_out > 0:
+        me.front_free = last
+    me.sequences = me.running
     me.tokens = me.running
-    me.ticks = _window_end(me, j + 1) - last
+    me.ticks = _window_end(me, j + 1) - end
     me.next_ticks = me.ticks if not limits.asynchronous else me.second + me.slope * j
 
 
@@ -1175,7 +1203,7 @@ def _interrupt(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue:
 def _finish(engines: Engines, r: int, attempts: np.ndarray, queue: Any, limits: Limits, a: int, now: Any) -> None:
     it = attempts[a]
     it.state = OK
-    it.ended = now + limits.delivery
+    it.ended = engines.state[r].received_at + limits.delivery
     engines.shared.counters[OPEN] -= 1
     leaves(queue, r, it.request)
     log_event(engines, now, FINISH, a, r)
@@ -1233,7 +1261,7 @@ def _end_steady(
             break
         s = running[i]
         s.generated = s.output
-        s.last = now
+        s.last = me.received_at
         _forget(engines, r, s, received, limits)
         write_back(attempts, s)
         _finish(engines, r, attempts, queue, limits, s.attempt, now)
@@ -1273,7 +1301,10 @@ def receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
     me, running, finals = engines.state[r], engines.running[r], engines.finals[r]
     ticks = engines.token_ticks
     me.received = me.flying
-    me.received_at = now
+    told = results_pass(me, limits, now)
+    me.received_at = told
+    if limits.front_out > 0:
+        me.front_free = told
     ending = me.final == me.received
     begin = np.int64(me.young) if ticks.size == 0 else np.int64(0)
     kept, before = begin, np.int64(me.running)
@@ -1288,16 +1319,16 @@ def receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
             tokens = s.output - (final - me.received)
             if tokens > s.generated:
                 if ticks.size > 0:
-                    ticks[engines.token_start[s.request] + tokens - 1] = now
+                    ticks[engines.token_start[s.request] + tokens - 1] = told
                 if s.generated == 0:
-                    attempts[s.attempt].first = now
+                    attempts[s.attempt].first = told
                     log_event(engines, now, FIRST, s.attempt, r)
                     s.generated = 1
-                    s.last = now
+                    s.last = told
             if final == me.received:
                 gone = True
                 s.generated = s.output
-                s.last = now
+                s.last = told
                 s.blocks = blocks_for(s.prompt + s.output - 1, limits.block_size)
                 _forget(engines, r, s, final, limits)
                 write_back(attempts, s)
@@ -1310,11 +1341,11 @@ def receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
                 _hand_over(engines, r, attempts, pool, queue, limits, s, now)
             else:
                 if s.generated == 0:
-                    attempts[s.attempt].first = now
+                    attempts[s.attempt].first = told
                     log_event(engines, now, FIRST, s.attempt, r)
                 if ticks.size > 0:
-                    ticks[engines.token_start[s.request] + s.generated] = now
-                s.last = now
+                    ticks[engines.token_start[s.request] + s.generated] = told
+                s.last = told
                 s.generated += 1
                 charge(queue, r, s.request, 0, 1)
                 if s.generated == s.output:
@@ -1339,11 +1370,11 @@ def receive(engines: Engines, r: int, attempts: np.ndarray, pool: Any, queue: An
         if it.state > TRANSFER or me.role == PREFILL:  # there the token counts for nothing without its blocks
             continue
         if it.generated == 0:
-            it.first = now
+            it.first = told
             log_event(engines, now, FIRST, a, r)
         if ticks.size > 0:
-            ticks[engines.token_start[it.request] + it.generated] = now
-        it.last = now
+            ticks[engines.token_start[it.request] + it.generated] = told
+        it.last = told
         it.generated += 1
         charge(queue, r, it.request, 0, 1)
         if it.generated == it.output:
@@ -1372,7 +1403,7 @@ def switch_off(engines: Engines, r: int, pool: Any, now: Any) -> None:
 def _drained(engines: Engines, r: int, pool: Any, limits: Limits, now: Any) -> None:
     """Replica `r` was to take no more requests: once it has none left it stops, or takes its other role."""
     me = engines.state[r]
-    if me.running > 0 or me.waiting > 0 or me.free < me.blocks:
+    if me.running > 0 or me.waiting > 0 or me.fronted > 0 or me.free < me.blocks:
         return
     if me.up == DRAINING:
         switch_off(engines, r, pool, now)

@@ -18,6 +18,10 @@ ai-dynamo/aiconfigurator@095f58a (Apache-2.0), and for the RTX 4090 to the opera
 casys-kaist/LLMServingSim@5daddb2 (MIT). The host times are placeholders, because they depend on the serving stack:
 without a calibration, expect errors of 25 % and more.
 
+Around the engine: a request reaches the API server a0 + a1*prompt after its sending. That does one thing after another:
+s_in for a request, s_out for each sequence of a step's results. What has passed it reaches the client a2 later, and the
+end of a response a3 after its last token.
+
 Where a server was measured step by step (a CPU, an unknown accelerator), a table stands in for the roofline:
 
     t_gpu  = base(T) + per_sequence*n + per_kv_token*(D + R) + per_attention_pair*Q
@@ -90,6 +94,10 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """From a token's step end to the client."""
     a3: float = 8e-4
     """From the last token to the end of the response."""
+    s_in: float = 0.0
+    """Of the API server, which does one thing after another: its time for a request on the way in."""
+    s_out: float = 0.0
+    """The same, for each sequence of a step's results on their way out."""
     table: StepTable | None = None
     """Measured step times, in place of the roofline."""
 
@@ -123,6 +131,8 @@ BOUNDS = {
     "o_gap": Bound(0.0, 2e-3, 0.5e-3),
     "a0": Bound(0.0, 20e-3, 5e-3),
     "a1": Bound(0.0, 10e-6, 2e-6),
+    "s_in": Bound(0.0, 20e-3, 1e-3),
+    "s_out": Bound(0.0, 5e-3, 0.8e-3),
 }
 """Of the coefficients that are fitted. Shares of a peak end at 1; host times at what the slowest stacks were seen to
 take (5 ms a step, 50 us a sequence), with room above."""

@@ -31,6 +31,9 @@ from squall.trace.table import Trace, TraceSource
 MOVE = 0.2
 """By how much a coefficient is moved, both ways."""
 
+_TIMES = ("o0", "o1", "o_gap", "a0", "s_in", "s_out")
+"""Coefficients that are times."""
+
 TRACE_SETTINGS = ("rate", "speed", "head", "sample")
 """Trace options that can be swept, beside everything that describes the cluster."""
 
@@ -219,8 +222,8 @@ def _coefficients(step: StepTime) -> list[str]:
     """Those that are not 0."""
     if step.table is not None:
         rates = [name for name in ("per_sequence", "per_kv_token", "per_attention_pair") if getattr(step.table, name)]
-        return ["points", *rates, *(name for name in ("o0", "o1", "o_gap", "a0") if getattr(step, name))]
-    return [name for name in ("e_bw", "e_kv", "e_fl", "e_at", "o0", "o1", "o_gap", "a0") if getattr(step, name)]
+        return ["points", *rates, *(name for name in _TIMES if getattr(step, name))]
+    return [name for name in ("e_bw", "e_kv", "e_fl", "e_at", *_TIMES) if getattr(step, name)]
 
 
 def _variant(step: StepTime, variant: str) -> StepTime:

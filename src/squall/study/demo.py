@@ -64,9 +64,11 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
     arrivals: str
     runs: int
     ttft_tail: float
-    """The demo's `percentile` of TTFT, of all requests offered, from schedule: one that failed counts as never
-    answered, so TIMEOUT is a lower bound."""
+    """The demo's `percentile` of TTFT, of all requests offered, from schedule."""
     ttft_tail_range: tuple[float, float]
+    ttft_tail_at_least: bool
+    """Whether these are lower bounds, by what those who gave up had waited: so many did that the percentile has no
+    answer."""
     e2e_tail: float | None
     """The same percentile of E2E, of the requests that succeeded."""
     peak_kv: float | None
@@ -266,13 +268,15 @@ def _arm(name: str, measured: list[Metrics], percentile: str) -> Arm:
         known = [value for value in values if value is not None]
         return float(np.median(known)) if known else None
 
-    tails: list[float | None] = [getattr(m.of_offered.ttft, percentile) for m in measured]
-    ttft = [TIMEOUT if tail is None else tail for tail in tails]
+    tails = [getattr(m.of_offered.ttft, percentile) for m in measured]
+    bounds = [m.of_offered.ttft.at_least.get(percentile) or TIMEOUT for m in measured]
+    ttft = [bound if tail is None else tail for tail, bound in zip(tails, bounds, strict=True)]
     return Arm(
         arrivals=name,
         runs=len(measured),
         ttft_tail=float(np.median(ttft)),
         ttft_tail_range=(min(ttft), max(ttft)),
+        ttft_tail_at_least=None in tails,
         e2e_tail=middle([getattr(m.e2e, percentile) for m in measured]),
         peak_kv=middle([m.kv_cache.peak for m in measured]),
         preemptions=int(np.median([m.preemptions or 0 for m in measured])),
@@ -292,10 +296,13 @@ def _about_arms(own: Trace, arms: list[Arm], run: Run, rate: float) -> list[str]
     low, high = poisson.ttft_tail_range
     ratio = real.ttft_tail / poisson.ttft_tail
     compared = "about the same as" if 0.9 < ratio < 1.1 else f"{number(ratio, 2)} times"
+    if real.ttft_tail_at_least and not poisson.ttft_tail_at_least:
+        compared = f"at least {number(ratio, 2)} times"
     lines.append(
-        f"{_percentile(own).upper()} TTFT under the trace's own arrivals is {first_token(real.ttft_tail)}, {compared} "
-        "the "
-        f"{first_token(poisson.ttft_tail)} ({first_token(low)} to {first_token(high)} over {poisson.runs} seeds) of "
+        f"{_percentile(own).upper()} TTFT under the trace's own arrivals is {first_token(real, real.ttft_tail)}, "
+        f"{compared} the "
+        f"{first_token(poisson, poisson.ttft_tail)} ({first_token(poisson, low)} to {first_token(poisson, high)} over "
+        f"{poisson.runs} seeds) of "
         "Poisson arrivals at the same mean rate."
     )
     lines.append(
@@ -306,9 +313,9 @@ def _about_arms(own: Trace, arms: list[Arm], run: Run, rate: float) -> list[str]
     return lines
 
 
-def first_token(seconds: float) -> str:
-    """A tail TTFT of the comparison in words: from TIMEOUT on nobody was there to see it."""
-    return f"more than {TIMEOUT:g} s" if seconds >= TIMEOUT else in_words(seconds)
+def first_token(arm: Arm, seconds: float) -> str:
+    """A tail TTFT of an arm in words, as the page has it."""
+    return f"≥ {in_words(seconds)}" if arm.ttft_tail_at_least else in_words(seconds)
 
 
 def _name(trace: Trace) -> str:
