@@ -21,12 +21,12 @@ import polars as pl
 from hard_traces import CASES
 
 from squall.characterize.concurrency import despread
-from squall.fidelity import LOADS, _distances, _downstream, _same_clock, _samples, felt, statistics
+from squall.fidelity import LOADS, _distances, _downstream, _same_clock, _samples, baselines_of, felt, statistics
 from squall.progress import notes
 from squall.seeds import stream
 from squall.simulate import saturation_rate, simulate
 from squall.trace import Trace, TraceMeta, open_trace
-from squall.workload import bootstrap, fit, generate, smooth
+from squall.workload import bootstrap, fit, generate
 
 METRICS = ("ttft_p90", "ttft_p99", "e2e_mean")
 BANDS = {"ttft_p90": (0.87, 1.15), "ttft_p99": (0.67, 1.5), "e2e_mean": (0.85, 1.15)}
@@ -40,26 +40,12 @@ CLUSTERS: list[tuple[str, dict[str, Any], tuple[float | None, ...]]] = [
 
 def models(trace: Trace) -> dict[str, Callable[[int], Trace]]:
     """What draws a trace from a seed, by name."""
-    gaps = np.diff(trace.table["arrival"].to_numpy())
-    lengths = pl.col("request_tokens", "response_tokens")
     fitted = {kind: fit(trace, kind=kind) for kind in ("auto", "cascade", "renewal")}
-
-    def shuffled(seed: int) -> Trace:
-        order = pl.Series(stream(seed, "shuffled").permutation(len(trace)))
-        return trace.replace(trace.table.with_columns(trace.table.select(lengths)[order]))
-
     return {
         "fit (auto)": lambda seed: generate(fitted["auto"], seed=seed),
         "fit --kind cascade": lambda seed: generate(fitted["cascade"], seed=seed),
         "fit --kind renewal": lambda seed: generate(fitted["renewal"], seed=seed),
-        "Poisson, lengths in place": lambda seed: smooth(trace, "poisson", seed=seed),
-        "Gamma with the gaps' CV, lengths in place": lambda seed: smooth(
-            trace, "gamma", cv=float(gaps.std() / gaps.mean()), seed=seed
-        ),
-        "own arrivals, lengths shuffled": shuffled,
-        "block bootstrap 5 s": lambda seed: bootstrap(trace, 5, seed=seed),
-        "block bootstrap 30 s": lambda seed: bootstrap(trace, 30, seed=seed),
-        "block bootstrap 120 s": lambda seed: bootstrap(trace, 120, seed=seed),
+        **baselines_of(trace),
     }
 
 
