@@ -17,7 +17,7 @@ from squall.replay.stream import Outcome, Reply, judge
 
 IDLE_LIMIT = 4_000_000_000
 """Nanoseconds after which an idle connection is not used again: uvicorn, and so vLLM, closes after 5 s."""
-OPENED_AT_ONCE = 4
+OPENED_AT_ONCE = 8
 """Connections opened ahead at a time, a hundred times a second: each takes the loop a tenth of a millisecond."""
 EARLY = 1 << 20
 """Bytes of an answer that are held before they are parsed while the answer still comes in."""

@@ -33,6 +33,7 @@ from squall.replay.phases import (
     FULL,
     HEAD,
     KNOWN,
+    KNOWN_SAID,
     KNOWN_SIZE,
     LAST,
     LEFT,
@@ -54,6 +55,7 @@ from squall.replay.phases import (
     READY,
     READY_AT_ONCE,
     ROWS,
+    SAID,
     SIZE,
     SIZE_END,
     TIMERS,
@@ -283,7 +285,7 @@ def turn(desk: int) -> int:
                 if phase == HEAD:
                     known = table[KNOWN_SIZE]
                     if known > 0 and got >= known and _memcmp(rows[row + BODY], table[KNOWN], known) == 0:
-                        rows[row + FIRST], rows[row + PHASE] = at, SIZE
+                        rows[row + FIRST], rows[row + SAID], rows[row + PHASE] = at, table[KNOWN_SAID], SIZE
                         notes = _frame(rows, log, notes, descriptor, known, got, at)
                     else:
                         notes = _note(log, notes, descriptor, RAW, at, used, used + got)

@@ -35,7 +35,7 @@ LEAD = 100_000_000
 """Nanoseconds from the decision to start to the run's time 0."""
 BEAT = 10_000_000
 """Nanoseconds between heartbeats: they measure stalls, and look after timeouts, the journal and the end."""
-SPARES, SPARES_AHEAD = 16, 100_000_000
+SPARES, SPARES_AHEAD = 64, 100_000_000
 """At most so many connections are opened ahead of the rows that are due within so many nanoseconds."""
 QUIET = 300_000
 """Nanoseconds before a deadline in which no answer is parsed."""

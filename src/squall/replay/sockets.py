@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 import numpy as np
@@ -37,7 +37,7 @@ kernel stamps what comes meanwhile. A stream's pieces that came within one have 
 more than `QUICK_SHARE` of `READS_LOOKED_AT` reads follow the same stream's last one within two and a half."""
 QUICK_SHARE, READS_LOOKED_AT = 0.2, 1000
 KNOWN_LIMIT = 1 << 12
-"""Bytes of the longest header that is compared instead of read."""
+"""Bytes of the longest header that is compared with the last one instead of read."""
 ENDS = 8
 """Ends of answers that may wait for a timer, where nothing waits for them."""
 _code: dict[str, Callable[..., int]] = {}
@@ -56,15 +56,6 @@ def compiled() -> bool:
         for name, arguments in (("turn", 1), ("frame", 5), ("read_events", 3)):
             _code[name] = native.load("squall.replay.reading", name, arguments, ("squall.replay.phases",), slow)
     return bool(_code)
-
-
-class Head(NamedTuple):
-    """What the header of an answer said: servers say it again and again, but for the date once a second."""
-
-    text: bytes
-    status: int
-    streamed: bool
-    keep: bool
 
 
 class Socket(Answering):
@@ -134,12 +125,12 @@ class Socket(Answering):
 
     def hand_over(self) -> None:
         table, row, exchange = self._pool.table, self._row, self._exchange
-        first, known = table[row + phases.FIRST], self._pool.head
-        if first and exchange is not None and known is not None:
+        first, said = table[row + phases.FIRST], table[row + phases.SAID]
+        if first and exchange is not None:
             table[row + phases.FIRST] = 0
             exchange.first_byte, exchange.payload = first, b""
-            exchange.http_status, exchange.streamed = known.status, known.streamed
-            self._headers, self._keep = True, known.keep
+            exchange.http_status, exchange.streamed = said >> 2, bool(said & 2)
+            self._headers, self._keep = True, bool(said & 1)
         pieces = table[row + phases.PIECES]
         if pieces == 0 or exchange is None or self._number < 0:
             return
@@ -180,7 +171,8 @@ class Socket(Answering):
                 phase = phases.UNTIL_CLOSE if self._length is None else phases.LENGTH
                 self._pool.expect(self._number, phases.SIZE if self._chunked else phase, self._length or 0)
                 if self._chunked and not (exchange.compressed or exchange.location or exchange.retry_after):
-                    self._pool.know(Head(self._begin, exchange.http_status or 0, exchange.streamed, self._keep))
+                    said = (exchange.http_status or 0) << 2 | exchange.streamed << 1 | self._keep
+                    self._pool.know(self._begin, said)
                 return taken
         self._grown(exchange)
         return taken
@@ -253,7 +245,6 @@ class Sockets(Pool):
         self._sockets: dict[int, Socket] = {}
         self._readers: dict[int, Callable[[], Any]] = {}
         self._soon: deque[Callable[[], Any]] = deque()
-        self.head: Head | None = None
         self.busy = 0
         """Connections that await an answer."""
         self._going_on = False
@@ -375,14 +366,11 @@ class Sockets(Pool):
         for column in (phases.USED, phases.PIECES, phases.LAST, phases.FIRST):
             table[row + column] = 0
 
-    def know(self, head: Head) -> None:
-        """Have the compiled half take this header for read wherever it stands; what it said of others is told first."""
-        for connection in self.connections:
-            connection.hand_over()
-        self.head = head
-        size = min(len(head.text), KNOWN_LIMIT)
-        self._known[:size] = head.text[:size]
-        self._desk[phases.KNOWN_SIZE] = size if size == len(head.text) else 0
+    def know(self, header: bytes, said: int) -> None:
+        """Have the compiled half take this header for read wherever it comes: servers change but the date in it."""
+        size = len(header) if len(header) <= KNOWN_LIMIT else 0
+        self._known[:size] = header[:size]
+        self._desk[phases.KNOWN_SIZE], self._desk[phases.KNOWN_SAID] = size, said
 
     def watch_writing(self, number: int, on: bool) -> None:
         """Whether to call `writable` when there is room for more of a request."""
