@@ -19,7 +19,7 @@ from scipy.optimize import brentq, nnls
 from scipy.special import ndtr, ndtri
 
 from squall.workload.concurrency import HOUR, Daily, Floods, renewal
-from squall.workload.conversations import Conversations, Growth
+from squall.workload.conversations import Conversations, Growth, Seating
 from squall.workload.failures import Failures
 from squall.workload.lengths import GaussianCopula, Lengths, Quantiles
 from squall.workload.model import ClassModel, Workload, as_json
@@ -165,7 +165,7 @@ def growth(request: Quantiles, turns: list[float]) -> Growth:
     reached = np.array(turns)
     weight = np.add.reduceat(reached, np.array(starts) - 1) / reached.sum()
     sessions = Conversations(turns, Quantiles([0, 1], [1, 2]), Growth([1], [1.0], [0.0], [1.0], 0.0))
-    session, turn = sessions.assign(np.arange(60_000.0), np.random.default_rng(1))
+    session, turn, _ = Seating(sessions, np.random.default_rng(1)).seat(np.arange(60_000.0))
     order = np.lexsort((turn, session))
     same = np.diff(session[order]) == 0
 

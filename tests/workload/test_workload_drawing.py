@@ -147,7 +147,7 @@ def test_sessions_go_on_in_the_next_piece():
     new = np.diff(session[order], prepend=-1) != 0
     assert (turn[order][new] == 1).all()
     assert (np.diff(turn[order])[~new[1:]] == 1).all()
-    whole, _ = law.assign(arrivals, np.random.default_rng(5))
+    whole, *_ = Seating(law, np.random.default_rng(5)).seat(arrivals)
     # The last arrival of a piece does not see the next one: three of 60,000 requests may be seated differently.
     assert np.bincount(np.bincount(session))[1:8] == pytest.approx(np.bincount(np.bincount(whole))[1:8], rel=0.05)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from squall.workload.conversations import Conversations, Growth, fit_conversations
+from squall.workload.conversations import Conversations, Growth, Seating, fit_conversations
 from squall.workload.failures import Failures, Outages, fit_failures
 from squall.workload.lengths import Quantiles
 
@@ -18,7 +18,7 @@ def survival(*chances: float) -> list[float]:
 def test_sessions_have_the_turns_and_pauses_of_the_model():
     model = Conversations(survival(0.6, 0.6, 0.5), PAUSE, GROWTH)
     arrivals = np.cumsum(np.random.default_rng(1).exponential(10.0, 40_000))
-    session, turn = model.assign(arrivals, np.random.default_rng(2))
+    session, turn, _ = Seating(model, np.random.default_rng(2)).seat(arrivals)
     assert session.size == arrivals.size
     turns = np.bincount(session)
     # 20,000 sessions: the standard error of the mean turns is 0.01.
@@ -35,13 +35,14 @@ def test_sessions_have_the_turns_and_pauses_of_the_model():
 
 
 def test_growth_orders_the_lengths_and_leaves_their_law():
-    rng = np.random.default_rng(3)
-    session = np.repeat(np.arange(20_000), rng.choice([1, 2, 3, 5], 20_000))
-    turn = np.concatenate([np.arange(1, n + 1) for n in np.bincount(session)])
+    arrivals = np.cumsum(np.random.default_rng(3).exponential(5.0, 60_000))
+    model = Conversations(survival(0.7, 0.7, 0.7, 0.6), PAUSE, GROWTH)
+    _, turn, _ = Seating(model, np.random.default_rng(3)).seat(arrivals)
     group = np.searchsorted(GROWTH.turn, turn, side="right") - 1
     weight = (np.bincount(group) / group.size).tolist()
     growth = Growth(GROWTH.turn, weight, GROWTH.mean, GROWTH.sd, GROWTH.memory)
-    u = growth.draw(session, turn, rng)
+    again = Seating(Conversations(model.survival, PAUSE, growth), np.random.default_rng(3))
+    _, turn, u = again.seat(arrivals)
     assert np.quantile(u, [0.01, 0.1, 0.5, 0.9, 0.99]) == pytest.approx([0.01, 0.1, 0.5, 0.9, 0.99], abs=0.01)
     assert u[turn == 1].mean() < u[turn == 2].mean() < u[turn == 5].mean()
 
@@ -50,8 +51,8 @@ def test_a_fit_finds_turns_growth_and_memory_again():
     rng = np.random.default_rng(4)
     model = Conversations(survival(0.7, 0.7, 0.7, 0.6), PAUSE, GROWTH)
     arrivals = np.cumsum(rng.exponential(5.0, 30_000))
-    session, turn = model.assign(arrivals, rng)
-    request = np.exp(5 + 2 * GROWTH.draw(session, turn, rng))
+    session, _, u = Seating(model, rng).seat(arrivals)
+    request = np.exp(5 + 2 * u)
     found = fit_conversations(arrivals, session, request, np.ones(30_000, dtype=bool), rng)
     assert found is not None
     assert found.survival == pytest.approx(model.survival, abs=0.02)

@@ -39,18 +39,6 @@ class Growth(msgspec.Struct, frozen=True, dict=True):
         if min(self.sd) <= 0 or not -1 <= self.memory <= 1 or np.any(np.diff(self.turn) <= 0):
             raise ValueError("turn must rise, sd must be above 0 and memory between -1 and 1")
 
-    def draw(self, session: np.ndarray, turn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Ranks (0 to 1) of the request lengths of requests with the given sessions (0, 1, …) and turns (1, 2, …)."""
-        x = rng.standard_normal(session.size)
-        order = np.argsort(turn, kind="stable")
-        last = np.zeros(int(session.max(initial=-1)) + 1)
-        fresh = np.sqrt(1 - self.memory**2)
-        for rows in np.split(order, np.flatnonzero(np.diff(turn[order])) + 1):
-            if rows.size and turn[rows[0]] > 1:
-                x[rows] = self.memory * last[session[rows]] + fresh * x[rows]
-            last[session[rows]] = x[rows]
-        return self.rank(turn, x)
-
     def rank(self, turn: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Ranks (0 to 1) among all requests of the class of those with the given turns and scores `x`."""
         from squall.workload.compiled.sessions import ranked
@@ -87,11 +75,6 @@ class Conversations(msgspec.Struct, frozen=True):
     @property
     def mean_turns(self) -> float:
         return float(sum(self.survival))
-
-    def assign(self, arrivals: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Session (0, 1, … in order of their start) and turn (1, 2, …) of each of the sorted `arrivals`."""
-        session, turn, _ = Seating(self, rng).seat(arrivals)
-        return session, turn
 
 
 class Seating:
