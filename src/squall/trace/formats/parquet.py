@@ -69,8 +69,9 @@ def write_squall(frames: Iterator[pl.DataFrame], meta: Callable[[], TraceMeta], 
 
     register_io_source(source, schema=schema).sink_parquet(
         file,
-        compression="zstd",
-        compression_level=1,  # a third of the time of the usual level, and 3 % more bytes
+        # A sixth more bytes than zstd's lowest level, and half the time, which is a fifth of that of drawing a trace.
+        compression="lz4",
+        statistics=False,
         row_group_size=ROW_GROUP,
         metadata=lambda _: {_META_KEY: msgspec.json.encode(meta()).decode()},
         engine="streaming",
