@@ -73,7 +73,7 @@ _LINE_LIMIT, _TRAILER_LIMIT, _DIGITS_LIMIT = 1 << 12, 1 << 16, 15
 _SMALLEST_CHUNK = 6
 """Bytes of `1 CR LF x CR LF`: so many at least belong to each piece."""
 _LEAST_ROOM = 1 << 11
-_STRIDE, _DATA = (3, 1) if platform.machine() in ("x86_64", "AMD64") else (4, 2)  # struct epoll_event, packed on x86
+_STRIDE, _DATA = (3, 1) if platform.machine() == "x86_64" else (4, 2)  # struct epoll_event, packed on x86
 _OUT = 4
 _REALTIME, _MONOTONIC, _DONTWAIT, _EAGAIN, _EINTR = 0, 1, 0x40, 11, 4
 _CONTROL_ROOM = 64

@@ -27,6 +27,8 @@ from squall.replay.connection import Transports
 from squall.replay.exchange import IDLE_LIMIT, Answering, Exchange, Part, watch_for_death
 from squall.replay.pool import Pool
 
+MACHINES = "x86_64", "aarch64"
+"""Those whose layout of the system's structures `reading.py` knows."""
 LONGEST_TURN = 20_000_000
 """Nanoseconds that the compiled loop waits at most, should nothing call it back."""
 STAMPED = 35
@@ -45,7 +47,7 @@ _code: dict[str, Callable[..., int]] = {}
 
 def compiled() -> bool:
     """Make the machine code ready, which takes seconds at the very first time; whether this system has it."""
-    if not _code and sys.platform == "linux":
+    if not _code and sys.platform == "linux" and os.uname().machine in MACHINES:
         said: list[None] = []
 
         def slow() -> None:
