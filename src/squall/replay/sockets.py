@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from time import monotonic_ns
 from typing import Any
 
@@ -45,19 +46,24 @@ ENDS = 8
 _code: dict[str, Callable[..., int]] = {}
 
 
+@cache
 def compiled() -> bool:
     """Make the machine code ready, which takes seconds at the very first time; whether this system has it."""
-    if not _code and sys.platform == "linux" and os.uname().machine in MACHINES:
-        said: list[None] = []
+    if sys.platform != "linux" or os.uname().machine not in MACHINES:
+        return False
+    said: list[None] = []
 
-        def slow() -> None:
-            if not said:
-                note("replay: compiling what reads the answers; this is done once, and takes some seconds.")
-            said.append(None)
+    def slow() -> None:
+        if not said:
+            note("replay: compiling what reads the answers; this is done once, and takes some seconds.")
+        said.append(None)
 
+    try:
         for name, arguments in (("turn", 1), ("frame", 5), ("read_events", 3)):
             _code[name] = native.load("squall.replay.reading", name, arguments, ("squall.replay.phases",), slow)
-    return bool(_code)
+    except OSError:  # a system that runs nothing that it has not loaded itself
+        return False
+    return True
 
 
 class Socket(Answering):
