@@ -7,6 +7,7 @@ ones before servers do, and looks at the socket before it reuses one. What still
 import errno
 import socket
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, NamedTuple
@@ -172,7 +173,7 @@ class Exchange:
         return reply, outcome._replace(message=outcome.message or self.message)
 
 
-class Answering:
+class Answering(ABC):
     """A connection as far as it reads answers, one at a time: their header, by httptools, and how they end."""
 
     def __init__(self) -> None:
@@ -185,11 +186,11 @@ class Answering:
         self.idle_since = 0
         self.served = 0
 
+    @abstractmethod
     def abort(self) -> None:
         """Close at once, without waiting for anything."""
-        raise NotImplementedError
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> None:  # noqa: B027 - most connections keep nothing
         """Put what was read of the answer, and is kept here, into the exchange."""
 
     @property

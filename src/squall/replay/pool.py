@@ -1,13 +1,14 @@
 """The connections to one server, whatever they are made of."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from time import monotonic_ns
 from typing import Any
 
 from squall.replay.exchange import OPENED_AT_ONCE, Answering, Exchange, connect_failure
 
 
-class Pool:
+class Pool(ABC):
     """Opening a connection never blocks: the exchange that needs it goes out when it is there."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connect_timeout: float = 10.0) -> None:
@@ -42,7 +43,7 @@ class Pool:
             self._spares += 1
             self._start(None)
 
-    def hurry(self) -> None:
+    def hurry(self) -> None:  # noqa: B027 - most pools tell at once
         """Tell of an answer's end at once: something waits for it. Else it may take until a timer goes off."""
 
     def forget(self, connection: Answering) -> None:
@@ -72,6 +73,6 @@ class Pool:
         finally:
             self._spares -= exchange is None
 
+    @abstractmethod
     async def _connect(self, exchange: Exchange | None) -> None:
         """Open a connection and send the exchange on it; without one, put it among the idle ones."""
-        raise NotImplementedError

@@ -13,7 +13,7 @@ import ssl
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from time import monotonic_ns
 from typing import Any
@@ -326,22 +326,20 @@ class Sockets(Pool):
         except socket.gaierror:  # a name, for which another thread asks
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for place, (family, kind, protocol, _, address) in enumerate(found):
-            opening = socket.socket(family, kind, protocol)
             try:
-                opening.setblocking(False)
-                await loop.sock_connect(opening, address)
+                with ExitStack() as undo:
+                    opening = undo.enter_context(socket.socket(family, kind, protocol))
+                    opening.setblocking(False)
+                    await loop.sock_connect(opening, address)
+                    opening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    watch_for_death(opening)
+                    with suppress(OSError):
+                        opening.setsockopt(socket.SOL_SOCKET, STAMPED, 1)
+                    undo.pop_all()  # it is open, and stays so
             except OSError:
-                opening.close()
                 if place == len(found) - 1:
                     raise
-            except BaseException:
-                opening.close()
-                raise
             else:
-                opening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                watch_for_death(opening)
-                with suppress(OSError):
-                    opening.setsockopt(socket.SOL_SOCKET, STAMPED, 1)
                 self.add(opening, exchange)
                 return
 
@@ -415,7 +413,7 @@ class Sockets(Pool):
                 self._soon.popleft()()
             if timer or self._opening or (waits and not notes):
                 break
-        if self._desk[phases.READS] >= READS_LOOKED_AT:
+        if self.naps and self._desk[phases.READS] >= READS_LOOKED_AT:
             if self._desk[phases.QUICK] > QUICK_SHARE * self._desk[phases.READS]:
                 self._desk[phases.NAP] = 0
             self._desk[phases.READS] = self._desk[phases.QUICK] = 0

@@ -101,6 +101,15 @@ def _plain(pieces: Sequence[bytes]) -> list[bytes] | None:
     return said if b"data:%b\n\n" % b"\n\ndata:".join(said) == b"".join(pieces) else None
 
 
+def _documents(said: Sequence[bytes]) -> list[_Document] | None:
+    """What the events say, decoded in one call; None if one of them is no document."""
+    try:
+        documents = _decode_all(b"[%b]" % b",".join(said))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return documents if len(documents) == len(said) else None
+
+
 class Reply:
     """One answer, read piece by piece: `feed` each read with its time, then `close`; then look at the attributes."""
 
@@ -158,13 +167,8 @@ class Reply:
         said = _plain(pieces) if self.streamed and pieces and not (self._tail or self._data or self._cr) else None
         if said is not None:
             finished = said[-1].strip() == b"[DONE]"
-            if finished:
-                said.pop()
-            try:
-                documents = _decode_all(b"[%b]" % b",".join(said))
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                documents = []
-            if len(documents) == len(said):
+            documents = _documents(said[:-1] if finished else said)
+            if documents is not None:
                 for document, at in zip(documents, times, strict=False):
                     self._take(document, at)
                 if finished and self.done is None:
@@ -186,13 +190,8 @@ class Reply:
             return
         said = [body[begin + 5 : end - 2] for begin, end in zip(begins, ends, strict=False) if end > 0]
         finished = ends[-1] > 0 and said[-1].strip() == b"[DONE]"
-        if finished:
-            said.pop()
-        try:
-            decoded = _decode_all(b"[%b]" % b",".join(said))
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            decoded = []
-        if len(decoded) != len(said):
+        decoded = _documents(said[:-1] if finished else said)
+        if decoded is None:
             for at, begin, end in zip(times, begins, ends, strict=False):
                 self.feed(at, body[begin : abs(end)])
             return
