@@ -56,6 +56,10 @@ REST = 0.6
 """Of a step that is under way when a request comes, the share that is still to come: a half, and more where steps
 differ, since long ones are met more often."""
 
+TOGETHER, BURSTS = 0.3, 0.02
+"""Of the requests that follow another within two steps, how many an engine takes over at the same moment; and how
+likely clients are to send so many at one moment themselves."""
+
 TAKEN = Bound(0.0, 5e-3, 0.5e-3)
 """Of a0 where `sent` is when the engine took a request over: what it still does before the step."""
 
@@ -352,7 +356,7 @@ def _reading(
             of = _with(cluster, {"a0": TAKEN.spread}) if taken else cluster
             with progress(f"Trying {cluster.engine}, times of the {'engine' if taken else 'client'}"):
                 z, misfit = _Problem(of, [how], free).rough()
-            found.append((misfit, of, how, z))
+            found.append((misfit - taken * _taken_together(recording), of, how, z))
     best = min(found, key=lambda it: it[0])
     if best[2].taken:
         lead = min(it[0] for it in found if not it[2].taken) - best[0]
@@ -368,6 +372,21 @@ def _reading(
             + (" and was taken." if lead >= DECISIVE else ", which is no proof: give it if you know.")
         )
     return best[1:]
+
+
+def _taken_together(recording: Recording) -> float:
+    """The logarithm of how much likelier the gaps between the sending times are if an engine takes requests over
+    between steps: many at the same moment, none while a step runs."""
+    table = recording.table[: recording.n]
+    gaps, several = np.diff(table["sent"].to_numpy()), (table["response_tokens"] > 1).to_numpy()
+    if not several.any():
+        return 0.0
+    took = (table["last_token"] - table["first_token"]).to_numpy()[several]
+    step = float(np.median(took / (table["response_tokens"].to_numpy()[several] - 1)))
+    near, same = int((gaps < 2 * step).sum()), int((gaps < 0.02 * step).sum())
+    engine = same * np.log(TOGETHER) + (near - same) * np.log(1 - TOGETHER)
+    client = same * np.log(0.01) + (near - same) * np.log(0.99)
+    return float(engine - np.logaddexp(np.log(1 - BURSTS) + client, np.log(BURSTS) + engine))
 
 
 class _Problem:
@@ -392,7 +411,8 @@ class _Problem:
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
         self.parts = [_Part.of(recording) for recording in recordings]
         self.noise = np.array([LEAST_NOISE, LEAST_NOISE])
-        self.simulations = 0
+        self.plain = False
+        """Whether own blocks are left out for the moment: near enough for slopes and first guesses, and sooner done."""
 
     def at(self, z: np.ndarray) -> Cluster:
         """The cluster with these coefficients."""
@@ -400,8 +420,7 @@ class _Problem:
 
     def residuals(self, z: np.ndarray) -> np.ndarray:
         """(2, requests) relative errors of TTFT and E2E."""
-        cluster = self.at(z)
-        self.simulations += 1
+        cluster = _plain(self.at(z)) if self.plain else self.at(z)
         return np.concatenate([part.residuals(cluster) for part in self.parts], axis=1)
 
     def misfit(self, residuals: np.ndarray, z: np.ndarray) -> float:
@@ -434,7 +453,7 @@ class _Problem:
 
     def slopes(self, z: np.ndarray) -> np.ndarray:
         """(coefficients, 2, requests): of the residuals; the least-squares line over DISTANCES to both sides."""
-        rows = []
+        rows, plain, self.plain = [], self.plain, True
         for k in range(len(z)):
             rise, run = np.zeros(()), 0.0
             for distance in DISTANCES:
@@ -444,6 +463,7 @@ class _Problem:
                 rise = rise + width * (self.residuals(above) - self.residuals(below))
                 run += width**2
             rows.append(rise / run)
+        self.plain = plain
         return np.array(rows)
 
     def starts(self, seed: int) -> list[np.ndarray]:
@@ -459,7 +479,7 @@ class _Problem:
 
     def rough(self) -> tuple[np.ndarray, float]:
         """What is found at once, and its misfit, comparable with that of another."""
-        self.cluster = _plain(self.cluster)
+        self.plain = True
         self.set_noise(self.residuals(np.zeros(len(self.free))))
         starts = self.starts(0)
         z, residuals, _ = min((self.descend(start) for start in (starts[0], starts[-1])), key=lambda found: found[2])
@@ -473,14 +493,14 @@ class _Problem:
 
     def solve(self, seed: int, start: np.ndarray | None = None) -> Fit:
         with progress(f"Fitting {', '.join(self.free)}"):
-            cluster, self.cluster = self.cluster, _plain(self.cluster)  # near enough, and sooner simulated
+            self.plain = True
             starts = self.starts(seed)
             if start is not None:
                 starts = [start, *starts[1:3]]
             self.set_noise(self.residuals(starts[0]))
             found = [self.descend(each) for each in starts]
             z, residuals, _ = min(found, key=lambda result: result[2])
-            self.cluster = cluster
+            self.plain = False
             for _ in range(2):
                 self.set_noise(residuals)  # what the best fit leaves over
                 z, residuals, misfit = self.descend(z)
@@ -646,7 +666,7 @@ def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
 
 
 def _plain(cluster: Cluster) -> Cluster:
-    """`cluster` without looking for own blocks, which takes time."""
+    """`cluster` without looking for own blocks."""
     return msgspec.structs.replace(cluster, choices=msgspec.structs.replace(cluster.choices, own_blocks=False))
 
 
