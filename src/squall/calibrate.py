@@ -106,6 +106,7 @@ def calibrate(
     max_num_batched_tokens: int | None = None,
     max_model_len: int | None = None,
     engine: str | None = None,
+    prefix_caching: bool | None = None,
     budget: Duration = 180.0,
     served_model: str | None = None,
     api_key_env: str = "OPENAI_API_KEY",
@@ -129,6 +130,9 @@ def calibrate(
         What was measured, as for `simulate`; kv_blocks is the server's `num_gpu_blocks`. A run needs model and gpu
         (and is asked for kv_blocks too if they are unknown). A live server needs none: without `gpu` its steps become
         a table instead of a roofline.
+    prefix_caching
+        Whether the engine caches prefixes, as vLLM does unless told not to: then a preempted request that resumes finds
+        those of its own blocks that were not given out since. Not given: as the live server says, or else yes.
     budget
         With `url`: about how long the measurements may take, seconds or `3m`.
     served_model, api_key_env
@@ -155,12 +159,23 @@ def calibrate(
             if value is None:
                 raise InputError(f"{flag} is missing: a recorded run does not say what it ran on.")
         return calibrate_run(
-            run=run, out=out, first=first, seed=seed, model=model, gpu=gpu, tp=tp, engine=engine, **limits
+            run=run,
+            out=out,
+            first=first,
+            seed=seed,
+            model=model,
+            gpu=gpu,
+            tp=tp,
+            engine=engine,
+            own_blocks=prefix_caching is not False,
+            **limits,
         )
     if first is not None:
         raise InputError("--first has no effect with --url: a live server is tested on runs of its own.")
     server = _Server(url or "", served_model, api_key_env)
-    return _calibrate_live(server, model, gpu, tp, engine, limits, seconds(budget, "--budget"), seed, out)
+    return _calibrate_live(
+        server, model, gpu, tp, engine, prefix_caching, limits, seconds(budget, "--budget"), seed, out
+    )
 
 
 class _Server:
@@ -256,6 +271,7 @@ def _calibrate_live(
     gpu: str | GPU | None,
     tp: int,
     engine: str | None,
+    prefix_caching: bool | None,
     limits: dict[str, int | None],
     budget: float,
     seed: int,
@@ -265,6 +281,8 @@ def _calibrate_live(
         raise InputError(f"--budget {budget:g}: a live calibration needs at least 30 s.")
     words, said, engines = _limits_of(server, model, engine, limits)
     words |= {"gpu": UNKNOWN_GPU if gpu is None else gpu, "tp": tp}
+    if prefix_caching is not None:
+        words["own_blocks"] = prefix_caching
     with progress("Measuring the server"):
         if words["max_num_seqs"] is None:
             words["max_num_seqs"] = _most_at_once(server, words, said, seed)
@@ -337,6 +355,7 @@ def _limits_of(
     for word, label in (("kv_blocks", "num_gpu_blocks"), ("block_size", "block_size")):
         if words[word] is None and labels.get(label, "").isdigit():
             words[word] = int(labels[label])
+    words["own_blocks"] = labels.get("enable_prefix_caching", "True") != "False"
     if words["kv_blocks"] is None:
         raise InputError(
             f"--url {server.url}: its /metrics do not tell the number of KV blocks (vllm:cache_config_info); give"

@@ -20,6 +20,7 @@ from squall.simulate.step_time import StepTime, step_cost
 from squall.trace.table import Trace, TraceMeta
 
 SERVER = {"model": "llama-3.1-8b", "gpu": "rtx4090", "kv_blocks": 2588, "engine": "vllm-0.11"}
+ALONE = SERVER | {"prefix_caching": False}
 REAL = SERVER | {"engine": "vllm-0.19", "max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 32768}
 TRUTH = StepTime(e_bw=0.86, e_fl=0.7, e_kv=0.85, e_at=0.55, p=2.0, o0=1.2e-3, bw_ar=32e9)
 
@@ -46,7 +47,7 @@ def run(trace):
 @pytest.fixture(scope="module")
 def fitted(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibration") / "c.json"
-    return calibrate(run=run, out=path, first=100, **SERVER), path
+    return calibrate(run=run, out=path, first=100, **ALONE), path
 
 
 def test_it_finds_the_step_time_that_made_the_run(fitted):
@@ -110,6 +111,10 @@ def test_it_is_used_and_named_by_a_simulation(fitted, trace, run):
     assert again.meta.target["kv_blocks"] == 2588
     assert again.meta.target["kv_blocks_from"] == "the calibration"
     assert again.meta.target["engine"] == "vllm-0.11"
+    assert not again.meta.target["choices"]
+    resuming = msgspec.structs.replace(result, prefix_caching=True)
+    assert simulate(trace, calibration=resuming).meta.target["choices"] == {"own_blocks": True}
+    assert not simulate(trace, calibration=resuming, own_blocks=False).meta.target["choices"]
     assert again.meta.target["step_time_coefficients"] == msgspec.to_builtins(result.step_time)
     e2e = [(r.table["last_token"] - r.table["sent"]).mean() for r in (again, run)]
     assert e2e[0] == pytest.approx(e2e[1], rel=0.02)
@@ -124,7 +129,7 @@ def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_sam
     later = (
         pl.when(pl.col("request") >= 100).then(pl.col("last_token") + 50).otherwise("last_token").alias("last_token")
     )
-    again = calibrate(run=Run(run.table.with_columns(later), run.meta), first=100, **SERVER)
+    again = calibrate(run=Run(run.table.with_columns(later), run.meta), first=100, **ALONE)
     assert again.step_time == fitted[0].step_time
     assert again.fitted == fitted[0].fitted
     assert again.errors["held_out"] != fitted[0].errors["held_out"]
@@ -141,15 +146,15 @@ def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_sam
 )
 def test_impossible_calls(run, words, says):
     with pytest.raises(InputError, match=says):
-        calibrate(run=run, **(SERVER | words))
+        calibrate(run=run, **(ALONE | words))
 
 
 def test_impossible_runs(run):
     meta = RunMeta(kind="recorded")
     with pytest.raises(InputError, match="answered"):
-        calibrate(run=Run(run.table.with_columns(status=pl.lit("timeout")), meta), **SERVER)
+        calibrate(run=Run(run.table.with_columns(status=pl.lit("timeout")), meta), **ALONE)
     with pytest.raises(InputError, match="one clock"):
-        calibrate(run=Run(run.table.with_columns(first_token=pl.col("sent") - 1), meta), **SERVER)
+        calibrate(run=Run(run.table.with_columns(first_token=pl.col("sent") - 1), meta), **ALONE)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"source": 1}'])

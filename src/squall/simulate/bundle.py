@@ -41,6 +41,17 @@ class BundleType(types.Type):  # type: ignore[misc]
         raise KeyError(name)
 
 
+_KINDS: dict[Any, Any] = {}
+
+
+def _kind_of(array: np.ndarray) -> Any:
+    """numba's type of the array: that of records is slow to make."""
+    key = array.dtype, array.ndim, array.flags.c_contiguous, array.flags.aligned, array.flags.writeable
+    if key not in _KINDS:
+        _KINDS[key] = typeof(array)
+    return _KINDS[key]
+
+
 class Bundle:
     """The arrays (C-contiguous), integers, floats and inner tuples of a named tuple, for compiled functions."""
 
@@ -57,7 +68,7 @@ class Bundle:
                 kind = kept.kind
                 words.append(kept.address)
             elif isinstance(kept, np.ndarray):
-                kind = typeof(kept)
+                kind = _kind_of(kept)
                 if kind.layout != "C":
                     raise TypeError(f"{name}: a bundle holds C-contiguous arrays")
                 words += [kept.ctypes.data, *kept.shape]

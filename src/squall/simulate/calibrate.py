@@ -102,6 +102,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    prefix_caching: bool = False
+    """Whether preempted requests found their own blocks again in the simulations that it was fitted with."""
     step_time: StepTime
     fitted: dict[str, tuple[float, float]]
     """The coefficients that were fitted, each with its 95 % interval."""
@@ -238,6 +240,7 @@ def calibration_of(
         max_num_seqs=cluster.max_num_seqs,
         max_num_batched_tokens=cluster.max_num_batched_tokens,
         max_model_len=cluster.max_model_len,
+        prefix_caching=cluster.choices.own_blocks,
         step_time=cluster.step_time,
         fitted=fit.intervals,
         informed=fit.informed,
@@ -282,11 +285,13 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
 def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     """The cluster that `words` (keywords of `resolve`) describe with the calibration's step time.
 
-    What is not given is as calibrated. Raises InputError if the model, the GPU or tp contradict the calibration.
+    What is not given is as calibrated; with `prefix_caching` what it says of resumed requests is included. Raises
+    InputError if the model, the GPU or tp contradict the calibration.
     """
     held = {name: getattr(calibration, name) for name in ("model", "gpu", "tp", "engine", "kv_blocks", "block_size")}
     held |= {name: getattr(calibration, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")}
     given = {name: value for name, value in words.items() if value is not None}
+    held["own_blocks"] = calibration.prefix_caching and not given.get("prefix_caching", False)
     cluster = resolve(**(held | given), step_time=calibration.step_time, step_time_name=calibration.name)
     for flag, mine, theirs in (
         ("--model", cluster.model, calibration.model),
