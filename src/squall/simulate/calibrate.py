@@ -323,7 +323,7 @@ def fit_coefficients(
     # The host is slower than any prior expects: that is another kind of server, tried beside the usual one.
     bound = Bound(0.0, 2 * slope, 0.5 * slope)
     host_bound = _Problem(_with(cluster, {"o1": slope}), recordings, free, steps, {"o1": bound}).solve(seed)
-    if host_bound.misfit > fit.misfit - DECISIVE:
+    if host_bound.misfit > fit.misfit - DECISIVE or host_bound.cluster.step_time.o1 <= BOUNDS["o1"].high:
         return fit
     said = (
         f"This server is host-bound: a step takes {host_bound.cluster.step_time.o1 * 1e6:.0f} us longer with each"
@@ -509,8 +509,10 @@ class _Problem:
 def _host_slope(cluster: Cluster, recordings: list[Recording], steps: Steps | None) -> float:
     """Seconds by which a step, or else the recorded time per token, rises with each request that runs beside, beyond
     what `cluster` makes of the same."""
-    if steps is not None and np.ptp(steps.sequences) > 0:
-        return float(np.polyfit(steps.sequences, steps.took - steps.seconds(cluster), 1)[0])
+    decodes = None if steps is None else steps.tokens == steps.sequences
+    if steps is not None and decodes is not None and np.unique(steps.sequences[decodes]).size > 1:
+        beyond = steps.took - steps.seconds(cluster)
+        return float(np.polyfit(steps.sequences[decodes], beyond[decodes], 1)[0])
     slopes = []
     for table, n in recordings:
         simulated = simulated_requests(table, cluster)

@@ -11,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from squall.jit import njit
 from squall.run.table import Run
 from squall.simulate.cluster import Cluster
-from squall.simulate.records import StepCost
-from squall.simulate.replica import gpu_seconds
-from squall.simulate.step_time import step_cost
+from squall.simulate.step_time import gpu_times, step_cost
 
 MOST_ABSENT = 3
 """So many steps in a row a running sequence may bring no text (half a character), before it counts as preempted."""
@@ -43,11 +40,10 @@ class Steps(NamedTuple):
 
     def seconds(self, cluster: Cluster) -> np.ndarray:
         """How long they take on `cluster`, (n,)."""
-        step = cluster.step_time
-        cost = step_cost(step, cluster.model, cluster.gpu, cluster.tp)
-        gpu = _gpu_seconds(cost, self.tokens, self.sequences, self.kv_tokens, self.attention_pairs)
-        host = step.o0 + step.o1 * self.sequences
-        return np.maximum(gpu, host) + step.o_gap if cluster.profile.async_scheduling else gpu + host
+        cost = step_cost(cluster.step_time, cluster.model, cluster.gpu, cluster.tp)
+        gpu = gpu_times(cost, self.tokens, self.sequences, self.kv_tokens, self.attention_pairs)
+        host = cost.host + cost.host_per_sequence * self.sequences
+        return np.maximum(gpu, host) + cost.gap if cluster.profile.async_scheduling else gpu + host
 
 
 def steps_seen(runs: list[Run], budget: int, before: float = np.inf) -> Steps:
@@ -108,26 +104,16 @@ def _of(table: pl.DataFrame, budget: int, before: float) -> Steps:
     return Steps(*(each[known_steps] for each in (took, tokens, sequences, kv, pairs, apart)))
 
 
-@njit(cache=True)
 def _steps(request: np.ndarray, at: np.ndarray, apart: float) -> np.ndarray:
     """The number of the step that each token came from: the next one begins where a request has a second token, or
     after more than `apart` seconds without any."""
-    step = np.zeros(request.size, np.int64)
-    latest = np.full(request.max() + 1, -1, np.int64)
-    for k in range(request.size):
-        if k > 0:
-            step[k] = step[k - 1]
-            if latest[request[k]] == step[k] or at[k] - at[k - 1] > apart:
-                step[k] += 1
-        latest[request[k]] = step[k]
+    step = np.zeros(len(request), np.int64)
+    now, here = 0, set[int]()
+    late = np.diff(at, prepend=at[0]) > apart
+    for k, (r, pause) in enumerate(zip(request.tolist(), late.tolist(), strict=True)):
+        if pause or r in here:
+            now += 1
+            here.clear()
+        here.add(r)
+        step[k] = now
     return step
-
-
-@njit(cache=True)
-def _gpu_seconds(
-    cost: StepCost, tokens: np.ndarray, sequences: np.ndarray, kv_tokens: np.ndarray, attention_pairs: np.ndarray
-) -> np.ndarray:
-    took = np.empty(tokens.size)
-    for k in range(tokens.size):
-        took[k] = gpu_seconds(cost, tokens[k], sequences[k], kv_tokens[k], attention_pairs[k])
-    return took
