@@ -1,11 +1,26 @@
 """Machine code in files: kept, found again, made anew when the source changes."""
 
+import math
 import os
 import sys
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from squall import native
+
+
+class Inner(NamedTuple):
+    seen: np.ndarray
+    factor: int
+
+
+class Outer(NamedTuple):
+    cells: np.ndarray  # of two dimensions, of records
+    inner: Inner
+    missing: None
+    power: float
 
 
 @pytest.fixture
@@ -48,6 +63,67 @@ def test_constants_and_jumps_are_found(module):
     cases = "".join(f"    if a == {i}:\n        return {i * i + 7 * (i % 3)}\n" for i in range(12))
     f = native.load(module(f"def pick(a):\n{cases}    return -1\n"), "pick", 1)
     assert [f(i) for i in range(13)] == [i * i + 7 * (i % 3) for i in range(12)] + [-1]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_functions_of_the_c_library_are_found(module, monkeypatch, here):
+    monkeypatch.setattr(native, "_LINKED_HERE", here and native._LINKED_HERE)
+    body = "    return int(1e6 * exp(a / 10) + 1e6 * (a / 7) ** (b / 3))\n"
+    f = native.load(module(f"from math import exp\ndef mix(a, b):\n{body}"), "mix", 2)
+    for a, b in ((1, 2), (20, 5), (7, 31)):
+        assert f(a, b) == int(1e6 * math.exp(a / 10) + 1e6 * (a / 7) ** (b / 3))
+
+
+PARTS = """
+from squall.native import inlined, lean
+
+@inlined
+def _scaled(inner, x):
+    return x * inner.factor
+
+@lean
+def _kept(missing, x):
+    return x if missing is None else missing[0] * x
+
+def total(outer, limit):
+    inner, sum = outer.inner, 0
+    for i in range(outer.cells.shape[0]):
+        for j in range(outer.cells.shape[1]):
+            if outer.cells[i, j].count < limit:
+                sum += _kept(outer.missing, _scaled(inner, outer.cells[i, j].count))
+                inner.seen[i] += 1
+                outer.cells[i, j].weight **= outer.power
+    return sum
+"""
+
+
+def test_bundles_lead_to_the_arrays(module):
+    cells = np.zeros((3, 4), np.dtype([("count", np.int32), ("weight", np.float64)], align=True))
+    cells["count"], cells["weight"] = np.arange(12).reshape(3, 4), 3.0
+    outer = Outer(cells, Inner(np.zeros(3, np.int64), -5), None, 0.5)
+    bundle, name = native.Bundle(outer), module(PARTS)
+    f = native.load(name, "total", 1, bundles=(bundle.form,))
+    assert f(bundle.address, 9) == -5 * sum(range(9))
+    assert outer.inner.seen.tolist() == [4, 4, 1]
+    assert np.array_equal(cells["weight"], np.where(cells["count"] < 9, 3.0**0.5, 3.0))
+    assert sys.modules[name]._kept([2], 4) == 8  # to Python the parts are what is written there
+    with pytest.raises(TypeError, match="C-contiguous"):
+        native.Bundle(outer._replace(cells=cells.T))
+
+
+def test_forms_are_kept_side_by_side(module, tmp_path):
+    """What is compiled for other arrays takes nothing away; what is compiled from another source takes its place."""
+
+    class One(NamedTuple):
+        x: np.ndarray
+
+    source = "def twice(one):\n    return 2 * one.x[0]\n"
+    for times, text in ((2, source), (4, source.replace("2", "4"))):
+        name = module(text)
+        for kind in (np.int64, np.int16):
+            bundle = native.Bundle(One(np.array([-3], kind)))
+            assert native.load(name, "twice", bundles=(bundle.form,))(bundle.address) == -3 * times
+        assert len(list((tmp_path / "__pycache__").glob("counted.twice-*.o"))) == 2
 
 
 def test_another_source_is_compiled_anew(module, tmp_path):

@@ -39,8 +39,9 @@ def trace():
 
 @pytest.fixture(scope="module")
 def run(trace):
-    """What a server with the coefficients TRUTH would have done."""
-    return run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    """What a server with the coefficients TRUTH would have done; of a request's tokens the first and last are known."""
+    full = run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    return Run(full.table.with_columns(chunks=pl.lit(None, pl.List(pl.Float64))), full.meta)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +76,28 @@ def test_it_finds_the_step_time_that_made_the_run(fitted):
     assert result.errors["fit"].requests == result.errors["held_out"].requests == 100
 
 
-def test_a_host_bound_server_is_recognised(trace):
+def test_the_times_of_all_tokens_tell_more(fitted, trace):
+    full = run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    result = calibrate(run=full, first=100, **ALONE)
+    for name in ("e_bw", "e_fl", "o1"):
+        assert result.informed[name] > fitted[0].informed[name]
+    assert result.step_time.e_bw == pytest.approx(TRUTH.e_bw, rel=0.05)
+    # Of the requests that are to test the fit, not even the token times are looked at.
+    late = float(full.table.sort("sent")["first_token"][100:].min())
+    chunks = pl.when(pl.col("first_token") < late).then("chunks")
+    held = Run(full.table.with_columns(chunks=chunks.otherwise(pl.lit([0.0], pl.List(pl.Float64)))), full.meta)
+    assert calibrate(run=held, first=100, **ALONE).step_time == result.step_time
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_host_bound_server_is_recognised(trace, seen):
     """0.25 ms a sequence, five times what is usual at most: with many running, the host is all of a step."""
     words = {"model": "llama-3.2-1b", "gpu": "rtx4090", "engine": "vllm-0.11", "kv_blocks": 30000}
     slow = StepTime(o0=2e-3, o1=2.5e-4)
     crowd = trace.replace(trace.table.with_columns(arrival=pl.col("arrival") / 20))
-    result = calibrate(run=run_trace(crowd, resolve(**words, step_time=slow)), first=100, **words)
+    full = run_trace(crowd, resolve(**words, step_time=slow))
+    run = full if seen else Run(full.table.with_columns(chunks=pl.lit(None, pl.List(pl.Float64))), full.meta)
+    result = calibrate(run=run, first=100, prefix_caching=False, **words)
     assert result.step_time.o1 == pytest.approx(2.5e-4, rel=0.1)
     assert any("host-bound" in line for line in result.notes)
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.03

@@ -10,7 +10,7 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from squall.jit import njit
+from squall.native import inlined
 from squall.replay.phases import (
     BAD,
     BODY,
@@ -103,24 +103,23 @@ def _pointer(to: Any) -> Any:
 
 
 _bytes, _ints, _longs = _pointer(_uint8), _pointer(_int32), _pointer(_int64)
-_compiled = njit(_nrt=False, error_model="numpy", forceinline=True)
 
 
-@_compiled
+@inlined
 def _now(clock: int, which: int) -> int:
     _clock_gettime(_int32(which), clock)
     time = _longs(clock)
     return time[0] * 1_000_000_000 + time[1]
 
 
-@_compiled
+@inlined
 def _note(log: Any, notes: int, descriptor: int, kind: int, at: int, begin: int, end: int) -> int:
     base = notes * FIELDS
     log[base], log[base + 1], log[base + 2], log[base + 3], log[base + 4] = descriptor, kind, at, begin, end
     return notes + 1
 
 
-@_compiled
+@inlined
 def _hexadecimal(byte: int) -> int:
     """The digit's value; -1 if it is none."""
     if 48 <= byte <= 57:
@@ -129,7 +128,7 @@ def _hexadecimal(byte: int) -> int:
     return lower - 87 if 97 <= lower <= 102 else -1
 
 
-@_compiled
+@inlined
 def _frame(rows: Any, log: Any, notes: int, descriptor: int, begin: int, end: int, at: int) -> int:
     """Take the framing off what was read into [begin, end) of the body's buffer; the number of notes afterwards.
 
@@ -201,7 +200,7 @@ def _frame(rows: Any, log: Any, notes: int, descriptor: int, begin: int, end: in
     return notes
 
 
-@_compiled
+@inlined
 def _read(table: Any, descriptor: int, to: int, room: int) -> int:
     """As recv; whatever the kernel says of the time is in CONTROL."""
     vector, message = _longs(table[VECTOR]), _longs(table[MESSAGE])
@@ -210,7 +209,7 @@ def _read(table: Any, descriptor: int, to: int, room: int) -> int:
     return _recvmsg(_int32(descriptor), table[MESSAGE], _DONTWAIT)
 
 
-@_compiled
+@inlined
 def _came(table: Any, now: int, offset: int, last: int) -> int:
     """When the kernel got the bytes just read, by the monotonic clock, which is `offset` behind; else `now`.
 
@@ -229,7 +228,7 @@ def frame(desk: int, descriptor: int, begin: int, end: int, at: int) -> int:
     return _frame(_longs(table[ROWS]), _longs(table[LOG]), 0, descriptor, begin, end, at)
 
 
-@_compiled
+@inlined
 def _pressing(log: Any, notes: int) -> bool:
     """Whether a note is there that cannot wait: any but the end of an answer."""
     for note in range(notes):  # noqa: SIM110 - no generators here
@@ -305,7 +304,7 @@ def turn(desk: int) -> int:
             return notes
 
 
-@_compiled
+@inlined
 def _named(body: Any, at: int, end: int) -> int:
     """Where the text begins whose key, `"content"` or `"text"`, begins at `at`; 0 if this is none."""
     place = at + 1
@@ -334,7 +333,7 @@ def _named(body: Any, at: int, end: int) -> int:
     return place + 1 if body[place] == _QUOTE else 0
 
 
-@_compiled
+@inlined
 def _string_end(body: Any, begin: int, end: int) -> int:
     """Where the quote stands that ends the JSON string whose text begins at `begin`; `end` if there is none."""
     place = begin

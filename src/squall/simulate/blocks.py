@@ -14,15 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squall.jit import njit
+from squall.native import lean
 
 NEVER: Any = np.int64(2**62)
-lean = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For what only compiled functions call, and that allocates nothing: no counting of references to the arrays that are
-passed around (half of the time), no wrappers for Python (half of the compilation)."""
-
-inlined = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
-"""The same, for what is called at every step and short, or called from one place."""
 
 POOL = np.dtype(
     [

@@ -1,15 +1,15 @@
 """Requests through the kernel, and what comes out of it as a Run: attempts, token times, time series, notes."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import polars as pl
 
-from squall import __version__
+from squall import __version__, native
 from squall.errors import InputError, SquallError
-from squall.jit import njit
 from squall.run.table import SERIES, STATUSES, TOKEN_SOURCES, Run, RunMeta
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel, records
@@ -288,7 +288,7 @@ def _attempts(
     asked = requests.select("arrival", "service", "model", "failed", "request_tokens", "response_tokens")
     asked = asked if once else asked[request]
     again, caching = len(it) > len(rows), cluster.choices.prefix_caching
-    spread = _spread(it, at, cluster.step_time.a2, len(at) if again else 0, len(at) if caching else 0)
+    spread = _spread(it, at, cluster.step_time.a2, again, caching)
     state, sent, ended = spread.state, asked["arrival"], spread.ended
     unsent = np.flatnonzero(at < 0)
     if unsent.size:
@@ -343,7 +343,7 @@ def _attempts(
 
 
 class _Spread(NamedTuple):
-    """Columns of the run table, (rows,) each: times in seconds, nan for what never came."""
+    """Columns of the run table, (rows,) each: times in seconds, nan for what never came; and what they are made of."""
 
     first: np.ndarray
     last: np.ndarray
@@ -355,14 +355,42 @@ class _Spread(NamedTuple):
     number: np.ndarray  # empty, as is the next, where every request was sent once
     sent: np.ndarray
     cached: np.ndarray  # empty without a prefix cache
+    attempts: np.ndarray  # records.ATTEMPT
+    at: np.ndarray  # (rows,) which of these; -1: none
+    edge: float  # seconds until the client sees a token
 
 
-@njit(cache=True, error_model="numpy")
-def _spread(attempts: np.ndarray, at: np.ndarray, edge: float, again: int, caching: int) -> _Spread:
-    """The attempts (records.ATTEMPT) of the rows `at`, -1 for none: each is read once, and not once a column.
+def _fill(columns: Any) -> int:
+    """Fill the columns; each attempt is read once, and not once a column. Compiled, of a bundle of _Spread."""
+    at, again, caching = columns.at, columns.number.size > 0, columns.cached.size > 0
+    for i in range(at.size):
+        if at[i] < 0:
+            continue
+        it = columns.attempts[at[i]]
+        if it.first >= 0:
+            columns.first[i] = it.first / _TICKS + columns.edge
+        if it.last >= 0:
+            columns.last[i] = it.last / _TICKS + columns.edge
+        columns.ended[i] = it.ended / _TICKS
+        columns.generated[i] = it.generated
+        columns.replica[i] = it.replica
+        columns.preemptions[i] = it.preemptions
+        columns.state[i] = it.state
+        if again:
+            columns.number[i] = it.number
+            columns.sent[i] = it.sent / _TICKS
+        if caching:
+            columns.cached[i] = it.cached
+    return 0
 
-    `edge` are the seconds until the client sees a token, `again` and `caching` the lengths of the last columns.
-    """
+
+@cache
+def _compiled(form: native.Form) -> Callable[..., int]:
+    return native.load(__name__, "_fill", also=("squall.simulate.records",), bundles=(form,))
+
+
+def _spread(attempts: np.ndarray, at: np.ndarray, edge: float, again: bool, caching: bool) -> _Spread:
+    """The attempts of the rows `at`, with the last columns if there were retries (`again`) or a prefix cache."""
     n = at.size
     columns = _Spread(
         np.full(n, np.nan),
@@ -372,28 +400,15 @@ def _spread(attempts: np.ndarray, at: np.ndarray, edge: float, again: int, cachi
         np.full(n, np.int32(-1)),
         np.zeros(n, np.int32),
         np.zeros(n, np.int16),
-        np.ones(again, np.int32),
-        np.full(again, np.nan),
-        np.zeros(caching, np.int32),
+        np.ones(n if again else 0, np.int32),
+        np.full(n if again else 0, np.nan),
+        np.zeros(n if caching else 0, np.int32),
+        attempts,
+        at,
+        edge,
     )
-    for i in range(n):
-        if at[i] < 0:
-            continue
-        it = attempts[at[i]]
-        if it.first >= 0:
-            columns.first[i] = it.first / _TICKS + edge
-        if it.last >= 0:
-            columns.last[i] = it.last / _TICKS + edge
-        columns.ended[i] = it.ended / _TICKS
-        columns.generated[i] = it.generated
-        columns.replica[i] = it.replica
-        columns.preemptions[i] = it.preemptions
-        columns.state[i] = it.state
-        if again > 0:
-            columns.number[i] = it.number
-            columns.sent[i] = it.sent / _TICKS
-        if caching > 0:
-            columns.cached[i] = it.cached
+    bundle = native.Bundle(columns)
+    _compiled(bundle.form)(bundle.address)
     return columns
 
 

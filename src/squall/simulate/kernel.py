@@ -8,20 +8,15 @@ touched schedules, in their order.
 Options that are not used are types (None for the pool of blocks or the queue), so that they cost nothing.
 """
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from squall.jit import njit
-from squall.simulate.blocks import (
-    clear,
-    find_hits,
-    inlined,
-    lean,
-    register_prompt,
-)
-from squall.simulate.bundle import bundled
+from squall import native
+from squall.native import Bundle, Form, inlined, lean
+from squall.simulate.blocks import clear, find_hits, register_prompt
 from squall.simulate.records import (
     ARRIVE,
     ARRIVED,
@@ -86,6 +81,7 @@ from squall.simulate.records import (
     USED,
     Engines,
     Limits,
+    Work,
     engines_of,
     with_room,
 )
@@ -218,7 +214,7 @@ def _route(engines: Engines, limits: Limits, it: Any, pool: Any, affinity: np.nd
         if limits.router == RANDOM or limits.router == SESSION_AFFINITY:
             if place == pick:
                 return np.int64(r)
-        elif limits.router != POWER_OF_TWO or place in (pick, other):
+        elif limits.router != POWER_OF_TWO or place == pick or place == other:  # noqa: SIM109 (a tuple might raise)
             if limits.router == LEAST_KV:
                 load = _load(engines, r, limits, True) / state[r].blocks
             elif limits.router == PREFIX_AFFINITY:
@@ -676,64 +672,62 @@ def _advance(
     return True
 
 
-def _entry(sources: int) -> Any:
-    @njit(cache=True, nogil=True)
-    def run(
-        engines: Engines,
-        attempts: np.ndarray,
-        arrival: np.ndarray,
-        prompt: np.ndarray,
-        output: np.ndarray,
-        pool: Any,
-        queue: Any,
-        settings: np.ndarray,
-        affinity: np.ndarray,
-        outages: np.ndarray,
-        memory: np.ndarray,
-    ) -> bool:
-        """Run on; returns False if _with_room and more attempts are needed to go on."""
-        assert sources >= 0  # noqa: S101  # part of the cache's key
-        limits = settings[0]
-        counters = engines.shared.counters
-        if counters[USED] == 0:
-            counters[USED] = arrival.size
-            if limits.debug:  # the invariants are those of all attempts
-                for a in range(arrival.size):
-                    new_attempt(attempts[a], a, 1, arrival[a], prompt[a], output[a])
-            if pool is not None:
-                for r in range(engines.state.size):
-                    clear(pool, r, engines.state[r].blocks)
-            for k in range(outages.shape[0]):
-                push_event(engines, outages[k, 0], DOWN, k)
-            if limits.scale_by > 0:
-                push_event(engines, limits.scale_every, SCALE, 0)
-        if not _advance(engines, attempts, arrival, prompt, output, pool, queue, limits, affinity, outages, memory):
-            return False
-        now = counters[NOW]
+@lean
+def _begin(engines: Engines, attempts: np.ndarray, work: Any, pool: Any, limits: Limits) -> None:
+    """Before anything happens."""
+    arrival, outages = work.arrival, work.outages
+    engines.shared.counters[USED] = arrival.size
+    if limits.debug:  # the invariants are those of all attempts
+        for a in range(arrival.size):
+            new_attempt(attempts[a], a, 1, arrival[a], work.prompt[a], work.output[a])
+    if pool is not None:
         for r in range(engines.state.size):
-            account(engines, r, now)
-            me = engines.state[r]
-            if me.up != OFF:
-                me.on += now - me.since_on
-            if me.role == PREFILL:
-                me.prefilling += now - me.role_since
-        return True
-
-    return run
+            clear(pool, r, engines.state[r].blocks)
+    for k in range(outages.shape[0]):
+        push_event(engines, outages[k, 0], DOWN, k)
+    if limits.scale_by > 0:
+        push_event(engines, limits.scale_every, SCALE, 0)
 
 
-_COMPILED = "blocks.py", "bundle.py", "kernel.py", "records.py", "replica.py", "waiting.py"
+def _run(work: Any) -> int:
+    """Run on; returns 0 if with_room and more attempts are needed to go on. Compiled, of a bundle of records.Work."""
+    engines, attempts, limits = work.engines, work.attempts, work.settings[0]
+    counters = engines.shared.counters
+    if counters[USED] == 0:
+        _begin(engines, attempts, work, work.pool, limits)
+    if not _advance(
+        engines,
+        attempts,
+        work.arrival,
+        work.prompt,
+        work.output,
+        work.pool,
+        work.queue,
+        limits,
+        work.affinity,
+        work.outages,
+        work.memory,
+    ):
+        return 0
+    now = counters[NOW]
+    for r in range(engines.state.size):
+        account(engines, r, now)
+        me = engines.state[r]
+        if me.up != OFF:
+            me.on += now - me.since_on
+        if me.role == PREFILL:
+            me.prefilling += now - me.role_since
+    return 1
 
 
-def fingerprint() -> int:
-    """Of the compiled files together: numba's cache itself looks only at the one of the function that is called."""
-    from zlib import crc32
-
-    here = Path(__file__).parent
-    return crc32(b"".join((here / name).read_bytes() for name in _COMPILED))
+PARTS = tuple(f"squall.simulate.{name}" for name in ("blocks", "kernel", "records", "replica", "waiting"))
+"""The modules whose functions are compiled together."""
 
 
-_run = _entry(fingerprint())
+@cache
+def _compiled(form: Form) -> Callable[..., int]:
+    """_run for what is used: without a pool of blocks, or a queue, there is no code for them."""
+    return native.load(__name__, "_run", also=PARTS, bundles=(form,))
 
 
 def run_cluster(
@@ -803,25 +797,17 @@ def run_cluster(
     attempts = np.zeros(n, ATTEMPT)
     looks = int(limits["scale_down_after"] // limits["scale_every"]) if limits["scale_by"] > 0 else 1
     memory = np.zeros(6 if limits["scale_by"] >= BY_BACKLOG else max(1, looks))
-    known, order, counters = bundled(pool), bundled(queue), engines.shared.counters
-    while not _run(
-        bundled(engines),
-        attempts,
-        arrival,
-        prompt,
-        output,
-        known,
-        order,
-        settings,
-        affinity,
-        outages,
-        memory,
-    ):
-        engines = with_room(engines)
+    work = Work(engines, attempts, arrival, prompt, output, pool, queue, settings, affinity, outages, memory)
+    counters, bundle = engines.shared.counters, Bundle(work)
+    while not _compiled(bundle.form)(bundle.address):
+        engines, attempts = with_room(work.engines), work.attempts
         if counters[USED] == len(attempts) and counters[PENDING] > 0:
             attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])
+        work = work._replace(engines=engines, attempts=attempts)
+        bundle = Bundle(work)
+    engines = work.engines
     return (
-        attempts[: counters[USED]],
+        work.attempts[: counters[USED]],
         engines.state,
         engines.samples,
         engines.shared.width[0],

@@ -9,19 +9,20 @@ A request has a slot, which is its row among the attempts. By `2 * slot` the ker
 the hashes of a prompt have a begin and an end of their own, wherever they lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
+from squall import native
 from squall.errors import InputError
-from squall.jit import njit
+from squall.native import Bundle, Form, lean
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel, records
 from squall.simulate.blocks import Pool, clear
-from squall.simulate.bundle import bundled
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import kernel_seeds
 from squall.simulate.kernel import end_transfer, enter, give_up, look, pass_front
@@ -80,7 +81,7 @@ _INSTEAD = {
 """Why what is not modelled live is not, by the field of Choices."""
 
 
-@njit
+@lean
 def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, queue: Any, now: Any) -> None:
     """Let whatever was touched at this tick schedule."""
     shared = engines.shared
@@ -91,7 +92,7 @@ def _finish_tick(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any,
     shared.touched[0] = 0
 
 
-@njit
+@lean
 def _wake_all(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, queue: Any, now: Any) -> None:
     """Wake those to which something was handed."""
     shared = engines.shared
@@ -100,7 +101,7 @@ def _wake_all(engines: Engines, attempts: np.ndarray, limits: Any, pool: Any, qu
         wake(engines, shared.woken[shared.woken[0] + 1], attempts, pool, queue, limits, now)
 
 
-@njit
+@lean
 def _tell_tokens(
     engines: Engines, r: int, attempts: np.ndarray, limits: Any, out: np.ndarray, told: int, now: Any
 ) -> Any:
@@ -126,117 +127,142 @@ def _tell_tokens(
     return told
 
 
-def _entries(sources: int) -> tuple[Any, ...]:
-    @njit(cache=True)
-    def advance(
-        engines: Engines,
-        attempts: np.ndarray,
-        settings: np.ndarray,
-        pool: Any,
-        queue: Any,
-        affinity: np.ndarray,
-        at: np.ndarray,
-        slots: np.ndarray,
-        until: int,
-        out: np.ndarray,
-    ) -> Any:
-        """Run up to and with tick `until`; `slots` reach the cluster at the ticks `at`, ascending.
+class _Live(NamedTuple):
+    """All that the compiled functions read and write."""
 
-        Returns (entries of `out`, arrivals taken, whether `out` was too small to come to the end).
-        """
-        assert sources >= 0  # noqa: S101 - part of the cache's key
-        limits: Any = settings[0]
-        shared, heap = engines.shared, engines.heap
-        leaves = shared.ends.size // 2
-        told, arrived = 0, 0
-        most = 2 * engines.running.size + 1
+    engines: Engines
+    attempts: np.ndarray
+    settings: np.ndarray  # records.packed(Limits)
+    pool: Any
+    queue: Any
+    affinity: np.ndarray
+    at: np.ndarray  # (capacity,) ticks of arrivals, ascending; and whose they are
+    slots: np.ndarray
+    out: np.ndarray  # TOKEN
+    said: np.ndarray  # (2,) by _advance: arrivals taken, and whether `out` was too small to come to the end
+    order: np.ndarray  # (replicas,) for _ahead
+
+
+@lean
+def _run(
+    live: Any,
+    engines: Engines,
+    attempts: np.ndarray,
+    pool: Any,
+    queue: Any,
+    limits: Any,
+    arrived: int,
+    coming_in: int,
+    until: Any,
+) -> Any:
+    at, slots, out, said = live.at, live.slots, live.out, live.said
+    shared, heap = engines.shared, engines.heap
+    leaves = shared.ends.size // 2
+    told = 0
+    most = 2 * engines.running.size + 1
+    said[1] = 0
+    while True:
+        said[0] = arrived
+        coming = at[arrived] if arrived < coming_in else NEVER
+        now = min(coming, shared.ends[1], heap[0].tick)
+        if now > until:
+            return told
+        if told + most > out.size:
+            said[1] = 1
+            return told
+        widen(engines.samples, shared.width, now)
+        if limits.scrape > 0:
+            look(engines, limits, now)
         while True:
-            coming = at[arrived] if arrived < at.size else NEVER
-            now = min(coming, shared.ends[1], heap[0].tick)
-            if now > until:
-                return told, arrived, False
-            if told + most > out.size:
-                return told, arrived, True
-            widen(engines.samples, shared.width, now)
-            if limits.scrape > 0:
-                look(engines, limits, now)
-            while True:
-                if shared.ends[1] == now:
-                    i = 1
-                    while i < leaves:
-                        i = 2 * i if shared.ends[2 * i] == now else 2 * i + 1
-                    r = i - leaves
-                    account(engines, r, now)
-                    set_end(engines, r, NEVER)
-                    told = _tell_tokens(engines, r, attempts, limits, out, told, now)
-                    receive(engines, r, attempts, pool, queue, limits, now)
-                    wake(engines, r, attempts, pool, queue, limits, now)
-                elif heap[0].tick == now:
-                    kind, who = heap[0].kind, heap[0].who
-                    pop_event(engines)
-                    if kind == KV_END:
-                        end_transfer(engines, attempts, who, pool, queue, limits, now)
-                    elif kind == PASS:
-                        pass_front(engines, attempts, who, pool, queue, limits, now)
-                elif arrived < at.size and at[arrived] == now and told + most <= out.size:
-                    a = slots[arrived]
-                    enter(engines, attempts, a, pool, queue, limits, affinity, now)
-                    if attempts[a].state >= OK:
-                        out[told].time = now
-                        out[told].slot = a
-                        out[told].index = REFUSED
-                        told += 1
-                    arrived += 1
-                else:
-                    break
-                _wake_all(engines, attempts, limits, pool, queue, now)
-            _finish_tick(engines, attempts, limits, pool, queue, now)
-
-    @njit(cache=True)
-    def ahead(engines: Engines, attempts: np.ndarray, settings: np.ndarray, until: int, out: np.ndarray) -> Any:
-        """Note the tokens of the steps that run now and end by `until`, in the order of time; returns how many."""
-        assert sources >= 0  # noqa: S101
-        limits: Any = settings[0]
-        shared, replicas = engines.shared, engines.state.size
-        leaves = shared.ends.size // 2
-        order, count = np.empty(replicas, np.int64), 0
-        for r in range(replicas):
-            end = shared.ends[leaves + r]
-            if end <= until:
-                k = count
-                while k > 0 and shared.ends[leaves + order[k - 1]] > end:
-                    order[k] = order[k - 1]
-                    k -= 1
-                order[k] = r
-                count += 1
-        told = 0
-        for k in range(count):
-            told = _tell_tokens(engines, order[k], attempts, limits, out, told, shared.ends[leaves + order[k]])
-        return told
-
-    @njit(cache=True)
-    def cancel(
-        engines: Engines, attempts: np.ndarray, settings: np.ndarray, pool: Any, queue: Any, a: int, now: int
-    ) -> None:
-        """The client of `a` is gone: its blocks are free at the next schedule."""
-        assert sources >= 0  # noqa: S101
-        limits: Any = settings[0]
-        widen(engines.samples, engines.shared.width, now)
-        give_up(engines, attempts, a, pool, queue, limits, now)
-        _wake_all(engines, attempts, limits, pool, queue, now)
+            if shared.ends[1] == now:
+                i = 1
+                while i < leaves:
+                    i = 2 * i if shared.ends[2 * i] == now else 2 * i + 1
+                r = i - leaves
+                account(engines, r, now)
+                set_end(engines, r, NEVER)
+                told = _tell_tokens(engines, r, attempts, limits, out, told, now)
+                receive(engines, r, attempts, pool, queue, limits, now)
+                wake(engines, r, attempts, pool, queue, limits, now)
+            elif heap[0].tick == now:
+                kind, who = heap[0].kind, heap[0].who
+                pop_event(engines)
+                if kind == KV_END:
+                    end_transfer(engines, attempts, who, pool, queue, limits, now)
+                elif kind == PASS:
+                    pass_front(engines, attempts, who, pool, queue, limits, now)
+            elif arrived < coming_in and at[arrived] == now and told + most <= out.size:
+                a = slots[arrived]
+                enter(engines, attempts, a, pool, queue, limits, live.affinity, now)
+                if attempts[a].state >= OK:
+                    out[told].time = now
+                    out[told].slot = a
+                    out[told].index = REFUSED
+                    told += 1
+                arrived += 1
+            else:
+                break
+            _wake_all(engines, attempts, limits, pool, queue, now)
         _finish_tick(engines, attempts, limits, pool, queue, now)
 
-    @njit(cache=True)
-    def begin(engines: Engines, pool: Any) -> None:
-        """Every replica's cache is empty."""
-        assert sources >= 0  # noqa: S101
+
+def _advance(live: Any, begin: int, end: int, until: int) -> int:
+    """Run up to and with tick `until`; the arrivals from place `begin` to before `end` reach the cluster. Returns how
+    many entries `out` has. Compiled, as the three after it, of a bundle of _Live."""
+    return _run(live, live.engines, live.attempts, live.pool, live.queue, live.settings[0], begin, end, until)
+
+
+def _ahead(live: Any, until: int) -> int:
+    """Note the tokens of the steps that run now and end by `until`, in the order of time; returns how many."""
+    engines, order = live.engines, live.order
+    shared, replicas, count = engines.shared, engines.state.size, 0
+    leaves = shared.ends.size // 2
+    for r in range(replicas):
+        end = shared.ends[leaves + r]
+        if end <= until:
+            k = count
+            while k > 0 and shared.ends[leaves + order[k - 1]] > end:
+                order[k] = order[k - 1]
+                k -= 1
+            order[k] = r
+            count += 1
+    told = 0
+    for k in range(count):
+        end = shared.ends[leaves + order[k]]
+        told = _tell_tokens(engines, order[k], live.attempts, live.settings[0], live.out, told, end)
+    return told
+
+
+@lean
+def _give_up(engines: Engines, attempts: np.ndarray, pool: Any, queue: Any, limits: Any, a: int, now: Any) -> None:
+    widen(engines.samples, engines.shared.width, now)
+    give_up(engines, attempts, a, pool, queue, limits, now)
+    _wake_all(engines, attempts, limits, pool, queue, now)
+    _finish_tick(engines, attempts, limits, pool, queue, now)
+
+
+def _cancel(live: Any, a: int, now: int) -> int:
+    """The client of `a` is gone: its blocks are free at the next schedule."""
+    _give_up(live.engines, live.attempts, live.pool, live.queue, live.settings[0], a, now)
+    return 0
+
+
+@lean
+def _clear_all(engines: Engines, pool: Any) -> None:
+    if pool is not None:
         for r in range(engines.state.size):
             clear(pool, r, engines.state[r].blocks)
 
-    return advance, ahead, cancel, begin
+
+def _begin(live: Any) -> int:
+    """Every replica's cache is empty."""
+    _clear_all(live.engines, live.pool)
+    return 0
 
 
-_advance, _ahead, _cancel, _begin = _entries(kernel.fingerprint())
+@cache
+def _compiled(name: str, arguments: int, form: Form) -> Callable[..., int]:
+    return native.load(__name__, name, arguments, kernel.PARTS, bundles=(form,))
 
 
 class Load(NamedTuple):
@@ -308,17 +334,18 @@ class LiveCluster:
             width=records.TICKS,
             heap=3 * capacity + 64,
         )
-        self._bundle = bundled(self._engines)
         self._attempts = np.zeros(capacity, ATTEMPT)
         self._affinity = np.zeros(2 * capacity, np.uint64)
         self._pool = _empty_pool(cluster, state, capacity)
         self._hashes = _Hashes(capacity)
         if self._pool is not None:
             self._pool = self._pool._replace(ids=self._hashes.ids, ids_start=self._hashes.start)
-            _begin(self._bundle, bundled(self._pool))
-        self._pool_bundle = bundled(self._pool)
         self._queue = _empty_queue(cluster.choices, len(state), capacity)
-        self._queue_bundle = bundled(self._queue)
+        self._at, self._slots = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
+        self._said = np.zeros(2, np.int64)
+        self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
+        self._bundle = self._bundled()
+        self._call("_begin")
         self._key = _key_of(cluster.choices, seed)
         self._free = list(range(capacity - 1, -1, -1))
         self._leaving: list[tuple[int, int]] = []  # slots cancelled while they ran, and the steps of their replica
@@ -326,7 +353,27 @@ class LiveCluster:
         self._gone: set[int] = set()  # slots cancelled before they arrived
         self._order = self._order_of_all = 0
         self._held = np.empty(0, TOKEN)  # whose steps have ended, but which are still to pass the API server
-        self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
+
+    def _bundled(self) -> Bundle:
+        return Bundle(
+            _Live(
+                self._engines,
+                self._attempts,
+                self._settings,
+                self._pool,
+                self._queue,
+                self._affinity,
+                self._at,
+                self._slots,
+                self._out,
+                self._said,
+                np.empty(len(self._engines.state), np.int64),
+            )
+        )
+
+    def _call(self, name: str, *arguments: int) -> int:
+        """Call a compiled function."""
+        return _compiled(name, len(arguments), self._bundle.form)(self._bundle.address, *arguments)
 
     @property
     def full(self) -> bool:
@@ -357,7 +404,7 @@ class LiveCluster:
         if self._pool is not None:
             if self._hashes.put(slot, hashes):
                 self._pool = self._pool._replace(ids=self._hashes.ids)
-                self._pool_bundle = bundled(self._pool)
+                self._bundle = self._bundled()
             stuck = self._pool.state["stuck"]
             stuck[stuck == slot] = -1  # that was another request
         if self._queue is not None and key is not None:
@@ -384,7 +431,7 @@ class LiveCluster:
             self._gone.add(slot)
         elif it["state"] in (QUEUED, RUNNING, TRANSFER, FRONT):
             held = it["state"] in (RUNNING, TRANSFER) or it["preemptions"] > 0
-            _cancel(self._bundle, self._attempts, self._settings, self._pool_bundle, self._queue_bundle, slot, self.now)
+            self._call("_cancel", slot, self.now)
             if held:
                 self._leaving.append((slot, int(self._engines.state[it["replica"]]["steps"])))
             else:
@@ -405,41 +452,30 @@ class LiveCluster:
 
         The slot of a request that was refused, or whose last token is told, is free again: look at `state` first.
         """
-        due: list[tuple[int, int]] = []
+        count = 0
         while self._coming and self._coming[0][0] <= until:
             at, _, slot = heappop(self._coming)
             if slot in self._gone:
                 self._gone.remove(slot)
                 self.release(slot)
             else:
-                due.append((at, slot))
-        ticks, slots = np.array(due, np.int64).reshape(-1, 2).T.copy()
-        parts, more = [], True
+                self._at[count], self._slots[count] = at, slot
+                count += 1
+        parts, taken, more = [], 0, 1
         while more:
-            told, arrived, more = _advance(
-                self._bundle,
-                self._attempts,
-                self._settings,
-                self._pool_bundle,
-                self._queue_bundle,
-                self._affinity,
-                ticks,
-                slots,
-                until,
-                self._out,
-            )
+            told = self._call("_advance", taken, count, until)
             parts.append(self._out[:told].copy())
-            ticks, slots = ticks[arrived:], slots[arrived:]
+            taken, more = self._said.tolist()
         self.now = max(self.now, until)
         self._retire()
-        told = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.limits.front_out == 0:
-            return told
-        told = np.concatenate([self._held, told])
-        told = told[np.argsort(told["time"], kind="stable")]
-        passed = int(np.searchsorted(told["time"], until, side="right"))
-        self._held = told[passed:]
-        return told[:passed]
+            return tokens
+        tokens = np.concatenate([self._held, tokens])
+        tokens = tokens[np.argsort(tokens["time"], kind="stable")]
+        passed = int(np.searchsorted(tokens["time"], until, side="right"))
+        self._held = tokens[passed:]
+        return tokens[:passed]
 
     def ahead(self, until: int) -> np.ndarray:
         """The tokens (TOKEN, in the order of time) that the steps under way will bring by tick `until`.
@@ -449,8 +485,7 @@ class LiveCluster:
         """
         if self.limits.front_out > 0:
             return self._held[: int(np.searchsorted(self._held["time"], until, side="right"))]
-        told = _ahead(self._bundle, self._attempts, self._settings, until, self._out)
-        return self._out[:told].copy()
+        return self._out[: self._call("_ahead", until)].copy()
 
     def state(self, slot: int) -> int:
         """The state of a request (records.py)."""

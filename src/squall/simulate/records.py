@@ -299,6 +299,22 @@ class Engines(NamedTuple):
     scratch: np.ndarray  # (3, max(max_seqs, block_size + 2))
 
 
+class Work(NamedTuple):
+    """A simulation: all that the compiled loop reads and writes."""
+
+    engines: Engines
+    attempts: np.ndarray  # ATTEMPT: the first ones of the requests, then the retries
+    arrival: np.ndarray  # (n,) int64 ticks at which the clients send, ascending by when the engines see them
+    prompt: np.ndarray  # (n,) int32 tokens
+    output: np.ndarray
+    pool: Any  # blocks.Pool, or None
+    queue: Any  # waiting.Queue, or None
+    settings: np.ndarray  # packed(Limits)
+    affinity: np.ndarray  # (n,) uint64 for the router by session, else empty
+    outages: np.ndarray  # (k, 3) tick, replica, ticks until it is back
+    memory: np.ndarray  # of the autoscaler, or of what changes the roles
+
+
 def engines_of(
     replicas: np.ndarray,
     costs: np.ndarray,

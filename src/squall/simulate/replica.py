@@ -17,18 +17,17 @@ Such a *window* is entered with the step that begins it and settled when it ends
 replica; the result is that of single steps.
 """
 
+from math import exp
 from typing import Any
 
 import numpy as np
 
-from squall.jit import njit
+from squall.native import inlined, lean
 from squall.simulate.blocks import (
     clear,
     give_back,
     grow,
     holds_invariants,
-    inlined,
-    lean,
     longest_hit,
     release,
     take_hits,
@@ -117,14 +116,13 @@ def _gemm_seconds(cost: StepCost, tokens: float, sequences: float) -> float:
         return _between(cost.points, tokens) + cost.per_sequence * sequences
     memory = cost.weights
     if cost.experts > 0.0:
-        memory += cost.experts * (1.0 - np.exp(tokens * cost.log_unrouted))
+        memory += cost.experts * (1.0 - exp(tokens * cost.log_unrouted))
     compute = cost.per_token * tokens + cost.per_sequence * sequences
     low, high = min(memory, compute), max(memory, compute)
     gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
     return gemm + cost.reduce + cost.reduce_per_token * tokens + cost.per_row * sequences
 
 
-@njit(cache=True)
 def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
     """t_gpu of a step; `kv_tokens` is D + R and `attention_pairs` is Q of step_time.py."""
     attention = cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squall.simulate.blocks import lean
+from squall.native import lean
 
 KEYED, VTC = range(2)
 
