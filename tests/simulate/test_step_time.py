@@ -167,6 +167,7 @@ def test_the_roofline_written_out(tp):
         + ((2 * matrices / tp * t + 2 * vocab / tp * d * n) / (step.e_fl * 989e12)) ** step.p
     ) ** (1 / step.p)
     attention = 327_680 / tp * kv / (step.e_kv * 3.35e12) + 4 * layers * heads / tp * hd * q / (step.e_at * 989e12)
+    attention += step.t_row * layers * heads / tp * n
     reduce = 0 if tp == 1 else 2 * layers * (step.alpha_ar + 2 * d * t / step.bw_ar)
     cost = step_cost(step, MODELS["llama-3.1-70b"], gpu, tp)
     assert gpu_seconds(cost, t, n, kv, q) == pytest.approx(gemm + attention + reduce, rel=1e-12)

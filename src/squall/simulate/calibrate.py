@@ -56,16 +56,12 @@ BLOCK, STEP_BLOCK = 10, 20
 """So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
 seen, which share what the machine did meanwhile."""
 
-REST = 0.6
-"""Of a step that is under way when a request comes, the share that is still to come: a half, and more where steps
-differ, since long ones are met more often."""
-
 TOGETHER, BURSTS = 0.3, 0.02
 """Of the requests that follow another within two steps, how many an engine takes over at the same moment; and how
 likely clients are to send so many at one moment themselves."""
 
 TAKEN = Bound(0.0, 5e-3, 0.5e-3)
-"""Of a0 where `sent` is when the engine took a request over: what it still does before the step."""
+"""Of a0 where `sent` is when the engine took a request over: what it still does before the step begins."""
 
 LEAST_NOISE, MOST_NOISE = 0.002, 0.2
 """The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
@@ -768,34 +764,28 @@ def _served(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n,) simulated TTFT, E2E (seconds from `sent`) and preemptions of the requests of a recording.
 
-    Where these depend on when steps end, or on how long the engine was warming up, they are simulated a first time as
-    if every request had come when it was `sent`.
+    A cold engine keeps those who come first waiting until it has answered one: for as long as that one's recorded TTFT,
+    `first_ttft`, exceeds the simulated.
     """
     sent, prompt, output = load
     arrival = sent
-    if recording.cold or recording.taken:
-        ttft, e2e, _ = _latencies(run_requests(*load, _plain(cluster)), sent, cluster)
-        if recording.taken:
-            arrival = sent - REST * _steps_at(sent, sent + ttft, sent + e2e, output)
-        if recording.cold:
-            arrival = np.maximum(arrival, first_ttft - ttft[0])
-        arrival = np.maximum.accumulate(np.maximum(arrival, 0.0))
-    return _latencies(run_requests(arrival, prompt, output, cluster), sent, cluster)
+    if recording.cold:
+        ttft, _, _ = _latencies(run_requests(*load, _plain(cluster)), sent, cluster)
+        arrival = np.maximum(arrival, first_ttft - ttft[0])
+    outcome = run_requests(arrival, prompt, output, cluster, steps=recording.taken)
+    ttft, e2e, preemptions = _latencies(outcome, sent, cluster)
+    if recording.taken:
+        waited = _until_taken(outcome.steps, arrival + cluster.step_time.a0)
+        ttft, e2e = ttft - waited, e2e - waited
+    return ttft, e2e, preemptions
 
 
-def _steps_at(times: np.ndarray, first: np.ndarray, last: np.ndarray, output: np.ndarray) -> np.ndarray:
-    """(n,) seconds that a token takes those requests which generate at each of `times`; 0 where none does."""
-    several = output > 1
-    first, last = first[several], last[several]
-    each = (last - first) / (output[several] - 1)
-
-    def until(ends: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        order = np.argsort(ends)
-        return np.append(0.0, np.cumsum(weight[order]))[np.searchsorted(ends[order], times, side="right")]
-
-    ones = np.ones(len(each))
-    count = until(first, ones) - until(last, ones)
-    return np.where(count > 0, until(first, each) - until(last, each), 0.0) / np.maximum(count, 1.0)
+def _until_taken(steps: np.ndarray, arrival: np.ndarray) -> np.ndarray:
+    """(n,) seconds from each of `arrival` until the step that runs then has ended; 0 where none does."""
+    starts = steps["start"] / TICKS
+    ends = starts + steps["ticks"] / TICKS
+    before = np.searchsorted(starts, arrival, side="right") - 1
+    return np.where(before >= 0, np.maximum(ends[before] - arrival, 0.0), 0.0)
 
 
 def _latencies(outcome: Outcome, sent: np.ndarray, cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -815,8 +805,9 @@ def _latencies(outcome: Outcome, sent: np.ndarray, cluster: Cluster) -> tuple[np
 def simulated_requests(table: pl.DataFrame, cluster: Cluster, how: Recording | None = None) -> pl.DataFrame:
     """`ttft`, `e2e` (seconds) and `preemptions` of the requests of `table` on `cluster`, in the table's order; how they
     were recorded is said by `how` (without: by a client of a warm engine)."""
-    first_ttft = float(table["first_token"][0] - table["sent"][0])
-    ttft, e2e, preemptions = _served(_columns(table), cluster, how or Recording(table, 0), first_ttft)
+    how = how or Recording(table, 0)
+    first_ttft = float(table["first_token"][0] - table["sent"][0]) if how.cold else 0.0
+    ttft, e2e, preemptions = _served(_columns(table), cluster, how, first_ttft)
     return pl.DataFrame({"ttft": ttft, "e2e": e2e, "preemptions": preemptions})
 
 
