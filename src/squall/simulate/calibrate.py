@@ -56,8 +56,12 @@ BLOCK, STEP_BLOCK = 10, 20
 """So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
 seen, which share what the machine did meanwhile."""
 
-LEAST_NOISE, MOST_NOISE = 0.002, 0.2
-"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
+TTFT, E2E, STEP = range(3)
+"""The kinds of errors."""
+
+LEAST_NOISE, MOST_NOISE, FAR = 0.002, 0.2, 0.5
+"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly. And what a
+step is off by at most, for its noise."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -357,6 +361,8 @@ class _Problem:
         bounds_of: dict[str, Bound] | None = None,
     ) -> None:
         self.cluster, self.free, self.steps = cluster, free, steps
+        # Relative to what is expected, not to what was measured: so their mean is met, which latencies are made of.
+        self.expected = np.empty(0) if steps is None else steps.seconds(cluster)
         self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
         bounds = [(bounds_of or {}).get(name) or _bound(cluster, name) for name in free]
         self.spread = np.array([bound.spread for bound in bounds])
@@ -364,7 +370,7 @@ class _Problem:
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
         self.parts = [_Part.of(recording) for recording in recordings]
         requests = sum(len(part.ttft) for part in self.parts)
-        self.kind = np.repeat([0, 1, 2], [requests, requests, 0 if steps is None else len(steps.took)])
+        self.kind = np.repeat([TTFT, E2E, STEP], [requests, requests, 0 if steps is None else len(steps.took)])
         self.block = np.array([BLOCK, BLOCK, STEP_BLOCK])[self.kind]
         self.noise = np.full(len(self.kind), LEAST_NOISE)
 
@@ -378,7 +384,7 @@ class _Problem:
         each = [part.residuals(cluster) for part in self.parts]
         rows = [np.concatenate(rows) for rows in zip(*each, strict=True)]
         if self.steps is not None:
-            rows.append(self.steps.seconds(cluster) / self.steps.took - 1)
+            rows.append((self.steps.seconds(cluster) - self.steps.took) / self.expected)
         return np.concatenate(rows)
 
     def weight(self, residuals: np.ndarray) -> np.ndarray:
@@ -459,9 +465,11 @@ class _Problem:
         return np.linalg.inv((slopes * self.weight(residuals)) @ slopes.T + np.eye(len(z)))
 
     def set_noise(self, residuals: np.ndarray) -> None:
-        """The robust standard deviation of each kind of residuals."""
+        """The standard deviation of each kind of residuals: a robust one of latencies; of steps, one that outliers do
+        not blow up, since a narrow one would make the fit that of the median."""
         for kind in np.unique(self.kind):
-            spread = 1.4826 * np.median(np.abs(residuals[self.kind == kind]))
+            of = np.abs(residuals[self.kind == kind])
+            spread = np.sqrt(np.mean(np.minimum(of, FAR) ** 2)) if kind == STEP else 1.4826 * np.median(of)
             self.noise[self.kind == kind] = np.clip(spread, LEAST_NOISE, MOST_NOISE)
 
     def polish(
