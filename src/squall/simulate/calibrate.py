@@ -59,9 +59,11 @@ seen, which share what the machine did meanwhile."""
 TTFT, E2E, STEP = range(3)
 """The kinds of errors."""
 
-LEAST_NOISE, MOST_NOISE, FAR = 0.002, 0.2, 0.5
-"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly. And what a
-step is off by at most, for its noise."""
+LEAST_NOISE, MOST_NOISE = 0.002, 0.2
+"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
+
+OUTLIER = 6.0
+"""So many robust standard deviations off, a step was not what it was taken for, or the machine stood still."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -465,11 +467,13 @@ class _Problem:
         return np.linalg.inv((slopes * self.weight(residuals)) @ slopes.T + np.eye(len(z)))
 
     def set_noise(self, residuals: np.ndarray) -> None:
-        """The standard deviation of each kind of residuals: a robust one of latencies; of steps, one that outliers do
-        not blow up, since a narrow one would make the fit that of the median."""
+        """The standard deviation of each kind of residuals: a robust one of latencies; of steps, that without the
+        outliers, since a narrower one would make the fit that of the median."""
         for kind in np.unique(self.kind):
             of = np.abs(residuals[self.kind == kind])
-            spread = np.sqrt(np.mean(np.minimum(of, FAR) ** 2)) if kind == STEP else 1.4826 * np.median(of)
+            spread = 1.4826 * np.median(of)
+            if kind == STEP:
+                spread = np.sqrt(np.mean(of[of <= OUTLIER * spread] ** 2))
             self.noise[self.kind == kind] = np.clip(spread, LEAST_NOISE, MOST_NOISE)
 
     def polish(
