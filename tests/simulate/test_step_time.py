@@ -192,6 +192,30 @@ def test_default_kernels_are_near_the_measured_tables(gpu, model, tp, base_ms, p
     assert (more - less) / 2048 * 1e6 == pytest.approx(prefill_us, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "model", "tp", "rise_us"),
+    [
+        ("h100", "llama-3.1-8b", 1, 12.5),
+        ("h100", "llama-3.1-8b", 2, 8.3),
+        ("h100", "qwen2.5-7b", 1, 9.5),
+        ("h100", "qwen3-32b", 1, 41.6),
+        ("h100", "qwen3-32b", 2, 27.7),
+        ("h100", "llama-3.1-70b", 4, 33.6),
+        ("h100", "llama-3.1-70b", 8, 23.7),
+        ("h200", "llama-3.1-8b", 1, 14.1),
+        ("h200", "qwen3-32b", 1, 45.8),
+        ("l40s", "llama-3.1-8b", 1, 27.5),
+        ("a100", "llama-3.1-8b", 1, 39.5),
+        ("a100", "qwen3-32b", 1, 134.6),
+    ],
+)
+def test_a_sequence_more_costs_what_the_measured_tables_say(gpu, model, tp, rise_us):
+    """The same tables: the rise of decode steps of up to 256 sequences with each, however short it is."""
+    cost = step_cost(default_step_time(GPUS[gpu], tp), MODELS[model], GPUS[gpu], tp)
+    many, one = gpu_seconds(cost, 257.0, 257.0, 0.0, 0.0), gpu_seconds(cost, 1.0, 1.0, 0.0, 0.0)
+    assert (many - one) / 256 * 1e6 == pytest.approx(rise_us, rel=0.2)
+
+
 def test_prefill_in_a_mixed_step_is_cheaper_than_added():
     cost = step_cost(default_step_time(GPUS["h100"]), MODELS["llama-3.1-8b"], GPUS["h100"])
     decode, prefill = gpu_seconds(cost, 64.0, 64.0, 6.4e4, 0.0), gpu_seconds(cost, 256.0, 1.0, 0.0, 256 * 128.0)

@@ -63,8 +63,14 @@ likely clients are to send so many at one moment themselves."""
 TAKEN = Bound(0.0, 5e-3, 0.5e-3)
 """Of a0 where `sent` is when the engine took a request over: what it still does before the step begins."""
 
+TTFT, E2E, STEP = range(3)
+"""The kinds of errors."""
+
 LEAST_NOISE, MOST_NOISE = 0.002, 0.2
 """The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
+
+OUTLIER = 6.0
+"""So many robust standard deviations off, a step was not what it was taken for, or the machine stood still."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -426,6 +432,8 @@ class _Problem:
         bounds_of: dict[str, Bound] | None = None,
     ) -> None:
         self.cluster, self.free, self.steps = cluster, free, steps
+        # Relative to what is expected, not to what was measured: so their mean is met, which latencies are made of.
+        self.expected = np.empty(0) if steps is None else steps.seconds(cluster)
         self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
         bounds_of = ({"a0": TAKEN} if any(it.taken for it in recordings) else {}) | (bounds_of or {})
         bounds = [bounds_of.get(name) or _bound(cluster, name) for name in free]
@@ -434,7 +442,7 @@ class _Problem:
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
         self.parts = [_Part.of(recording) for recording in recordings]
         requests = sum(len(part.ttft) for part in self.parts)
-        self.kind = np.repeat([0, 1, 2], [requests, requests, 0 if steps is None else len(steps.took)])
+        self.kind = np.repeat([TTFT, E2E, STEP], [requests, requests, 0 if steps is None else len(steps.took)])
         self.block = np.array([BLOCK, BLOCK, STEP_BLOCK])[self.kind]
         self.noise = np.full(len(self.kind), LEAST_NOISE)
         self.plain = False
@@ -450,7 +458,7 @@ class _Problem:
         each = [part.residuals(cluster) for part in self.parts]
         rows = [np.concatenate(rows) for rows in zip(*each, strict=True)]
         if self.steps is not None:
-            rows.append(self.steps.seconds(cluster) / self.steps.took - 1)
+            rows.append((self.steps.seconds(cluster) - self.steps.took) / self.expected)
         return np.concatenate(rows)
 
     def weight(self, residuals: np.ndarray) -> np.ndarray:
@@ -547,9 +555,13 @@ class _Problem:
         return np.linalg.inv((slopes * self.weight(residuals)) @ slopes.T + np.eye(len(z)))
 
     def set_noise(self, residuals: np.ndarray) -> None:
-        """The robust standard deviation of each kind of residuals."""
+        """The standard deviation of each kind of residuals: a robust one of latencies; of steps, that without the
+        outliers, since a narrower one would make the fit that of the median."""
         for kind in np.unique(self.kind):
-            spread = 1.4826 * np.median(np.abs(residuals[self.kind == kind]))
+            of = np.abs(residuals[self.kind == kind])
+            spread = 1.4826 * np.median(of)
+            if kind == STEP:
+                spread = np.sqrt(np.mean(of[of <= OUTLIER * spread] ** 2))
             self.noise[self.kind == kind] = np.clip(spread, LEAST_NOISE, MOST_NOISE)
 
     def polish(
