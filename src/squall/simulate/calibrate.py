@@ -730,13 +730,14 @@ def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
 def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
     """The answered requests in the order of their sending, and what was left out. Raises InputError."""
     columns = list(TIMES)
-    table = run.table.select("request", *columns, "status", "preemptions").sort("sent", maintain_order=True)
+    table = run.table.select("request", *columns, "status", "preemptions", "cached_tokens")
+    table = table.sort("sent", maintain_order=True)
     answered = table.filter(
         pl.all_horizontal(pl.col(columns).is_not_null())
         & (pl.col("request_tokens") > 0)
         & (pl.col("response_tokens") > 0)
         & (pl.col("status") == "ok")
-    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions")
+    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions", pl.col("cached_tokens").fill_null(0))
     if answered.is_empty():
         raise InputError(
             f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both"
@@ -754,7 +755,15 @@ def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         if lost
         else []
     )
-    return answered, said
+    asked, cached = answered["request_tokens"].sum(), answered["cached_tokens"].sum()
+    if cached:
+        computed = (pl.col("request_tokens") - pl.col("cached_tokens")).clip(lower_bound=1)
+        answered = answered.with_columns(request_tokens=computed)
+        said.append(
+            f"{cached / asked:.0%} of the prompt tokens were found in the prefix cache (cached_tokens); the load"
+            " is made of the others, as if what was found were the same for all and took no blocks."
+        )
+    return answered.drop("cached_tokens"), said
 
 
 def _extremes(values: pl.Series) -> tuple[float, float]:
