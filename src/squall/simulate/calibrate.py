@@ -43,8 +43,9 @@ TIMES = ("sent", "first_token", "last_token", "request_tokens", "response_tokens
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
-STEPS, POLISH = 12, 150
-"""Of the search: Gauss-Newton steps from a start, and random steps at the end."""
+STEPS, POLISH, ROUGH = 12, 150, 5
+"""Of the search: Gauss-Newton steps from a start, random steps at the end, and how often at most a rough search looks
+again at what noise there is."""
 
 DISTANCES = (0.1, 0.3, 0.6)
 """In spreads: what a coefficient is moved by to see its influence. Far enough for jumps to average out."""
@@ -60,8 +61,14 @@ TOGETHER, BURSTS = 0.3, 0.02
 """Of the requests that follow another within two steps, how many an engine takes over at the same moment; and how
 likely clients are to send so many at one moment themselves."""
 
+LONG_QUEUE = 200.0
+"""So many steps before a first token, one more or less is not looked for."""
+
 TAKEN = Bound(0.0, 5e-3, 0.5e-3)
 """Of a0 where `sent` is when the engine took a request over: what it still does before the step begins."""
+
+JUST_AFTER = 1e-6
+"""Seconds: too late for a step, and no time otherwise."""
 
 TTFT, E2E, STEP = range(3)
 """The kinds of errors."""
@@ -369,7 +376,7 @@ def _reading(
     found = []
     for cluster in clusters:
         free = _free(cluster, blocks_known=blocks_known)
-        for taken in (False, True):
+        for taken in (False, True) if _clock_matters(recording) else (False,):
             how = recording._replace(taken=taken)
             of = _with(cluster, {"a0": TAKEN.spread}) if taken else cluster
             with progress(f"Trying {cluster.engine}, times of the {'engine' if taken else 'client'}"):
@@ -392,15 +399,24 @@ def _reading(
     return best[1:]
 
 
+def _step_of(table: pl.DataFrame) -> float:
+    """The median time per token after the first, seconds; 0 where there is none."""
+    gaps = table["response_tokens"].to_numpy() - 1
+    took = (table["last_token"] - table["first_token"]).to_numpy()
+    return float(np.median(took[gaps > 0] / gaps[gaps > 0])) if (gaps > 0).any() else 0.0
+
+
+def _clock_matters(recording: Recording) -> bool:
+    """Whether the rest of a step is anything beside the time to a first token."""
+    table = recording.table[: recording.n]
+    return float((table["first_token"] - table["sent"]).to_numpy().mean()) < LONG_QUEUE * _step_of(table)
+
+
 def _taken_together(recording: Recording) -> float:
     """The logarithm of how much likelier the gaps between the sending times are if an engine takes requests over
     between steps: many at the same moment, none while a step runs."""
     table = recording.table[: recording.n]
-    gaps, several = np.diff(table["sent"].to_numpy()), (table["response_tokens"] > 1).to_numpy()
-    if not several.any():
-        return 0.0
-    took = (table["last_token"] - table["first_token"]).to_numpy()[several]
-    step = float(np.median(took / (table["response_tokens"].to_numpy()[several] - 1)))
+    gaps, step = np.diff(table["sent"].to_numpy()), _step_of(table)
     near, same = int((gaps < 2 * step).sum()), int((gaps < 0.02 * step).sum())
     engine = same * np.log(TOGETHER) + (near - same) * np.log(1 - TOGETHER)
     client = same * np.log(0.01) + (near - same) * np.log(0.99)
@@ -523,10 +539,14 @@ class _Problem:
         self.plain = True
         self.set_noise(self.residuals(np.zeros(len(self.free))))
         starts = self.starts(0)
-        z, residuals, _ = min((self.descend(start) for start in (starts[0], starts[-1])), key=lambda found: found[2])
-        self.set_noise(residuals)
-        z, residuals, misfit = self.descend(z)
-        return z, misfit + self.norm()
+        found = min((self.descend(start) for start in (starts[0], starts[-1])), key=lambda found: found[2])
+        for _ in range(ROUGH):
+            before = self.noise.copy()
+            self.set_noise(found[1])
+            found = self.descend(found[0])
+            if (self.noise > 0.9 * before).all():
+                break
+        return found[0], found[2] + self.norm()
 
     def norm(self) -> float:
         """The noise's own share of the misfit: its width was fitted too, so only with it can two fits be compared."""
@@ -755,7 +775,7 @@ def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         if lost
         else []
     )
-    asked, cached = answered["request_tokens"].sum(), answered["cached_tokens"].sum()
+    asked, cached = (float(answered[name].to_numpy().sum()) for name in ("request_tokens", "cached_tokens"))
     if cached:
         computed = (pl.col("request_tokens") - pl.col("cached_tokens")).clip(lower_bound=1)
         answered = answered.with_columns(request_tokens=computed)
@@ -792,7 +812,8 @@ def _served(
     arrival = sent
     if recording.cold:
         ttft, _, _ = _latencies(run_requests(*load, _plain(cluster)), sent, cluster)
-        arrival = np.maximum(arrival, first_ttft - ttft[0])
+        begin = max(0.0, first_ttft - ttft[0])
+        arrival = np.append(begin, np.maximum(arrival[1:], begin + JUST_AFTER))
     outcome = run_requests(arrival, prompt, output, cluster, steps=recording.taken)
     ttft, e2e, preemptions = _latencies(outcome, sent, cluster)
     if recording.taken:
@@ -802,10 +823,11 @@ def _served(
 
 
 def _until_taken(steps: np.ndarray, arrival: np.ndarray) -> np.ndarray:
-    """(n,) seconds from each of `arrival` until the step that runs then has ended; 0 where none does."""
+    """(n,) seconds from each of `arrival` until the step that runs then has ended; 0 where none does, and where it is
+    the arrival that starts one."""
     starts = steps["start"] / TICKS
     ends = starts + steps["ticks"] / TICKS
-    before = np.searchsorted(starts, arrival, side="right") - 1
+    before = np.searchsorted(starts, arrival - 1e-9) - 1
     return np.where(before >= 0, np.maximum(ends[before] - arrival, 0.0), 0.0)
 
 
