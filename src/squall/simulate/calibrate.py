@@ -40,6 +40,9 @@ BUILT_IN = Path(__file__).parent / "calibrations"
 TIMES = ("sent", "first_token", "last_token", "request_tokens", "response_tokens")
 """The columns of a run that a fit needs."""
 
+_RATES = ("per_sequence", "per_kv_token", "per_attention_pair")
+"""Of a step table."""
+
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
 
@@ -76,6 +79,9 @@ class Errors(msgspec.Struct, frozen=True):
     mean_absolute: dict[str, float]
     preemptions: tuple[int, int | None] | None = None
     """Simulated and recorded; recorded is null where the run does not say."""
+    steps: float | None = None
+    """Predicted / seen - 1 of all the time of the steps that were seen: what the machine was slower or faster than when
+    the fit was made, and what the step time does not explain."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -120,6 +126,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
+    speed_varies: float = 0.0
+    """By how much the steps of single measurements were slower or faster than the fit has them: the standard deviation,
+    relative. Over so many speeds the predictions for a live server are averaged."""
     spread: dict[str, Spread] = {}
     """By test, where a live server was sent the same several times; `errors` are then against all of these together."""
     valid: dict[str, tuple[float, float]]
@@ -584,8 +593,18 @@ def _table_values(step: StepTime) -> dict[str, float]:
         return {}
     tokens, seconds = np.array(step.table.points).T
     rises = zip(tokens, np.diff(seconds, prepend=0.0), strict=True)
-    rates = ("per_sequence", "per_kv_token", "per_attention_pair")
-    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in rates}
+    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in _RATES}
+
+
+def slowed(cluster: Cluster, factor: float) -> Cluster:
+    """`cluster` with steps that take so many times as long."""
+    step, table = cluster.step_time, cluster.step_time.table
+    if table is not None:
+        rates = {name: factor * getattr(table, name) for name in _RATES}
+        table = StepTable(points=[(at, factor * seconds) for at, seconds in table.points], **rates)
+    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "alpha_ar")}
+    longer |= {name: getattr(step, name) / factor for name in ("e_bw", "e_kv", "e_fl", "e_at", "bw_ar")}
+    return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, table=table, **longer))
 
 
 def _value(cluster: Cluster, name: str) -> float:
@@ -617,7 +636,7 @@ def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
         at = [point for point, _ in table.points]
         known = _table_values(step) | {name: max(0.0, value) for name, value in values.items()}
         seconds = np.cumsum([known[f"rise@{point:g}"] for point in at])
-        rates = {name: known[name] for name in ("per_sequence", "per_kv_token", "per_attention_pair")}
+        rates = {name: known[name] for name in _RATES}
         points = list(zip(at, seconds.tolist(), strict=True))
         step = msgspec.structs.replace(step, table=StepTable(points=points, **rates))
     rest = {name: value for name, value in values.items() if name in BOUNDS}
