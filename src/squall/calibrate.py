@@ -2,10 +2,11 @@
 
 A live server is asked in closed loop, from the outside: one request at a time with prompts of rising length (what a
 prefill costs), several at one moment (what its API server costs), short prompts at rising concurrency (what a step
-costs), long prompts (what the KV cache costs), and a mixture in open loop. Then it is held to account: bursty arrivals
-with other lengths at three loads, each sent several times, are predicted from the fit and compared with the mean of
-what happened, beside how far the real runs differ among themselves. The mixture is sent before each of these rounds, so
-that what is fitted and what is predicted are of the same time: machines drift.
+costs), long prompts (what the KV cache costs), and a mixture in open loop. Where tokens come one by one, their times
+tell how long each step took (simulate/seen.py), and the step time is fitted to that, not to latencies that hang on
+queues. Then it is held to account: bursty arrivals with other lengths at three loads are predicted from the fit and
+compared with what happened. All this is sent in several rounds, so that what is fitted and what is predicted are of the
+same time (machines drift), and that it shows how far equal real runs differ among themselves.
 """
 
 import re
@@ -36,6 +37,7 @@ from squall.simulate.calibrate import (
     Spread,
     calibrate_run,
     calibration_of,
+    disagreement,
     errors_between,
     fit_coefficients,
     requests_of,
@@ -48,6 +50,7 @@ from squall.simulate.cluster import ENGINES, Cluster, resolve
 from squall.simulate.engine import run_requests
 from squall.simulate.hardware import GPU, MODELS, Model, find_model
 from squall.simulate.records import TICKS
+from squall.simulate.seen import FEWEST, Steps, steps_seen
 from squall.simulate.step_time import BOUNDS, StepTable, StepTime
 from squall.trace.table import Trace, TraceMeta
 from squall.units import Duration, seconds
@@ -58,11 +61,22 @@ __all__ = ["Calibration", "calibrate"]
 LOADS = (0.3, 0.7, 1.1)
 """Of the validation, as shares of the rate that the first guess of the cluster sustains."""
 
-ROUNDS = 3
-"""How often each of these is sent."""
+ROUND, MOST_ROUNDS = 60.0, 6
+"""Everything is measured in at least two rounds; in so many as fit into the budget at this many seconds each."""
 
-BURSTS, APART = 8, 0.3
-"""How many times several requests are sent at one moment, and the seconds between."""
+BURSTS, APART = 4, 0.3
+"""How many times in a round several requests are sent at one moment, and the seconds between."""
+
+IDLE = 10.0
+"""Seconds after which nothing of a measurement is left in a server."""
+
+TOGETHER = (1, 4, 16)
+"""So many."""
+
+FEW = 4
+"""An API server that turns from one to the other in the middle of its work hands over the first of many so late that a
+model of one after another would take it for the price of something else. So of bursts of more than this many only the
+order of events is looked at, not the delay."""
 
 UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 """Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
@@ -70,7 +84,10 @@ UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 STRAIGHT = 0.02
 """How much a bend in the table counts against a relative error of the same size."""
 
-KNOTS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+STREAMED = ("batch", "context", "mixed")
+"""The measurements in which requests have several tokens, so that steps can be seen."""
+
+KNOTS = tuple(1 << k for k in range(15))
 """Tokens of a step at which a table has its points, as far as they were measured."""
 
 
@@ -89,6 +106,7 @@ def calibrate(
     max_num_batched_tokens: int | None = None,
     max_model_len: int | None = None,
     engine: str | None = None,
+    prefix_caching: bool | None = None,
     budget: Duration = 180.0,
     served_model: str | None = None,
     api_key_env: str = "OPENAI_API_KEY",
@@ -112,6 +130,9 @@ def calibrate(
         What was measured, as for `simulate`; kv_blocks is the server's `num_gpu_blocks`. A run needs model and gpu
         (and is asked for kv_blocks too if they are unknown). A live server needs none: without `gpu` its steps become
         a table instead of a roofline.
+    prefix_caching
+        Whether the engine caches prefixes, as vLLM does unless told not to: then a preempted request that resumes finds
+        those of its own blocks that were not given out since. Not given: as the live server says, or else yes.
     budget
         With `url`: about how long the measurements may take, seconds or `3m`.
     served_model, api_key_env
@@ -138,12 +159,23 @@ def calibrate(
             if value is None:
                 raise InputError(f"{flag} is missing: a recorded run does not say what it ran on.")
         return calibrate_run(
-            run=run, out=out, first=first, seed=seed, model=model, gpu=gpu, tp=tp, engine=engine, **limits
+            run=run,
+            out=out,
+            first=first,
+            seed=seed,
+            model=model,
+            gpu=gpu,
+            tp=tp,
+            engine=engine,
+            own_blocks=prefix_caching is not False,
+            **limits,
         )
     if first is not None:
         raise InputError("--first has no effect with --url: a live server is tested on runs of its own.")
     server = _Server(url or "", served_model, api_key_env)
-    return _calibrate_live(server, model, gpu, tp, engine, limits, seconds(budget, "--budget"), seed, out)
+    return _calibrate_live(
+        server, model, gpu, tp, engine, prefix_caching, limits, seconds(budget, "--budget"), seed, out
+    )
 
 
 class _Server:
@@ -239,6 +271,7 @@ def _calibrate_live(
     gpu: str | GPU | None,
     tp: int,
     engine: str | None,
+    prefix_caching: bool | None,
     limits: dict[str, int | None],
     budget: float,
     seed: int,
@@ -248,38 +281,48 @@ def _calibrate_live(
         raise InputError(f"--budget {budget:g}: a live calibration needs at least 30 s.")
     words, said, engines = _limits_of(server, model, engine, limits)
     words |= {"gpu": UNKNOWN_GPU if gpu is None else gpu, "tp": tp}
+    if prefix_caching is not None:
+        words["own_blocks"] = prefix_caching
     with progress("Measuring the server"):
         if words["max_num_seqs"] is None:
             words["max_num_seqs"] = _most_at_once(server, words, said, seed)
         cluster = resolve(**words, engine=engines[0])
-        measured = _microbenchmarks(server, cluster, 0.25 * budget, seed)
+        rounds = int(np.clip(budget / ROUND, 2, MOST_ROUNDS))
+        measured = _microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)
     if limits["max_num_batched_tokens"] is None:
         cluster = _with_budget(server, cluster, said)
     if gpu is None:
         cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
-        cluster = _with_front(measured, cluster)
-        free = (*table_names(cluster.step_time), "a0", "s_in", "s_out")
-    else:
-        free = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0", "a1", "s_in", "s_out")
-    tests = _tests(cluster, 0.55 * budget / ROUNDS / len(LOADS), seed)
+    tests = _tests(cluster, 0.55 * budget / rounds / len(LOADS), seed)
     sendings: list[list[_Sending]] = [[] for _ in tests]
-    for turn in range(ROUNDS):
-        measured += _mixed(server, cluster, 0.2 * budget / ROUNDS, seed + 100 * turn)
+    for turn in range(rounds):
+        if turn > 0:
+            measured += _microbenchmarks(server, cluster, 0.25 * budget / rounds, seed + 100 * turn)
+        measured += _mixed(server, cluster, 0.2 * budget / rounds, seed + 100 * turn)
         for k, sent in enumerate(tests):
             sendings[k].append(_counted(server, sent, seed + 1000 * (k + 1) + turn))
-    recordings = [Recording(it.table, len(it.table)) for it in measured]
+    guessed = cluster
+    steps = _seen(measured, cluster)
+    cluster = _with_front(measured, cluster, steps)
+    # What a step takes is known from the steps, if any were seen: latencies hang on queues as well.
+    quiet = [it for it in measured if it.kind not in STREAMED and it.at_once <= FEW]
+    alone = [Recording(it.table, len(it.table)) for it in measured] if steps is None else [_one_after_another(quiet)]
+    shape = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a1") if gpu is not None else table_names(cluster.step_time)
+    free = (*shape, "a0", *(("s_in", "s_out") if steps is None else ()))
     fits = []
     for name in engines:
         of = msgspec.structs.replace(cluster, engine=name)
         gap = ("o_gap",) if of.profile.async_scheduling else ()
-        fits.append(fit_coefficients(of, recordings, (*free, *gap), seed))
-    fit = min(fits, key=lambda each: each.misfit)
+        fits.append(fit_coefficients(of, alone, (*free, *gap), seed, steps))
+    recordings = [Recording(it.table, len(it.table)) for it in measured]
+    against = [disagreement(each.cluster, recordings) for each in fits]
+    fit = fits[int(np.argmin(against))]
     if len(fits) > 1:
-        lead = max(each.misfit for each in fits) - fit.misfit
+        lead = max(against) - min(against)
         unsure = " That is no proof: give --engine if you know (on a CPU vLLM's steps are synchronous)."
         said.append(
             "Whether steps are scheduled asynchronously cannot be read from a server: both were fitted, and"
-            f" {fit.cluster.engine} explains the measurements better (by {lead:.1f} in the log posterior)."
+            f" {fit.cluster.engine} explains the latencies better (by {lead:.1f} in the log likelihood)."
             + (unsure if lead < DECISIVE else "")
         )
     errors = {}
@@ -290,10 +333,10 @@ def _calibrate_live(
             errors[kind] = errors_between(pl.concat(tables), pl.concat(each), None)
     validation, spread = _judged(sendings, fit.cluster)
     lengths = _long_tailed(cluster, stream(seed, "calibration capacity"))
-    found, guessed = (_capacity(of, *lengths) for of in (fit.cluster, cluster))
+    found, assumed = (_capacity(of, *lengths) for of in (fit.cluster, guessed))
     said.append(
         f"The loads are shares of the first guess of the capacity; of the fitted one they are"
-        f" {', '.join(f'{load * guessed / found:.2f}' for load in LOADS)}."
+        f" {', '.join(f'{load * assumed / found:.2f}' for load in LOADS)}."
     )
     result = calibration_of(fit, errors | validation, recordings, server.url, said)
     result = msgspec.structs.replace(result, spread=spread)
@@ -312,6 +355,7 @@ def _limits_of(
     for word, label in (("kv_blocks", "num_gpu_blocks"), ("block_size", "block_size")):
         if words[word] is None and labels.get(label, "").isdigit():
             words[word] = int(labels[label])
+    words["own_blocks"] = labels.get("enable_prefix_caching", "True") != "False"
     if words["kv_blocks"] is None:
         raise InputError(
             f"--url {server.url}: its /metrics do not tell the number of KV blocks (vllm:cache_config_info); give"
@@ -408,7 +452,7 @@ def _microbenchmarks(server: _Server, cluster: Cluster, limit: float, seed: int)
         measure("prefill", 4, length, 1, 1)
         if time.monotonic() - began > 0.3 * limit:
             break
-    for size in (1, 4, 16):
+    for size in TOGETHER:
         if size > cluster.max_num_seqs:
             break
         waves = np.repeat(np.arange(BURSTS) * (APART + 2 * step), size)
@@ -493,11 +537,36 @@ def _first_guess(measured: list[_Measured], cluster: Cluster) -> StepTime:
     )
 
 
-def _with_front(measured: list[_Measured], cluster: Cluster) -> Cluster:
-    """`cluster` with the `a0`, `s_in` and `s_out` that explain the bursts at the idle server best."""
+def _one_after_another(measured: list[_Measured]) -> Recording:
+    """One recording of them all, with the server idle in between: to simulate one is faster than many."""
+    tables, end = [], 0.0
+    for it in measured:
+        shift = end - it.table["sent"].to_numpy().min()
+        tables.append(it.table.with_columns(pl.col("sent", "first_token", "last_token") + shift))
+        end = float(tables[-1]["last_token"].to_numpy().max()) + IDLE
+    table = pl.concat(tables)
+    return Recording(table, len(table))
+
+
+def _seen(measured: list[_Measured], cluster: Cluster) -> Steps | None:
+    """The steps that were seen; None if too few were."""
+    steps = steps_seen([it.run for it in measured if it.kind in STREAMED], cluster.max_num_batched_tokens)
+    return steps if len(steps.took) >= FEWEST else None
+
+
+def _with_front(measured: list[_Measured], cluster: Cluster, steps: Steps | None) -> Cluster:
+    """`cluster` with the `a0`, `s_in` and `s_out` that explain the bursts at the idle server best.
+
+    Where steps were seen, `s_out` is known from the tokens in them, and each size of burst may have a delay of its own.
+    """
     bursts = [it for it in measured if it.kind == "burst"]
     best, least = cluster.step_time, np.inf
-    for s_in, s_out in product(np.linspace(0, 5e-3, 11), np.linspace(0, 1e-3, 11)):
+    seen = steps is not None and not np.isnan(steps.apart).all()
+    results = np.linspace(0, 1e-3, 11)
+    if steps is not None and seen:
+        # All results of a step are gone through before the first is written, which takes as long again.
+        results = np.minimum([2 * np.nanmedian(steps.apart)], BOUNDS["s_out"].high)
+    for s_in, s_out in product(np.linspace(0, 5e-3, 11), results):
         step = msgspec.structs.replace(cluster.step_time, a0=0.0, s_in=float(s_in), s_out=float(s_out))
         there = msgspec.structs.replace(cluster, step_time=step)
         left, scale = [], []
@@ -508,10 +577,13 @@ def _with_front(measured: list[_Measured], cluster: Cluster) -> Cluster:
             # Which of those sent at one moment comes first is chance.
             left.append(real[np.lexsort((real, waves))] - simulated[np.lexsort((simulated, waves))])
             scale.append(np.median(real))
-        a0 = float(np.clip(np.median([np.median(each) for each in left]), 0.0, BOUNDS["a0"].high))
-        misfit = sum(np.abs(each - a0).mean() / size for each, size in zip(left, scale, strict=True))
+        delays = np.array([np.median(each) for each in left])
+        alone = [it.at_once == 1 for it in bursts]
+        a0 = np.clip(np.median(delays[alone] if seen and any(alone) else delays), 0.0, BOUNDS["a0"].high)
+        over = delays if seen else np.full(len(delays), a0)
+        misfit = sum(np.abs(each - by).mean() / size for each, by, size in zip(left, over, scale, strict=True))
         if misfit < least:
-            best, least = msgspec.structs.replace(step, a0=a0), misfit
+            best, least = msgspec.structs.replace(step, a0=float(a0)), misfit
     return msgspec.structs.replace(cluster, step_time=best)
 
 

@@ -218,14 +218,17 @@ def test_priorities_are_the_requests_own():
         def ask(priority: int) -> None:
             body = {"priority": priority}
             client(f"http://{host}:{port}").completions.create(
-                model="modelled", prompt="a", max_tokens=150, extra_body=body
+                model="modelled", prompt="a", max_tokens=400, extra_body=body
             )
             ended.append(priority)
 
         threads = [threading.Thread(target=ask, args=(priority,)) for priority in (0, 5, 3, 4, -1)]
-        for thread in threads:
+        threads[0].start()
+        deadline = time.monotonic() + 30
+        while service.live.loads()[0].running == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for thread in threads[1:]:
             thread.start()
-            time.sleep(0.05)
         for thread in threads:
             thread.join()
         assert ended == [0, -1, 3, 4, 5]  # the first one was already running

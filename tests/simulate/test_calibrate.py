@@ -20,6 +20,7 @@ from squall.simulate.step_time import StepTime, step_cost
 from squall.trace.table import Trace, TraceMeta
 
 SERVER = {"model": "llama-3.1-8b", "gpu": "rtx4090", "kv_blocks": 2588, "engine": "vllm-0.11"}
+ALONE = SERVER | {"prefix_caching": False}
 REAL = SERVER | {"engine": "vllm-0.19", "max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 32768}
 TRUTH = StepTime(e_bw=0.86, e_fl=0.7, e_kv=0.85, e_at=0.55, p=2.0, o0=1.2e-3, bw_ar=32e9)
 
@@ -38,14 +39,15 @@ def trace():
 
 @pytest.fixture(scope="module")
 def run(trace):
-    """What a server with the coefficients TRUTH would have done."""
-    return run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    """What a server with the coefficients TRUTH would have done; of a request's tokens the first and last are known."""
+    full = run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    return Run(full.table.with_columns(chunks=pl.lit(None, pl.List(pl.Float64))), full.meta)
 
 
 @pytest.fixture(scope="module")
 def fitted(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibration") / "c.json"
-    return calibrate(run=run, out=path, first=100, **SERVER), path
+    return calibrate(run=run, out=path, first=100, **ALONE), path
 
 
 def test_it_finds_the_step_time_that_made_the_run(fitted):
@@ -74,12 +76,28 @@ def test_it_finds_the_step_time_that_made_the_run(fitted):
     assert result.errors["fit"].requests == result.errors["held_out"].requests == 100
 
 
-def test_a_host_bound_server_is_recognised(trace):
+def test_the_times_of_all_tokens_tell_more(fitted, trace):
+    full = run_trace(trace, resolve(**SERVER, step_time=TRUTH))
+    result = calibrate(run=full, first=100, **ALONE)
+    for name in ("e_bw", "e_fl", "o1"):
+        assert result.informed[name] > fitted[0].informed[name]
+    assert result.step_time.e_bw == pytest.approx(TRUTH.e_bw, rel=0.05)
+    # Of the requests that are to test the fit, not even the token times are looked at.
+    late = float(full.table.sort("sent")["first_token"][100:].min())
+    chunks = pl.when(pl.col("first_token") < late).then("chunks")
+    held = Run(full.table.with_columns(chunks=chunks.otherwise(pl.lit([0.0], pl.List(pl.Float64)))), full.meta)
+    assert calibrate(run=held, first=100, **ALONE).step_time == result.step_time
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_host_bound_server_is_recognised(trace, seen):
     """0.25 ms a sequence, five times what is usual at most: with many running, the host is all of a step."""
     words = {"model": "llama-3.2-1b", "gpu": "rtx4090", "engine": "vllm-0.11", "kv_blocks": 30000}
     slow = StepTime(o0=2e-3, o1=2.5e-4)
     crowd = trace.replace(trace.table.with_columns(arrival=pl.col("arrival") / 20))
-    result = calibrate(run=run_trace(crowd, resolve(**words, step_time=slow)), first=100, **words)
+    full = run_trace(crowd, resolve(**words, step_time=slow))
+    run = full if seen else Run(full.table.with_columns(chunks=pl.lit(None, pl.List(pl.Float64))), full.meta)
+    result = calibrate(run=run, first=100, prefix_caching=False, **words)
     assert result.step_time.o1 == pytest.approx(2.5e-4, rel=0.1)
     assert any("host-bound" in line for line in result.notes)
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.03
@@ -93,6 +111,10 @@ def test_it_is_used_and_named_by_a_simulation(fitted, trace, run):
     assert again.meta.target["kv_blocks"] == 2588
     assert again.meta.target["kv_blocks_from"] == "the calibration"
     assert again.meta.target["engine"] == "vllm-0.11"
+    assert not again.meta.target["choices"]
+    resuming = msgspec.structs.replace(result, prefix_caching=True)
+    assert simulate(trace, calibration=resuming).meta.target["choices"] == {"own_blocks": True}
+    assert not simulate(trace, calibration=resuming, own_blocks=False).meta.target["choices"]
     assert again.meta.target["step_time_coefficients"] == msgspec.to_builtins(result.step_time)
     e2e = [(r.table["last_token"] - r.table["sent"]).mean() for r in (again, run)]
     assert e2e[0] == pytest.approx(e2e[1], rel=0.02)
@@ -107,7 +129,7 @@ def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_sam
     later = (
         pl.when(pl.col("request") >= 100).then(pl.col("last_token") + 50).otherwise("last_token").alias("last_token")
     )
-    again = calibrate(run=Run(run.table.with_columns(later), run.meta), first=100, **SERVER)
+    again = calibrate(run=Run(run.table.with_columns(later), run.meta), first=100, **ALONE)
     assert again.step_time == fitted[0].step_time
     assert again.fitted == fitted[0].fitted
     assert again.errors["held_out"] != fitted[0].errors["held_out"]
@@ -124,15 +146,15 @@ def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_sam
 )
 def test_impossible_calls(run, words, says):
     with pytest.raises(InputError, match=says):
-        calibrate(run=run, **(SERVER | words))
+        calibrate(run=run, **(ALONE | words))
 
 
 def test_impossible_runs(run):
     meta = RunMeta(kind="recorded")
     with pytest.raises(InputError, match="answered"):
-        calibrate(run=Run(run.table.with_columns(status=pl.lit("timeout")), meta), **SERVER)
+        calibrate(run=Run(run.table.with_columns(status=pl.lit("timeout")), meta), **ALONE)
     with pytest.raises(InputError, match="one clock"):
-        calibrate(run=Run(run.table.with_columns(first_token=pl.col("sent") - 1), meta), **SERVER)
+        calibrate(run=Run(run.table.with_columns(first_token=pl.col("sent") - 1), meta), **ALONE)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"source": 1}'])

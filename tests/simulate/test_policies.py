@@ -210,6 +210,24 @@ def test_the_traces_hashes_decide_what_is_found():
     assert plain.table["cached_tokens"].null_count() == 3
 
 
+def test_resumed_requests_find_their_own_blocks():
+    """As with prefix caching where each request is a session of its own; and nothing of anybody else's."""
+    trace = conversations(60, 1.0)
+    alone = trace.replace(trace.table.with_columns(session=np.arange(60)))
+    own, apart, plain = (
+        simulate(alone, **SMALL, **words) for words in ({"own_blocks": True}, {"prefix_caching": True}, {})
+    )
+    assert own.table["preemptions"].sum() > 3
+    assert own.meta.target["own_blocks_found"] == apart.meta.target["prefix_cache"]["blocks_hit"] > 0
+    assert own.table["last_token"].equals(apart.table["last_token"])
+    assert own.table["last_token"].max() < plain.table["last_token"].max()
+    assert own.table["cached_tokens"].null_count() == 60
+    shared = simulate(trace, own_blocks=True, **SMALL)
+    assert shared.table["last_token"].equals(own.table["last_token"])
+    roomy = SMALL | {"kv_blocks": 5000}
+    assert simulate(trace, own_blocks=True, **roomy).table.equals(simulate(trace, **roomy).table)
+
+
 def test_a_host_cache_gives_back_what_the_gpu_evicted():
     trace = conversations(120, 20.0)
     rates = [
@@ -509,6 +527,7 @@ def test_overload_shows_a_plateau():
         ({"swap_space": 3.0}, "--preemption swap"),
         ({"preemption": "swap"}, "--swap-space"),
         ({"eviction": "fifo"}, "--prefix-caching"),
+        ({"own_blocks": True, "prefix_caching": True}, "--own-blocks"),
         ({"host_bandwidth": 3.0, "prefix_caching": True}, "--host-cache"),
         ({"router": "random"}, "one replica"),
         ({"router": "prefix-affinity", "replicas": 2}, "--prefix-caching"),
@@ -550,6 +569,7 @@ def test_what_cannot_be_or_changes_nothing_is_refused(words, says):
         *((words, {}) for words in PLAIN),
         *((words, {"prefix_caching": True}) for words in CACHED if words),
         ({"prefix_caching": True}, {}),
+        ({"own_blocks": True}, {}),
         ({"prediction_error": 2.0}, {"scheduler": "sjf"}),
         ({"clients": "service"}, {"scheduler": "vtc"}),
         ({"swap_space": 0.01}, {"preemption": "swap", "swap_space": 4.0, "engine": "vllm-0.11"}),

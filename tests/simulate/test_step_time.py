@@ -4,13 +4,14 @@ import json
 from math import isclose
 
 import msgspec
+import numpy as np
 import pytest
 
 from squall.errors import InputError
 from squall.simulate.cluster import ENGINES, estimate_kv_blocks, resolve
 from squall.simulate.hardware import GPUS, MODELS, find_gpu, find_model
 from squall.simulate.replica import gpu_seconds
-from squall.simulate.step_time import BOUNDS, StepTable, StepTime, default_step_time, step_cost
+from squall.simulate.step_time import BOUNDS, StepTable, StepTime, default_step_time, gpu_times, step_cost
 
 # Billions of parameters as the publishers state them.
 PUBLISHED = {
@@ -120,6 +121,17 @@ def test_a_table_stands_in_for_the_roofline():
     cost = step_cost(StepTime(table=table), MODELS["llama-3.1-8b"], GPUS["h100"])
     for tokens, base in ((1, 0.01), (50.5, 0.015), (100, 0.02), (150, 0.04), (300, 0.1)):
         assert gpu_seconds(cost, tokens, 4.0, 1000.0, 9.0) == pytest.approx(base + 4e-4 + 1e-3, rel=1e-12)
+
+
+@pytest.mark.parametrize(("model", "tp"), [("llama-3.1-8b", 1), ("llama-3.1-70b", 4), ("mixtral-8x7b", 2)])
+@pytest.mark.parametrize("table", [None, StepTable(points=[(4, 0.01), (64, 0.02), (512, 0.03)], per_kv_token=1e-7)])
+def test_many_steps_take_as_long_as_each(model, tp, table):
+    step = StepTime(table=table, o0=0.0)
+    cost = step_cost(step, MODELS[model], GPUS["h100"], tp)
+    tokens = np.array([1, 2, 4, 30, 64, 500, 512, 2000, 8000])
+    steps = (tokens, np.minimum(tokens, 40), tokens * 30.0, tokens**2 / 2)
+    each = [gpu_seconds(cost, *map(float, one)) for one in zip(*steps, strict=True)]
+    assert gpu_times(cost, *steps) == pytest.approx(each, rel=1e-12)
 
 
 @pytest.mark.parametrize(

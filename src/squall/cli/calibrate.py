@@ -32,6 +32,7 @@ def calibrate(
     max_num_batched_tokens: Annotated[int | None, Parameter(group=MEASURED)] = None,
     max_model_len: Annotated[int | None, Parameter(group=MEASURED)] = None,
     engine: Annotated[str | None, Parameter(group=MEASURED)] = None,
+    prefix_caching: Annotated[bool | None, Parameter(group=MEASURED)] = None,
     budget: Annotated[str, Parameter(group=LIVE)] = "3m",
     served_model: Annotated[str | None, Parameter(group=LIVE)] = None,
     api_key_env: Annotated[str, Parameter(group=LIVE)] = "OPENAI_API_KEY",
@@ -68,6 +69,9 @@ def calibrate(
         Most tokens of a prompt and its response. [default: read from --url, or the model's context as far as it fits]
     engine
         vllm-0.11, vllm-0.14, vllm-0.19, vllm-0.24 or vllm-0.24-sync. [default: as --url tells, or vllm-0.24]
+    prefix_caching
+        Whether it caches prefixes: preempted requests then find their own blocks again. [default: as --url tells, or
+        yes, as vLLM does unless told not to]
     budget
         About how long the measurements may take.
     served_model
@@ -91,6 +95,7 @@ def calibrate(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         engine=engine,
+        prefix_caching=prefix_caching,
         budget=budget,
         served_model=served_model,
         api_key_env=api_key_env,

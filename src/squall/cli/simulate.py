@@ -55,6 +55,9 @@ class PolicyOptions:
     """Share of the blocks that an admission must leave free. [default: the engine's, 0]"""
     prefix_caching: Annotated[bool, Parameter(negative="", group=CACHE)] = False
     """Blocks are shared by prompts that begin alike, by the trace's prefix hashes or its sessions."""
+    own_blocks: Annotated[bool | None, Parameter(group=CACHE)] = None
+    """Without that: a preempted request still finds its own blocks again, as in vLLM, which caches prefixes unless told
+    not to. [default: as calibrated, or no]"""
     eviction: Annotated[str | None, Parameter(group=CACHE)] = None
     """Which cached block goes first: lru or fifo. [default: lru]"""
     shared_prefix: Annotated[int | None, Parameter(group=CACHE)] = None

@@ -139,6 +139,7 @@ def cluster_of(words: dict[str, Any], calibration: "str | Path | Calibration | N
     """The cluster that these words describe, for one that lives: a request's priority needs no --priorities."""
     by_priority = words.get("scheduler") == "priority"
     words = words | ({"scheduler": "fcfs"} if by_priority else {})
+    words["own_blocks"] = words.get("own_blocks") or False  # as calibrated is for simulations: check_live tells why
     cluster = resolve(**words) if calibration is None else calibrated(read_calibration(calibration), words)
     if not by_priority:
         return cluster

@@ -179,7 +179,13 @@ def saturation_rate(trace: Trace, *, calibration: "str | Path | Calibration | No
     """
     resolved = resolve(**cluster) if calibration is None else calibrated(read_calibration(calibration), cluster)
     one = msgspec.structs.replace(
-        resolved, replicas=1, queue_limit=None, timeout=None, retries=0, choices=Choices(), others=[]
+        resolved,
+        replicas=1,
+        queue_limit=None,
+        timeout=None,
+        retries=0,
+        choices=Choices(own_blocks=resolved.choices.own_blocks),
+        others=[],
     )
     prompt = trace.table["request_tokens"].to_numpy().astype(np.int64)
     output = trace.table["response_tokens"].to_numpy().astype(np.int64)

@@ -3,11 +3,13 @@
     minimise  sum over requests of rho((TTFT_sim - TTFT)/TTFT) + rho((E2E_sim - E2E)/E2E)
               + sum over coefficients of ((value - default) / spread)^2 / 2
 
-rho is robust (soft L1, in units of the noise that the best fit leaves over). The second sum is the prior: it decides
-where a run says nothing about a coefficient, and the physical bounds hold everywhere (without them a fit hides kernel
-time in host time). The recorded requests are simulated as they were sent, with the engine's own limits. Fitting on the
-first N requests uses only their latencies; the requests sent while these were being served are simulated too, because
-they share the engine, but nothing of their recorded latency is used, so that they can serve to test the fit.
+rho is robust (soft L1, in units of the noise that the best fit leaves over). Where the times of all tokens are known,
+the steps themselves are seen (seen.py), and there is a sum of rho((step_sim - step)/step) too. The last sum is the
+prior: it decides where a run says nothing about a coefficient, and the physical bounds hold everywhere (without them a
+fit hides kernel time in host time). The recorded requests are simulated as they were sent, with the limits of their
+engine. Fitting on the first N requests uses only their latencies; the requests sent while these were being served are
+simulated too, because they share the engine, but nothing of their recorded latency is used, so that they can serve to
+test the fit.
 """
 
 from datetime import UTC, datetime
@@ -28,6 +30,7 @@ from squall.simulate.cluster import Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests
 from squall.simulate.hardware import GPU, Model
 from squall.simulate.records import TICKS
+from squall.simulate.seen import FEWEST, Steps, steps_seen
 from squall.simulate.step_time import BOUNDS, Bound, StepTable, StepTime
 from squall.trace.table import Trace
 
@@ -49,8 +52,9 @@ DISTANCES = (0.1, 0.3, 0.6)
 DECISIVE = 10.0
 """By how much (a log posterior) one kind of engine must explain a run better to be taken for the right one."""
 
-BLOCK = 10
-"""So many neighbouring requests, which wait for the same steps, count as one observation."""
+BLOCK, STEP_BLOCK = 10, 20
+"""So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
+seen, which share what the machine did meanwhile."""
 
 LEAST_NOISE, MOST_NOISE = 0.002, 0.2
 """The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
@@ -98,6 +102,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    prefix_caching: bool = False
+    """Whether preempted requests found their own blocks again in the simulations that it was fitted with."""
     step_time: StepTime
     fitted: dict[str, tuple[float, float]]
     """The coefficients that were fitted, each with its 95 % interval."""
@@ -174,7 +180,8 @@ def calibrate_run(
 
     cluster = resolve(**words)
     name = "the run in memory" if isinstance(run, Run) else str(run)
-    table, said = requests_of(read_run(run), name)
+    recorded = read_run(run)
+    table, said = requests_of(recorded, name)
     n = len(table) if first is None else first
     if not LEAST <= n <= len(table):
         raise InputError(
@@ -182,13 +189,14 @@ def calibrate_run(
             " all of them."
         )
     free = _free(cluster, blocks_known=words.get("kv_blocks") is not None)
-    fit = fit_coefficients(cluster, [Recording(table, n)], free, seed)
+    fit = fit_coefficients(cluster, [Recording(table, n)], free, seed, _steps_until(recorded, table, n, cluster))
     everything = simulated_requests(table, fit.cluster)
     errors = {"fit": _errors(table[:n], everything[:n])}
     if n < len(table):
         errors["held_out"] = _errors(table[n:], everything[n:])
     elif n >= 2 * LEAST:
-        half = fit_coefficients(cluster, [Recording(table, n // 2)], free, seed)
+        steps = _steps_until(recorded, table, n // 2, cluster)
+        half = fit_coefficients(cluster, [Recording(table, n // 2)], free, seed, steps)
         errors["held_out"] = _errors(table[n // 2 :], simulated_requests(table, half.cluster)[n // 2 :])
     errors["all"] = _errors(table, everything)
     if "kv_blocks" in free:
@@ -199,6 +207,13 @@ def calibrate_run(
     result = calibration_of(fit, errors, [Recording(table, n)], name, said)
     write_calibration(result, out)
     return result
+
+
+def _steps_until(run: Run, table: pl.DataFrame, n: int, cluster: Cluster) -> Steps | None:
+    """The steps that were seen before any but the first `n` requests had a token; None if too few were."""
+    before = float(table["first_token"][n:].min()) if n < len(table) else np.inf  # type: ignore[arg-type]
+    steps = steps_seen([run], cluster.max_num_batched_tokens, before)
+    return steps if len(steps.took) >= FEWEST else None
 
 
 def calibration_of(
@@ -225,6 +240,7 @@ def calibration_of(
         max_num_seqs=cluster.max_num_seqs,
         max_num_batched_tokens=cluster.max_num_batched_tokens,
         max_model_len=cluster.max_model_len,
+        prefix_caching=cluster.choices.own_blocks,
         step_time=cluster.step_time,
         fitted=fit.intervals,
         informed=fit.informed,
@@ -269,11 +285,13 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
 def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     """The cluster that `words` (keywords of `resolve`) describe with the calibration's step time.
 
-    What is not given is as calibrated. Raises InputError if the model, the GPU or tp contradict the calibration.
+    What is not given is as calibrated; with `prefix_caching` what it says of resumed requests is included. Raises
+    InputError if the model, the GPU or tp contradict the calibration.
     """
     held = {name: getattr(calibration, name) for name in ("model", "gpu", "tp", "engine", "kv_blocks", "block_size")}
     held |= {name: getattr(calibration, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")}
     given = {name: value for name, value in words.items() if value is not None}
+    held["own_blocks"] = calibration.prefix_caching and not given.get("prefix_caching", False)
     cluster = resolve(**(held | given), step_time=calibration.step_time, step_time_name=calibration.name)
     for flag, mine, theirs in (
         ("--model", cluster.model, calibration.model),
@@ -288,21 +306,24 @@ def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
     return cluster if "kv_blocks" in given else msgspec.structs.replace(cluster, kv_blocks_from="the calibration")
 
 
-def fit_coefficients(cluster: Cluster, recordings: list[Recording], free: tuple[str, ...], seed: int) -> Fit:
-    """The cluster whose simulation meets the recordings best, over the coefficients (or `kv_blocks`) in `free`.
+def fit_coefficients(
+    cluster: Cluster, recordings: list[Recording], free: tuple[str, ...], seed: int, steps: Steps | None = None
+) -> Fit:
+    """The cluster that meets the recordings, and the steps that were seen, best, over the coefficients (or `kv_blocks`)
+    in `free`.
 
     A maximum a posteriori fit: each coefficient has a prior, normal around its default with the spread of BOUNDS, so
     that what the data leave open stays where other servers are. Gauss-Newton steps on the weighted residuals, with
     derivatives over a finite distance, since who is preempted when changes in jumps; from several starts.
     """
-    fit = _Problem(cluster, recordings, free).solve(seed)
-    slope = _host_slope(cluster, recordings) if "o1" in free else 0.0
+    fit = _Problem(cluster, recordings, free, steps).solve(seed)
+    slope = _host_slope(cluster, recordings, steps) if "o1" in free else 0.0
     if slope <= BOUNDS["o1"].high:
         return fit
     # The host is slower than any prior expects: that is another kind of server, tried beside the usual one.
     bound = Bound(0.0, 2 * slope, 0.5 * slope)
-    host_bound = _Problem(_with(cluster, {"o1": slope}), recordings, free, {"o1": bound}).solve(seed)
-    if host_bound.misfit > fit.misfit - DECISIVE:
+    host_bound = _Problem(_with(cluster, {"o1": slope}), recordings, free, steps, {"o1": bound}).solve(seed)
+    if host_bound.misfit > fit.misfit - DECISIVE or host_bound.cluster.step_time.o1 <= BOUNDS["o1"].high:
         return fit
     said = (
         f"This server is host-bound: a step takes {host_bound.cluster.step_time.o1 * 1e6:.0f} us longer with each"
@@ -311,10 +332,20 @@ def fit_coefficients(cluster: Cluster, recordings: list[Recording], free: tuple[
     return host_bound._replace(notes=[said, *host_bound.notes])
 
 
+def disagreement(cluster: Cluster, recordings: list[Recording]) -> float:
+    """Minus the logarithm of the likelihood of the recorded latencies on `cluster`, up to a constant."""
+    problem = _Problem(cluster, recordings, ())
+    nothing = np.empty(0)
+    residuals = problem.residuals(nothing)
+    problem.set_noise(residuals)
+    return problem.misfit(residuals, nothing) + problem.norm()
+
+
 class _Problem:
     """The least-squares problem. Coefficients are measured in spreads from their prior mean: z = (value - mean)/spread.
 
-    The errors of requests that wait for each other go together, so BLOCK neighbours count as one observation.
+    The errors of requests that wait for each other go together, so BLOCK neighbours count as one observation. There are
+    three kinds of residuals, in one array: of TTFT, of E2E, and of steps.
     """
 
     def __init__(
@@ -322,42 +353,51 @@ class _Problem:
         cluster: Cluster,
         recordings: list[Recording],
         free: tuple[str, ...],
+        steps: Steps | None = None,
         bounds_of: dict[str, Bound] | None = None,
     ) -> None:
-        self.cluster, self.free = cluster, free
+        self.cluster, self.free, self.steps = cluster, free, steps
         self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
         bounds = [(bounds_of or {}).get(name) or _bound(cluster, name) for name in free]
         self.spread = np.array([bound.spread for bound in bounds])
         self.low = (np.array([bound.low for bound in bounds]) - self.mean) / self.spread
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
         self.parts = [_Part.of(recording) for recording in recordings]
-        self.noise = np.array([LEAST_NOISE, LEAST_NOISE])
-        self.simulations = 0
+        requests = sum(len(part.ttft) for part in self.parts)
+        self.kind = np.repeat([0, 1, 2], [requests, requests, 0 if steps is None else len(steps.took)])
+        self.block = np.array([BLOCK, BLOCK, STEP_BLOCK])[self.kind]
+        self.noise = np.full(len(self.kind), LEAST_NOISE)
 
     def at(self, z: np.ndarray) -> Cluster:
         """The cluster with these coefficients."""
         return _with(self.cluster, dict(zip(self.free, (self.mean + z * self.spread).tolist(), strict=True)))
 
     def residuals(self, z: np.ndarray) -> np.ndarray:
-        """(2, requests) relative errors of TTFT and E2E."""
+        """(n,) relative errors, of the kinds in `kind`."""
         cluster = self.at(z)
-        self.simulations += 1
-        return np.concatenate([part.residuals(cluster) for part in self.parts], axis=1)
+        each = [part.residuals(cluster) for part in self.parts]
+        rows = [np.concatenate(rows) for rows in zip(*each, strict=True)]
+        if self.steps is not None:
+            rows.append(self.steps.seconds(cluster) / self.steps.took - 1)
+        return np.concatenate(rows)
+
+    def weight(self, residuals: np.ndarray) -> np.ndarray:
+        """(n,) of the residuals' squares, as they lie on the soft L1."""
+        return 1 / (np.sqrt(1 + (residuals / self.noise) ** 2) * self.block * self.noise**2)
 
     def misfit(self, residuals: np.ndarray, z: np.ndarray) -> float:
         """Minus the logarithm of the posterior, up to a constant."""
-        scaled = residuals / self.noise[:, None]
-        return float(2 * (np.sqrt(1 + scaled**2) - 1).sum() / BLOCK + z @ z) / 2
+        scaled = residuals / self.noise
+        return float((2 * (np.sqrt(1 + scaled**2) - 1) / self.block).sum() + z @ z) / 2
 
     def descend(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         """From `z` to a minimum: where, its residuals, its misfit."""
         residuals = self.residuals(z)
         best = self.misfit(residuals, z)
         for _ in range(STEPS):
-            slopes = self.slopes(z)
-            weight = 1 / (np.sqrt(1 + (residuals / self.noise[:, None]) ** 2) * BLOCK * self.noise[:, None] ** 2)
-            hessian = np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z))
-            step = -np.linalg.solve(hessian, np.einsum("kij,ij,ij->k", slopes, residuals, weight) + z)
+            slopes, weight = self.slopes(z), self.weight(residuals)
+            hessian = (slopes * weight) @ slopes.T + np.eye(len(z))
+            step = -np.linalg.solve(hessian, slopes @ (weight * residuals) + z)
             for share in (1.0, 0.5, 0.25, 0.1, 0.03):
                 there = np.clip(z + share * step, self.low, self.high)
                 new = self.residuals(there)
@@ -373,7 +413,7 @@ class _Problem:
         return z, residuals, best
 
     def slopes(self, z: np.ndarray) -> np.ndarray:
-        """(coefficients, 2, requests): of the residuals; the least-squares line over DISTANCES to both sides."""
+        """(coefficients, n): of the residuals; the least-squares line over DISTANCES to both sides."""
         rows = []
         for k in range(len(z)):
             rise, run = np.zeros(()), 0.0
@@ -407,20 +447,22 @@ class _Problem:
                 z, residuals, misfit = self.descend(z)
                 z, residuals, misfit = self.polish(z, residuals, misfit, self.covariance(z, residuals), seed)
             covariance = self.covariance(z, residuals)
-        # The width of the noise was fitted too: only with its norm are the misfits of two fits comparable.
-        norm = residuals.shape[1] / BLOCK * float(np.log(self.noise).sum())
-        return self.described(z, covariance, misfit + norm)
+        return self.described(z, covariance, misfit + self.norm())
+
+    def norm(self) -> float:
+        """The noise's own share of the misfit: its width was fitted too, so only with it can two fits be compared."""
+        return float((np.log(self.noise) / self.block).sum())
 
     def covariance(self, z: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         """Of the posterior at `z`, in spreads, as if it were normal."""
         slopes = self.slopes(z)
-        weight = 1 / (np.sqrt(1 + (residuals / self.noise[:, None]) ** 2) * BLOCK * self.noise[:, None] ** 2)
-        return np.linalg.inv(np.einsum("kij,lij,ij->kl", slopes, slopes, weight) + np.eye(len(z)))
+        return np.linalg.inv((slopes * self.weight(residuals)) @ slopes.T + np.eye(len(z)))
 
     def set_noise(self, residuals: np.ndarray) -> None:
-        """Robust standard deviations of the two kinds of residuals."""
-        spread = 1.4826 * np.median(np.abs(residuals), axis=1)
-        self.noise = np.clip(spread, LEAST_NOISE, MOST_NOISE)
+        """The robust standard deviation of each kind of residuals."""
+        for kind in np.unique(self.kind):
+            spread = 1.4826 * np.median(np.abs(residuals[self.kind == kind]))
+            self.noise[self.kind == kind] = np.clip(spread, LEAST_NOISE, MOST_NOISE)
 
     def polish(
         self, z: np.ndarray, residuals: np.ndarray, misfit: float, covariance: np.ndarray, seed: int
@@ -464,9 +506,13 @@ class _Problem:
         return Fit(self.at(z), intervals, correlations, informed, notes, misfit)
 
 
-def _host_slope(cluster: Cluster, recordings: list[Recording]) -> float:
-    """Seconds by which the recorded time per token rises with each request that runs beside, beyond what `cluster`
-    makes of the same requests."""
+def _host_slope(cluster: Cluster, recordings: list[Recording], steps: Steps | None) -> float:
+    """Seconds by which a step, or else the recorded time per token, rises with each request that runs beside, beyond
+    what `cluster` makes of the same."""
+    decodes = None if steps is None else steps.tokens == steps.sequences
+    if steps is not None and decodes is not None and np.unique(steps.sequences[decodes]).size > 1:
+        beyond = steps.took - steps.seconds(cluster)
+        return float(np.polyfit(steps.sequences[decodes], beyond[decodes], 1)[0])
     slopes = []
     for table, n in recordings:
         simulated = simulated_requests(table, cluster)

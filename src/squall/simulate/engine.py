@@ -101,6 +101,23 @@ def run_requests(
             f"arrivals from {arrival[0]:g} to {arrival[-1]:g} s: the simulator's clock runs from 0 to"
             f" {CLOCK_END:g} s; select a part with --between."
         )
+    if cluster.choices.own_blocks:
+        # Who is never preempted has nothing to find again: that is known sooner without looking at single blocks.
+        plain = run_requests(
+            arrival,
+            prompt,
+            output,
+            msgspec.structs.replace(cluster, choices=msgspec.structs.replace(cluster.choices, own_blocks=False)),
+            seed=seed,
+            token_times=token_times,
+            events=events,
+            steps=steps,
+            asked=asked,
+            hash_tokens=hash_tokens,
+            windows=windows,
+        )
+        if len(plain.attempts) == len(arrival) and not plain.attempts["preemptions"].any():
+            return plain
     limits = cluster.limits()._replace(windows=int(windows and not steps))
     replicas, costs, points = cluster.machines()
     sent = np.rint(arrival * TICKS).astype(np.int64)
@@ -185,7 +202,8 @@ def run_requests(
 def _looks_at_requests(cluster: Cluster) -> bool:
     """Whether anything hangs on more than the times and lengths of the requests."""
     chosen = cluster.choices
-    return chosen.scheduler != "fcfs" or chosen.prefix_caching or chosen.router == "session-affinity"
+    caching = chosen.prefix_caching or chosen.own_blocks
+    return chosen.scheduler != "fcfs" or caching or chosen.router == "session-affinity"
 
 
 def _described(arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, asked: pl.DataFrame | None) -> pl.DataFrame:
@@ -269,7 +287,7 @@ def _attempts(
     once = len(request) == len(requests)
     asked = requests.select("arrival", "service", "model", "failed", "request_tokens", "response_tokens")
     asked = asked if once else asked[request]
-    again, caching = len(it) > len(rows), outcome.pool is not None
+    again, caching = len(it) > len(rows), cluster.choices.prefix_caching
     spread = _spread(it, at, cluster.step_time.a2, again, caching)
     state, sent, ended = spread.state, asked["arrival"], spread.ended
     unsent = np.flatnonzero(at < 0)
@@ -469,7 +487,10 @@ def _totals(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
     overtaken = np.zeros(1) if cluster.choices.scheduler == "fcfs" else overtaken_for(outcome.attempts)
     totals["starved"] = int((overtaken > STARVED).sum())
     totals["longest_overtaken"] = float(overtaken.max())
-    if outcome.pool is not None:
+    if cluster.choices.own_blocks:
+        found = 0 if outcome.pool is None else outcome.pool.state["hits"].sum() + outcome.pool.state["host_hits"].sum()
+        totals["own_blocks_found"] = int(found)
+    elif outcome.pool is not None:
         state = outcome.pool.state
         asked = int(state["asked"].sum())
         hits = int(state["hits"].sum()), int(state["host_hits"].sum())
@@ -515,7 +536,12 @@ def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out:
             f"The KV cache of {cluster.kv_blocks:,} blocks is estimated; give --kv-blocks as the server reports"
             " it (num_gpu_blocks)."
         )
-    if outcome.pool is None:
+    if cluster.choices.own_blocks:
+        notes.append(
+            "Of the prefix cache only what resumed requests find of their own is modelled; what prompts share, and so"
+            " the real hit rate, is unknown."
+        )
+    elif outcome.pool is None:
         notes.append("Prefix caching is off: every prompt is computed in full, and the real hit rate is unknown.")
     if cluster.choices.unlike_vllm:
         notes.append(f"Not in vLLM v1: {', '.join(cluster.choices.unlike_vllm)}.")

@@ -71,6 +71,7 @@ _INSTEAD = {
     "clients": "a request's `user` is its client",
     "priorities": "a request's own `priority` counts, as in vLLM",
     "deadlines": "requests do not say what their deadline is",
+    "own_blocks": "with --prefix-caching it knows what a resumed request finds again",
     "shared_prefix": "what prompts share, their own texts say",
     "fail": "--fail-rate and --failures make requests fail; a replica behind a port of its own can be killed",
     "mtbf": "--fail-rate and --failures make requests fail; a replica behind a port of its own can be killed",

@@ -22,6 +22,7 @@ from squall.simulate import records
 from squall.simulate.blocks import BLOCK, NODE, PAGE, POOL, Pool
 from squall.simulate.records import TICKS
 from squall.simulate.waiting import KEYED, VTC, Queue
+from squall.trace.table import SCHEMA as TRACE_SCHEMA
 from squall.units import seconds
 
 SCHEDULERS = ("fcfs", "priority", "sjf", "srf", "lrf", "vtc", "edf")
@@ -69,6 +70,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     swap_bandwidth: float | None = None
     watermark: float | None = None
     prefix_caching: bool = False
+    own_blocks: bool = False
     eviction: str | None = None
     shared_prefix: int | None = None
     host_cache: float | None = None
@@ -207,6 +209,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"--router {self.router} changes nothing with one replica to choose; give more {more}.")
         if self.router == "prefix-affinity" and not self.prefix_caching:
             raise InputError("--router prefix-affinity needs --prefix-caching: without it no replica has a prefix.")
+        if self.own_blocks and self.prefix_caching:
+            raise InputError("--own-blocks changes nothing beside --prefix-caching, which includes it; leave it out.")
         if self.autoscale is not None and self.disaggregated:
             raise InputError(
                 "--autoscale cannot be combined with --prefill-replicas: its target is of one kind of replica; let the"
@@ -506,14 +510,15 @@ def _scrambled(a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
 
 
 def chains(asked: pl.DataFrame, output: np.ndarray) -> np.ndarray:
-    """(n,) uint64, equal for turns of a session each of which continues the one before; 0 without a session."""
+    """(n,) uint64, equal for turns of a session each of which continues the one before; without a session a request is
+    like no other, and finds only its own blocks, when it was preempted."""
     turns = pl.DataFrame(
         {"row": np.arange(len(asked)), "session": asked["session"], "p": asked["request_tokens"], "o": output}
     ).filter(pl.col("session").is_not_null())
     before = pl.col("p").shift(1) + SAME_CONVERSATION * pl.col("o").shift(1)
     cut = (pl.col("p") < before).fill_null(True).cast(pl.Int64)
     turns = turns.with_columns(epoch=cut.cum_sum().over("session"))
-    result = np.zeros(len(asked), np.uint64)
+    result = _scrambled(-1 - np.arange(len(asked)), 1)
     result[turns["row"].to_numpy()] = _scrambled(turns["session"].to_numpy(), turns["epoch"].to_numpy())
     return result
 
@@ -530,13 +535,16 @@ def pool_for(
 ) -> Pool | None:
     """The blocks of all replicas, if their identity matters. `block_bytes` is one block's on one GPU.
 
-    Raises InputError if the trace does not say which tokens are the same.
+    With `own_blocks` alone no two requests share any. Raises InputError if prefix caching is asked for and the trace
+    does not say which tokens are the same.
     """
-    if not choices.prefix_caching:
+    if not choices.prefix_caching and not choices.own_blocks:
         return None
     n, count, most = len(asked), len(replicas), int(replicas["blocks"].max())
+    if choices.own_blocks:
+        asked = asked.with_columns(pl.lit(None, TRACE_SCHEMA[name]).alias(name) for name in ("prefix", "session"))
     hashes = asked["prefix"].null_count() < n and hash_tokens is not None
-    if not hashes and asked["session"].null_count() == n and choices.shared_prefix is None:
+    if choices.prefix_caching and not hashes and asked["session"].null_count() == n and choices.shared_prefix is None:
         raise InputError(
             "--prefix-caching: the trace has neither prefix hashes nor sessions, so what its prompts share is unknown;"
             " leave it out, or assume a common beginning with --shared-prefix N."

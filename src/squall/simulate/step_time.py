@@ -185,3 +185,23 @@ def step_cost(step: StepTime, model: Model, gpu: GPU, tp: int = 1) -> StepCost:
         per_kv_token=float(step.table.per_kv_token),
         per_attention_pair=float(step.table.per_attention_pair),
     )
+
+
+def gpu_times(
+    cost: StepCost, tokens: np.ndarray, sequences: np.ndarray, kv_tokens: np.ndarray, attention_pairs: np.ndarray
+) -> np.ndarray:
+    """t_gpu of many steps, (n,) seconds: T, n, D + R and Q of each, (n,). `gpu_seconds` of the kernel, for many."""
+    if len(cost.points):
+        at, known = cost.points.T
+        gemm = np.interp(tokens, at, known)
+        for end, inner, outside in ((0, 1, tokens < at[0]), (-1, -2, tokens > at[-1])):
+            rise = (known[end] - known[inner]) / (at[end] - at[inner])
+            gemm = np.where(outside, np.maximum(0.0, known[end] + rise * (tokens - at[end])), gemm)
+        gemm = gemm + cost.per_sequence * sequences
+    else:
+        memory = cost.weights + cost.experts * (1.0 - np.exp(tokens * cost.log_unrouted))
+        compute = cost.per_token * tokens + cost.per_sequence * sequences
+        low, high = np.minimum(memory, compute), np.maximum(memory, compute)
+        gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
+        gemm = gemm + cost.reduce + cost.reduce_per_token * tokens
+    return gemm + cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
