@@ -62,6 +62,8 @@ from squall.simulate.records import (
     REPLICA_UP,
     RESET,
     RETRY,
+    ROLE_SMOOTHING,
+    ROLE_TREND,
     ROUND_ROBIN,
     RUNNING,
     SCALE,
@@ -475,9 +477,9 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
 
 @lean
 def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) -> Any:
-    """How many replicas the prompts and the responses would fill.
+    """How many replicas the prompts and the responses would fill: what comes, smoothed, and what waits.
 
-    Prompts: the time that those which wait, and as many as came since the last look, take to compute, per time between
+    Prompts: the time that those which wait, and as many as come between two looks, take to compute, per time between
     two looks; what the prefix caches have found until now is left out. Responses: the places in the batch or the blocks
     that they have, and that those which wait will take, whichever is the larger share.
     """
@@ -485,20 +487,23 @@ def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) ->
     if counters[ARRIVED] > 0:
         memory[0] = counters[ASKED] / counters[ARRIVED]
     mean = memory[0]  # tokens of a prompt
-    tokens = float(counters[ASKED])
-    responses = 0.0
+    tokens, responses = 0.0, 0.0
+    held = 0.0
     asked, hits = 0, 0
     for r in range(engines.state.size):
         me = engines.state[r]
         if me.role == PREFILL:
             tokens += me.waiting * mean
         else:
-            places = (me.running + me.waiting) / me.max_seqs
-            blocks = (me.blocks - me.free + me.waiting * mean / limits.block_size) / me.blocks
-            responses += max(places, blocks)
+            held += max(me.running / me.max_seqs, (me.blocks - me.free) / me.blocks)
+            responses += max(me.waiting / me.max_seqs, me.waiting * mean / limits.block_size / me.blocks)
         if pool is not None:
             asked += pool.state[r].asked
             hits += pool.state[r].hits + pool.state[r].host_hits
+    trend = ROLE_TREND if limits.scale_by == BY_FORECAST else 0.0
+    tokens += _extrapolated(memory[2:4], float(counters[ASKED]), memory[1], trend)
+    responses += _extrapolated(memory[4:6], held, memory[1], trend)
+    memory[1] += 1.0
     if asked > 0:
         tokens *= 1.0 - hits / asked
     counters[ARRIVED] = counters[ASKED] = 0
@@ -506,13 +511,14 @@ def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) ->
 
 
 @lean
-def _extrapolated(memory: np.ndarray, value: float, looks: Any) -> Any:
-    """Holt's linear trend (a level and a slope, smoothed), one look ahead; `memory` holds the two."""
+def _extrapolated(memory: np.ndarray, value: float, looks: Any, trend: float) -> Any:
+    """Holt's linear trend (a level and a slope, both smoothed), one look ahead; `memory` holds the two. Without a
+    `trend`, simple exponential smoothing."""
     if looks == 0:
         memory[0], memory[1] = value, 0.0
     else:
-        level = 0.5 * value + 0.5 * (memory[0] + memory[1])
-        memory[1] = 0.3 * (level - memory[0]) + 0.7 * memory[1]
+        level = ROLE_SMOOTHING * value + (1.0 - ROLE_SMOOTHING) * (memory[0] + memory[1])
+        memory[1] = trend * (level - memory[0]) + (1.0 - trend) * memory[1]
         memory[0] = level
     return max(0.0, memory[0] + memory[1])
 
@@ -525,10 +531,6 @@ def _change_role(
     lowers the load of the fuller side by a factor, and that load is not small."""
     state = engines.state
     prompts, responses = _demands(engines, pool, limits, memory)
-    if limits.scale_by == BY_FORECAST:
-        prompts = _extrapolated(memory[2:4], prompts, memory[1])
-        responses = _extrapolated(memory[4:6], responses, memory[1])
-    memory[1] += 1.0
     prefills = 0
     for r in range(state.size):
         prefills += (state[r].role == PREFILL) != (state[r].up == CHANGING)
