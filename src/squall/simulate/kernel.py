@@ -8,6 +8,7 @@ touched schedules, in their order.
 Options that are not used are types (None for the pool of blocks or the queue), so that they cost nothing.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from squall import native
 from squall.native import Bundle, Form, inlined, lean
+from squall.progress import note
 from squall.simulate.blocks import clear, find_hits, register_prompt
 from squall.simulate.records import (
     ARRIVE,
@@ -38,6 +40,7 @@ from squall.simulate.records import (
     FRONT,
     GIVE_UP,
     HEAPED,
+    INTERRUPTED,
     KV_END,
     LEAST_KV,
     LEAST_LOAD,
@@ -724,12 +727,37 @@ def _run(work: Any) -> int:
 
 PARTS = tuple(f"squall.simulate.{name}" for name in ("blocks", "kernel", "records", "replica", "waiting"))
 """The modules whose functions are compiled together."""
+COMPILING = "Compiling the simulator for these options: this is done once, and takes half a minute."
 
 
 @cache
 def _compiled(form: Form) -> Callable[..., int]:
     """_run for what is used: without a pool of blocks, or a queue, there is no code for them."""
-    return native.load(__name__, "_run", also=PARTS, bundles=(form,))
+    return native.load(__name__, "_run", also=PARTS, slow=lambda: note(COMPILING), bundles=(form,))
+
+
+def _watched(
+    run: Callable[[int], int], bundle: Bundle, counters: np.ndarray, watch: Callable[[int, int], object] | None
+) -> int:
+    """`run` in a thread beside this one, which can thus be interrupted: what runs then stops where it is.
+
+    `watch` is told now and then how many requests have come, and how many of them are not over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return run(bundle.address)
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(run(bundle.address)), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+            if watch is not None:
+                watch(int(counters[ENTERED]), int(counters[OPEN] + counters[PENDING]))
+    except KeyboardInterrupt:
+        counters[STUCK] = INTERRUPTED
+        thread.join()
+        done[:] = [1]
+    return done[0]
 
 
 def run_cluster(
@@ -750,6 +778,7 @@ def run_cluster(
     width: int,
     log_events: bool,
     log_steps: bool,
+    watch: Callable[[int, int], object] | None = None,
 ) -> Any:
     """Run requests through the cluster until none is left.
 
@@ -774,13 +803,16 @@ def run_cluster(
     log_events, log_steps
         Whether to keep a row of every event in a request's life (not in the order of time), and of every step. With
         windows, steps within them are not logged.
+    watch
+        Is told now and then how many requests have come, and how many of them are not over.
 
     Returns
     -------
     attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
     (replicas, SAMPLES, 5), their width in ticks, the token ticks, the events (EVENT), the steps (STEP), and the
     counters: at NOW the tick of the end, at OPEN the attempts that never ended, at UNFIT the unservable ones, at STUCK
-    0, or 1 + the attempt that was preempted again and again, or -1 if an invariant broke (debug).
+    0, or 1 + the attempt that was preempted again and again, or -1 if an invariant broke (debug), or INTERRUPTED: then
+    the first ENTERED attempts have come, and some are not over.
     """
     n, limits = len(arrival), settings[0]
     engines = engines_of(
@@ -801,7 +833,7 @@ def run_cluster(
     memory = np.zeros(6 if limits["scale_by"] >= BY_BACKLOG else max(1, looks))
     work = Work(engines, attempts, arrival, prompt, output, pool, queue, settings, affinity, outages, memory)
     counters, bundle = engines.shared.counters, Bundle(work)
-    while not _compiled(bundle.form)(bundle.address):
+    while not _watched(_compiled(bundle.form), bundle, counters, watch):
         engines, attempts = with_room(work.engines), work.attempts
         if counters[USED] == len(attempts) and counters[PENDING] > 0:
             attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])
