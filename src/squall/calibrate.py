@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError, SquallError
+from squall.files import check_place
 from squall.progress import progress
 from squall.replay import replay
 from squall.run.table import Run, RunSource
@@ -111,9 +112,9 @@ def calibrate(
     max_model_len: int | None = None,
     engine: str | None = None,
     prefix_caching: bool | None = None,
-    budget: Duration = 180.0,
+    budget: Duration | None = None,
     served_model: str | None = None,
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str | None = None,
     seed: int = DEFAULT_SEED,
 ) -> Calibration:
     """Fit the simulator's step time to a recorded run, or to a live vLLM server.
@@ -156,9 +157,14 @@ def calibrate(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
     }
+    if out is not None:
+        check_place(out, reads=run)
     if (run is None) == (url is None):
         raise InputError("calibrate: give either --run (a recorded run) or --url (a live server).")
     if run is not None:
+        live = {"--budget": budget, "--served-model": served_model, "--api-key-env": api_key_env}
+        for flag in (flag for flag, value in live.items() if value is not None):
+            raise InputError(f"{flag} has no effect with --run: it is about a live server.")
         for flag, value in (("--model", model), ("--gpu", gpu)):
             if value is None:
                 raise InputError(f"{flag} is missing: a recorded run does not say what it ran on.")
@@ -176,10 +182,9 @@ def calibrate(
         )
     if first is not None:
         raise InputError("--first has no effect with --url: a live server is tested on runs of its own.")
-    server = _Server(url or "", served_model, api_key_env)
-    return _calibrate_live(
-        server, model, gpu, tp, engine, prefix_caching, limits, seconds(budget, "--budget"), seed, out
-    )
+    server = _Server(url or "", served_model, api_key_env or "OPENAI_API_KEY")
+    limit = seconds("3m" if budget is None else budget, "--budget")
+    return _calibrate_live(server, model, gpu, tp, engine, prefix_caching, limits, limit, seed, out)
 
 
 class _Server:
@@ -201,7 +206,9 @@ class _Server:
         except urllib.error.HTTPError:
             return ""
         except (OSError, ValueError) as error:
-            raise InputError(f"--url {self.url}: {path} cannot be read ({error}); is the server up?") from error
+            why = getattr(error, "reason", error)
+            why = getattr(why, "strerror", None) or why
+            raise InputError(f"--url {self.url}: {path} cannot be read ({why}); is the server up?") from error
 
     def counter(self, name: str) -> float | None:
         """The sum of a counter or gauge over its labels; None if there is none of that name."""

@@ -12,7 +12,7 @@ from squall.calibrate import calibrate
 from squall.errors import InputError
 from squall.run.table import Run, RunMeta
 from squall.simulate import simulate
-from squall.simulate.calibrate import read_calibration
+from squall.simulate.calibrate import BUILT_IN, read_calibration
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_requests, run_trace
 from squall.simulate.records import TICKS
@@ -200,6 +200,8 @@ def test_the_times_of_later_requests_are_not_used_and_the_same_data_give_the_sam
         ({"first": 500}, "--first 500"),
         ({"kv_blocks": 100}, "do not fit"),
         ({"gpu": "none"}, "--gpu none"),
+        ({"budget": "3m"}, "--budget has no effect with --run"),
+        ({"out": "/proc/c.json"}, "nothing can be written in /proc"),
     ],
 )
 def test_impossible_calls(run, words, says):
@@ -223,6 +225,29 @@ def test_bad_calibration_files(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError, match="squall calibrate"):
         read_calibration(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("step_time", "e_bw"), 0.0, "step_time.e_bw is 0"),
+        (("step_time", "e_fl"), -1.0, "step_time.e_fl is -1"),
+        (("step_time", "o0"), 1e9, "step_time.o0"),
+        (("valid",), {}, "valid has no request_tokens"),
+        (("errors",), {}, "neither held_out nor fit"),
+        (("errors", "held_out", "mean"), {}, "errors.held_out.mean has no ttft"),
+        (("model", "layers"), 0, "layers is 0"),
+    ],
+)
+def test_calibrations_that_no_fit_has_written(tmp_path, path, value, says):
+    record = json.loads((BUILT_IN / "rtx4090-llama-3.1-8b-vllm-0.19.json").read_bytes())
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (tmp_path / "c.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=f"not a file that `squall calibrate` made: .*{says}"):
+        read_calibration(tmp_path / "c.json")
 
 
 @pytest.fixture(scope="module")

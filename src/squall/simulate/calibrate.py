@@ -23,6 +23,7 @@ import polars as pl
 
 from squall import __version__
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import note, progress
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
@@ -293,7 +294,7 @@ def write_calibration(calibration: Calibration, out: str | Path | None) -> None:
         note(f"note: {line}")
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
+        replace_file(Path(out), msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
 
 
 def read_calibration(source: str | Path | Calibration) -> Calibration:
@@ -302,7 +303,8 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
         return source
     path = BUILT_IN / f"{source}.json"
     try:
-        return msgspec.json.decode((path if path.is_file() else Path(source)).read_bytes(), type=Calibration)
+        found = msgspec.json.decode((path if path.is_file() else Path(source)).read_bytes(), type=Calibration)
+        _check(found)
     except FileNotFoundError:
         names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.json")))
         raise InputError(
@@ -310,8 +312,23 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
         ) from None
     except OSError as error:
         raise InputError(f"--calibration {source}: it cannot be read: {error.strerror}.") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, ValueError) as error:
         raise InputError(f"--calibration {source}: not a file that `squall calibrate` made: {error}.") from None
+    return found
+
+
+def _check(calibration: Calibration) -> None:
+    """Raise ValueError for what no fit can have written."""
+    calibration.model.check()
+    calibration.step_time.check()
+    for kind in ("held_out", "fit"):
+        errors = calibration.errors.get(kind)
+        if errors is not None and not {"ttft", "e2e"} <= errors.mean.keys():
+            raise ValueError(f"errors.{kind}.mean has no ttft or no e2e")
+    if not {"held_out", "fit"} & calibration.errors.keys():
+        raise ValueError("errors has neither held_out nor fit")
+    if not {"request_tokens", "response_tokens"} <= calibration.valid.keys():
+        raise ValueError("valid has no request_tokens or no response_tokens")
 
 
 def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
