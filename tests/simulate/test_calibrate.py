@@ -83,7 +83,8 @@ def test_the_times_of_all_tokens_tell_more(trace):
     result = calibrate(run=full, first=100, **ALONE)
     steps = steps_seen([full], 2048)
     off = [steps.seconds(resolve(**SERVER, step_time=step)) for step in (result.step_time, TRUTH)]
-    assert np.quantile(np.abs(off[0] / off[1] - 1), 0.9) < 0.01
+    assert np.median(np.abs(off[0] / off[1] - 1)) < 0.005
+    assert np.quantile(np.abs(off[0] / off[1] - 1), 0.9) < 0.03
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.01
     # Of the requests that are to test the fit, not even the token times are looked at.
     late = float(full.table.sort("sent")["first_token"][100:].min())
