@@ -3,9 +3,31 @@
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from squall.errors import InputError
+
+
+def check_place(path: str | Path, reads: object = None) -> Path:
+    """`path`, or InputError if no file can be put there: for verbs that work long before they write.
+
+    Folders may be missing. `reads` is what the verb reads, if that is a file: it must not be this one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: this is a directory; give the name of a file.")
+    with suppress(OSError):
+        if isinstance(reads, str | Path) and path.samefile(reads):
+            raise InputError(f"{path}: this is the file that is read; what is written needs another name.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"{path}: nothing can be written in {folder} ({error.strerror}); give another place."
+        ) from None
+    return path
 
 
 def replace_file(path: Path, write: bytes | Callable[[Path], object]) -> None:

@@ -1,6 +1,10 @@
 """The simulate and calibrate commands: what they print, write, refuse, and the files that pass between them."""
 
 import json
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -8,6 +12,9 @@ import pytest
 
 from squall.cli import main
 from squall.run.files import read_run
+from squall.simulate import simulate
+from squall.trace.files import write_trace
+from squall.trace.table import Trace, TraceMeta
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,8 @@ def test_json_is_alone_on_standard_output(trace, tmp_path, capsys):
         (["--prefix-caching"], "--shared-prefix"),
         (["--retries", "2"], "--retries 2"),
         (["--kv-blocks", "three"], "kv-blocks"),
+        (["--model", ""], "--model : neither a built-in name nor a file"),
+        (["--timeline", "/proc/t.json"], "nothing can be written in /proc"),
     ],
 )
 def test_wrong_calls_are_one_sentence(trace, tmp_path, capsys, words, says):
@@ -88,6 +97,69 @@ def test_wrong_calls_are_one_sentence(trace, tmp_path, capsys, words, says):
 def test_a_bad_destination_is_told_before_the_work(trace, tmp_path, capsys):
     assert call("simulate", trace, "-o", tmp_path / "run.xyz") == 2
     assert "run.xyz" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over_the_trace_or_where_nothing_can_be(trace, tmp_path, capsys):
+    before = Path(trace).read_text()
+    assert call("simulate", trace, "-o", trace) == 2
+    assert "this is the file that is read" in capsys.readouterr().err
+    assert Path(trace).read_text() == before
+    assert call("simulate", trace, "-o", "/proc/run.csv") == 2
+    assert "nothing can be written in /proc" in capsys.readouterr().err
+
+
+def test_names_from_files_cannot_steer_a_terminal(trace, tmp_path, capsys):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 99}
+    config = shape | {"vocab_size": 9, "_name_or_path": "\x1b[31mred"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert call("simulate", trace, "-o", tmp_path / "run.csv", "--model", tmp_path, "--head", 5) == 0
+    said = capsys.readouterr()
+    assert "\\x1b[31mred" in said.out
+    assert "\x1b" not in said.out + said.err
+    assert "None" not in said.out  # a percentile of too few
+
+
+@pytest.fixture(scope="module")
+def overload(tmp_path_factory):
+    rng = np.random.default_rng(1)
+    n = 400_000
+    columns = {
+        "arrival": np.cumsum(rng.exponential(0.001, n)),
+        "request_tokens": rng.integers(10, 900, n),
+        "response_tokens": rng.integers(10, 300, n),
+    }
+    trace = Trace.of(columns, TraceMeta(source="test", format="generated"))
+    path = tmp_path_factory.mktemp("overload") / "trace.parquet"
+    write_trace(trace, path)
+    return path, simulate(trace, token_times=False).table
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_what_had_happened(overload, tmp_path, capsys, monkeypatch, number):
+    """What had ended by then is as in the whole run, what was under way is cancelled, and the exit code says so."""
+
+    @contextmanager
+    def interrupting(title, total):
+        yield lambda done: done > 1000 and os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("squall.simulate.progress", interrupting)
+    path, whole = overload
+    try:
+        assert call("simulate", path, "-o", tmp_path / "part.parquet") == 130
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    said = capsys.readouterr()
+    assert "Interrupted after" in said.err
+    assert "written" in said.out
+    part = read_run(tmp_path / "part.parquet")
+    assert part.meta.state == "interrupted"
+    assert part.meta.offered == len(whole) > len(part)
+    ended = part.table.filter(pl.col("status") == "ok")
+    assert len(ended) > 0
+    rest = part.table.filter(pl.col("status") != "ok")
+    assert set(rest.select("status", "reason").rows()) == {("cancelled", "stop")}
+    told = ["request", "sent", "first_token", "last_token", "response_tokens", "preemptions"]
+    assert ended.select(told).equals(whole[ended["request"]].select(told))
 
 
 def test_calibrate_then_simulate(trace, tmp_path, capsys):

@@ -167,6 +167,7 @@ def test_the_roofline_written_out(tp):
         + ((2 * matrices / tp * t + 2 * vocab / tp * d * n) / (step.e_fl * 989e12)) ** step.p
     ) ** (1 / step.p)
     attention = 327_680 / tp * kv / (step.e_kv * 3.35e12) + 4 * layers * heads / tp * hd * q / (step.e_at * 989e12)
+    attention += step.t_row * layers * heads / tp * n
     reduce = 0 if tp == 1 else 2 * layers * (step.alpha_ar + 2 * d * t / step.bw_ar)
     cost = step_cost(step, MODELS["llama-3.1-70b"], gpu, tp)
     assert gpu_seconds(cost, t, n, kv, q) == pytest.approx(gemm + attention + reduce, rel=1e-12)
@@ -189,6 +190,30 @@ def test_default_kernels_are_near_the_measured_tables(gpu, model, tp, base_ms, p
     assert gpu_seconds(cost, 1.0, 1.0, 1.0, 0.0) * 1e3 == pytest.approx(base_ms, rel=0.2)
     more, less = gpu_seconds(cost, 4096.0, 1.0, 0.0, 0.0), gpu_seconds(cost, 2048.0, 1.0, 0.0, 0.0)
     assert (more - less) / 2048 * 1e6 == pytest.approx(prefill_us, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "tp", "rise_us"),
+    [
+        ("h100", "llama-3.1-8b", 1, 12.5),
+        ("h100", "llama-3.1-8b", 2, 8.3),
+        ("h100", "qwen2.5-7b", 1, 9.5),
+        ("h100", "qwen3-32b", 1, 41.6),
+        ("h100", "qwen3-32b", 2, 27.7),
+        ("h100", "llama-3.1-70b", 4, 33.6),
+        ("h100", "llama-3.1-70b", 8, 23.7),
+        ("h200", "llama-3.1-8b", 1, 14.1),
+        ("h200", "qwen3-32b", 1, 45.8),
+        ("l40s", "llama-3.1-8b", 1, 27.5),
+        ("a100", "llama-3.1-8b", 1, 39.5),
+        ("a100", "qwen3-32b", 1, 134.6),
+    ],
+)
+def test_a_sequence_more_costs_what_the_measured_tables_say(gpu, model, tp, rise_us):
+    """The same tables: the rise of decode steps of up to 256 sequences with each, however short it is."""
+    cost = step_cost(default_step_time(GPUS[gpu], tp), MODELS[model], GPUS[gpu], tp)
+    many, one = gpu_seconds(cost, 257.0, 257.0, 0.0, 0.0), gpu_seconds(cost, 1.0, 1.0, 0.0, 0.0)
+    assert (many - one) / 256 * 1e6 == pytest.approx(rise_us, rel=0.2)
 
 
 def test_prefill_in_a_mixed_step_is_cheaper_than_added():
@@ -277,6 +302,8 @@ def test_files_describe_others(tmp_path):
         ('{"name": "x"}', "memory_gb"),
         ('{"name": "x", "memory_gb": 0, "bandwidth_tb_s": 1, "bf16_tflops": 1}', "memory_gb"),
         ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1, "bf16_tflops": 1, "colour": 1}', "colour"),
+        ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1e-12, "bf16_tflops": 1}', "bandwidth_tb_s"),
+        ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1, "bf16_tflops": 1, "fp8_tflops": -5}', "fp8_tflops"),
     ],
 )
 def test_bad_gpu_files(tmp_path, text, says):
@@ -295,6 +322,11 @@ def test_bad_gpu_files(tmp_path, text, says):
         ({"kv_lora_rank": 512}, "qk_rope_head_dim is missing"),
         ({"quantization_config": {"bits": 3}}, "neither 8 nor 4 bits"),
         ({"quantization_config": "small"}, "neither 8 nor 4 bits"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads evenly"),
+        ({"num_key_value_heads": 8}, "4 attention heads cannot share 8"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
+        ({"num_local_experts": 8}, "num_experts_per_tok is missing"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 20}, "20 of 8 experts"),
     ],
 )
 def test_bad_model_files(tmp_path, changes, says):
@@ -321,6 +353,12 @@ def test_bad_model_files(tmp_path, changes, says):
         ({"preemption": "magic"}, "recompute"),
         ({"router": "best"}, "least-outstanding"),
         ({"tp": 3}, "--tp 3"),
+        ({"model": ""}, "built in are"),
+        ({"gpu": ""}, "built in are"),
+        ({"fleet": "=2"}, "--fleet =2"),
+        ({"prefix_caching": True, "host_cache": 1e9}, "more than the 100,000,000"),
+        ({"autoscale": "kv:inf", "max_replicas": 3}, "--autoscale kv:inf"),
+        ({"mtbf": "1h", "fail": "0@3s"}, "give one of them"),
         ({"replicas": 0}, "--replicas 0"),
         ({"kv_blocks": 1}, "null block"),
         ({"max_num_seqs": 4096, "max_num_batched_tokens": 512}, "vLLM refuses"),

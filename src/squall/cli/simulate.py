@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from squall.run.metrics import Metrics
     from squall.run.table import Run
 
+INTERRUPTED = 130
+
 CLUSTER = Group("Cluster", sort_key=10)
 LIMITS = Group("Engine limits", sort_key=20)
 CLIENT = Group("Clients", sort_key=30)
@@ -184,11 +186,12 @@ def simulate(
     token_times
         Keep the time of every token, for ITL. [default: up to a million response tokens]
     """
+    from squall.run.files import check_run_path, write_run
     from squall.simulate import simulate as run_simulation
 
+    check_run_path(out, reads=trace)
     run = run_simulation(
         trace,
-        out=out,
         model=model,
         gpu=gpu,
         tp=tp,
@@ -228,27 +231,32 @@ def simulate(
             }
         )
     else:
-        _show(run, result, out)
-    return 0
+        _show(run, result)
+    write_run(run, out)  # at last: if the disk is full, what came of it has been told
+    if not output.json:
+        print(f"{'written':<12} {printable(out)}")
+    return INTERRUPTED if run.meta.state == "interrupted" else 0
 
 
-def _show(run: "Run", result: "Metrics", out: str) -> None:
+def _show(run: "Run", result: "Metrics") -> None:
     from squall.report.terminal import console, number, percent, row, table
 
     screen = console()
     target = run.meta.target
     gpus = f"{target['tp']} x {target['gpu']}" if target["tp"] > 1 else target["gpu"]
-    screen.print(
-        f"{result.requests:,} requests on {target['replicas']} x {target['model']} ({gpus}, {target['engine']}),"
-        f" {target['kv_blocks']:,} KV blocks ({target['kv_blocks_from']}); step time: {run.meta.step_time}",
-        markup=False,
+    counted = f"{result.requests:,} request{'s' * (result.requests != 1)}"
+    text = (
+        f"{counted} on {target['replicas']} x {target['model']} ({gpus}, {target['engine']}),"
+        f" {target['kv_blocks']:,} KV blocks ({target['kv_blocks_from']}); step time: {run.meta.step_time}"
     )
+    screen.print(printable(text), markup=False)
     shown = table("Latency, seconds from schedule", "", "n", "mean", "p50", "p90", "p95", "p99", "max")
     for name in ("ttft", "tpot", "itl", "e2e"):
         it = getattr(result, name)
         if it.n:
             row(shown, name.upper(), it.n, it.mean, it.p50, it.p90, it.p95, it.p99, it.max)
-    screen.print(shown)
+    if shown.row_count:
+        screen.print(shown)
     if target.get("slowest"):
         shown = table("The slowest requests, seconds", "row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
         for it in target["slowest"]:
@@ -264,7 +272,6 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         "peak KV use": percent(result.kv_cache.peak),
         "preemptions": f"{result.preemptions or 0:,}",
         "failures": failures,
-        "written": out,
     }
     if target["unlike_vllm"]:
         lines["not vLLM v1"] = ", ".join(target["unlike_vllm"])

@@ -36,10 +36,11 @@ def table(title: str, *columns: str) -> "Table":
 
 
 def row(into: "Table", *cells: object) -> None:
-    """Add a row of plain text: control characters and markup in untrusted names are shown, not obeyed."""
+    """Add a row of plain text, `-` for None: control characters and markup in untrusted names are shown, not obeyed."""
     from rich.text import Text
 
-    into.add_row(*(Text(printable(number(cell) if isinstance(cell, float) else str(cell))) for cell in cells))
+    texts = (number(cell) if cell is None or isinstance(cell, float) else str(cell) for cell in cells)
+    into.add_row(*(Text(printable(text)) for text in texts))
 
 
 def number(value: float | None, digits: int = 3) -> str:
