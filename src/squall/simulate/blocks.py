@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squall.native import lean
+from squall.native import lean, prefetch
 
 NEVER: Any = np.int64(2**62)
 
@@ -272,6 +272,7 @@ def _pop(pool: Pool, r: int, me: Any) -> Any:
     if pool.fifo:
         while block[b].reference > 0:
             b = np.int64(block[b].after)
+    prefetch(block, np.int64(block[b].after))  # it is the next
     _unlink(block, b)
     if pool.fifo:
         _link_last(block, b)
