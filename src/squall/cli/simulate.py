@@ -214,6 +214,16 @@ def simulate(
         **vars(policies),
         **as_options(select),
     )
+    try:
+        _tell(run, output)
+    finally:  # after what came of it is told, as the disk may be full, and even if nobody listens any more
+        write_run(run, out)
+    if not output.json:
+        print(f"{'written':<12} {printable(out)}")
+    return INTERRUPTED if run.meta.state == "interrupted" else 0
+
+
+def _tell(run: "Run", output: Output) -> None:
     from squall.run import metrics
 
     for line in run.meta.notes:
@@ -232,10 +242,6 @@ def simulate(
         )
     else:
         _show(run, result)
-    write_run(run, out)  # at last: if the disk is full, what came of it has been told
-    if not output.json:
-        print(f"{'written':<12} {printable(out)}")
-    return INTERRUPTED if run.meta.state == "interrupted" else 0
 
 
 def _show(run: "Run", result: "Metrics") -> None:

@@ -20,8 +20,12 @@ def console() -> "Console":
     """Standard output for people: coloured on a terminal, plain in a pipe, never wider than 120 columns."""
     from rich.console import Console
 
-    probe = Console(highlight=False)
-    return Console(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for the command line to judge; rich would exit with 1
+
+    probe = Page(highlight=False)
+    return Page(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
 
 
 def table(title: str, *columns: str) -> "Table":
