@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from squall import native
+from squall.jit import njit
 
 
 class Inner(NamedTuple):
@@ -140,6 +141,16 @@ def test_a_place_that_cannot_be_written(module, tmp_path):
         assert native.load(name, "add", 2)(2, 3) == 5
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_an_index_from_the_end_is_refused(module):
+    class One(NamedTuple):
+        x: np.ndarray
+
+    form = native.Bundle(One(np.zeros(3, np.int64))).form
+    with pytest.raises(TypeError, match="count from the begin"):
+        native.load(module("def last(one):\n    return one.x[-1]\n"), "last", bundles=(form,))
+    assert njit(lambda x: x[-1])(np.arange(3)) == 2  # elsewhere it is as ever
 
 
 def test_what_needs_the_run_time_of_numba_is_refused(module):

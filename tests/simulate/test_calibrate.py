@@ -14,7 +14,8 @@ from squall.run.table import Run, RunMeta
 from squall.simulate import simulate
 from squall.simulate.calibrate import BUILT_IN, read_calibration
 from squall.simulate.cluster import resolve
-from squall.simulate.engine import run_trace
+from squall.simulate.engine import run_requests, run_trace
+from squall.simulate.records import TICKS
 from squall.simulate.replica import gpu_seconds
 from squall.simulate.step_time import StepTime, step_cost
 from squall.trace.table import Trace, TraceMeta
@@ -101,6 +102,63 @@ def test_a_host_bound_server_is_recognised(trace, seen):
     assert result.step_time.o1 == pytest.approx(2.5e-4, rel=0.1)
     assert any("host-bound" in line for line in result.notes)
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.03
+
+
+def recorded_of(trace, cluster, *, of_engine, warm_up):
+    """What is written down of `trace` on `cluster`: by a client, or by the engine whenever it takes requests over,
+    which it does between two steps; the first request waits for `warm_up` seconds more, and all behind it."""
+    table = trace.table
+    came = np.maximum(table["arrival"].to_numpy(), table["arrival"][0] + warm_up)
+    prompt, response = (table[name].to_numpy() for name in ("request_tokens", "response_tokens"))
+    outcome = run_requests(came, prompt, response, cluster, steps=True)
+    it = outcome.attempts[np.argsort(outcome.attempts["request"])]
+    sent = table["arrival"].to_numpy().copy()
+    if of_engine:
+        for k, at in enumerate(np.rint(came * TICKS).astype(int)):
+            inside = (outcome.steps["start"] <= at) & (at < outcome.steps["start"] + outcome.steps["ticks"])
+            ends = (outcome.steps["start"] + outcome.steps["ticks"])[inside]
+            sent[k] = ends[0] / TICKS if ends.size else came[k]
+        sent[0] = table["arrival"][0]
+    columns = {"request": range(len(sent)), "attempt": [1] * len(sent), "status": ["ok"] * len(sent), "sent": sent}
+    columns |= {"first_token": it["first"] / TICKS, "last_token": it["last"] / TICKS}
+    columns |= {"request_tokens": prompt, "response_tokens": response, "preemptions": it["preemptions"]}
+    return Run.of(pl.DataFrame(columns), RunMeta(kind="recorded"))
+
+
+@pytest.mark.parametrize(("engine", "of_engine"), [("vllm-0.24", True), ("vllm-0.24-sync", False)])
+def test_whose_clock_it_was_and_which_engine_is_found_out(trace, engine, of_engine):
+    """Half loaded, where a TTFT is a few steps; with a first request that takes half a second too long."""
+    words = {"model": "llama-3.1-8b", "gpu": "h100", "kv_blocks": 20000}
+    step = msgspec.structs.replace(
+        resolve(**words).step_time, e_bw=0.68, e_fl=0.7, t_row=9e-9, p=2.6, o0=3e-3, o1=1e-5, o_gap=5e-4, a0=0.0
+    )
+    busy = trace.replace(
+        trace.table.with_columns(arrival=pl.col("arrival") / 2, response_tokens=pl.col("response_tokens") * 4)
+    )
+    run = recorded_of(busy, resolve(**words, engine=engine, step_time=step), of_engine=of_engine, warm_up=0.5)
+    result = calibrate(run=run, first=100, **words)
+    assert result.engine == engine
+    assert any("took a request over" in line for line in result.notes) == of_engine
+    assert any(f"{engine} explains the run better" in line for line in result.notes)
+    held_out = result.errors["held_out"]
+    for part in (held_out.mean, held_out.p50):
+        assert abs(part["ttft"]) < 0.03
+        assert abs(part["e2e"]) < 0.01
+    assert held_out.mean_absolute["e2e"] < 0.01
+
+
+def test_resumed_requests_are_not_computed_in_full(trace):
+    """A quarter of the cache: fitted without own blocks, the same run gives another step time."""
+    words = REAL | {"kv_blocks": 700}
+    crowd = trace.replace(trace.table.with_columns(arrival=pl.col("arrival") / 4))
+    cluster = resolve(**words, own_blocks=True, step_time=msgspec.structs.replace(TRUTH, o_gap=4e-4))
+    run = recorded_of(crowd, cluster, of_engine=False, warm_up=0.0)
+    assert run.table["preemptions"].sum() > 20
+    result = calibrate(run=run, first=100, **words)
+    held_out = result.errors["held_out"]
+    assert result.prefix_caching
+    assert held_out.mean_absolute["e2e"] < 0.02
+    assert held_out.preemptions[0] == pytest.approx(held_out.preemptions[1], rel=0.15)
 
 
 def test_it_is_used_and_named_by_a_simulation(fitted, trace, run):

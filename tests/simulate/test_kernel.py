@@ -36,6 +36,7 @@ COSTS = StepCost(
     per_attention_pair=1e-9,
     reduce=0.0,
     reduce_per_token=0.0,
+    per_row=2e-6,
     host=1e-3,
     host_per_sequence=1e-5,
     gap=1e-4,

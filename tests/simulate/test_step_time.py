@@ -167,6 +167,7 @@ def test_the_roofline_written_out(tp):
         + ((2 * matrices / tp * t + 2 * vocab / tp * d * n) / (step.e_fl * 989e12)) ** step.p
     ) ** (1 / step.p)
     attention = 327_680 / tp * kv / (step.e_kv * 3.35e12) + 4 * layers * heads / tp * hd * q / (step.e_at * 989e12)
+    attention += step.t_row * layers * heads / tp * n
     reduce = 0 if tp == 1 else 2 * layers * (step.alpha_ar + 2 * d * t / step.bw_ar)
     cost = step_cost(step, MODELS["llama-3.1-70b"], gpu, tp)
     assert gpu_seconds(cost, t, n, kv, q) == pytest.approx(gemm + attention + reduce, rel=1e-12)
@@ -189,6 +190,30 @@ def test_default_kernels_are_near_the_measured_tables(gpu, model, tp, base_ms, p
     assert gpu_seconds(cost, 1.0, 1.0, 1.0, 0.0) * 1e3 == pytest.approx(base_ms, rel=0.2)
     more, less = gpu_seconds(cost, 4096.0, 1.0, 0.0, 0.0), gpu_seconds(cost, 2048.0, 1.0, 0.0, 0.0)
     assert (more - less) / 2048 * 1e6 == pytest.approx(prefill_us, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "tp", "rise_us"),
+    [
+        ("h100", "llama-3.1-8b", 1, 12.5),
+        ("h100", "llama-3.1-8b", 2, 8.3),
+        ("h100", "qwen2.5-7b", 1, 9.5),
+        ("h100", "qwen3-32b", 1, 41.6),
+        ("h100", "qwen3-32b", 2, 27.7),
+        ("h100", "llama-3.1-70b", 4, 33.6),
+        ("h100", "llama-3.1-70b", 8, 23.7),
+        ("h200", "llama-3.1-8b", 1, 14.1),
+        ("h200", "qwen3-32b", 1, 45.8),
+        ("l40s", "llama-3.1-8b", 1, 27.5),
+        ("a100", "llama-3.1-8b", 1, 39.5),
+        ("a100", "qwen3-32b", 1, 134.6),
+    ],
+)
+def test_a_sequence_more_costs_what_the_measured_tables_say(gpu, model, tp, rise_us):
+    """The same tables: the rise of decode steps of up to 256 sequences with each, however short it is."""
+    cost = step_cost(default_step_time(GPUS[gpu], tp), MODELS[model], GPUS[gpu], tp)
+    many, one = gpu_seconds(cost, 257.0, 257.0, 0.0, 0.0), gpu_seconds(cost, 1.0, 1.0, 0.0, 0.0)
+    assert (many - one) / 256 * 1e6 == pytest.approx(rise_us, rel=0.2)
 
 
 def test_prefill_in_a_mixed_step_is_cheaper_than_added():

@@ -118,7 +118,9 @@ def _show(result: "Calibration", out: str) -> None:
     for name, (low, high) in result.fitted.items():
         row(shown, name, f"{low:.3g} to {high:.3g}", f"{result.informed.get(name, 1.0):.0%}")
     screen.print(shown)
-    shown = table("Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "preempted")
+    shown = table(
+        "Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "steps", "preempted"
+    )
     for name, errors in result.errors.items():
         _row(shown, name.replace("_", " "), errors)
         if name in result.spread:
@@ -137,7 +139,8 @@ def _row(shown: "Table", name: str, errors: "Errors") -> None:
     ]
     counts = errors.preemptions or (None, None)
     preempted = "/".join("?" if count is None else str(count) for count in counts)
-    row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", preempted)
+    steps = "-" if errors.steps is None else f"{100 * errors.steps:+.1f}"
+    row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", steps, preempted)
 
 
 def _spread_row(shown: "Table", spread: "Spread") -> None:
@@ -147,4 +150,4 @@ def _spread_row(shown: "Table", spread: "Spread") -> None:
     parts = (spread.mean, spread.p50, spread.p99)
     ttft, e2e = ("±" + "/".join(f"{100 * part[kind]:.1f}" for part in parts) for kind in ("ttft", "e2e"))
     counts = ",".join("?" if count is None else str(count) for count in spread.preemptions)
-    row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", counts)
+    row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", "", counts)

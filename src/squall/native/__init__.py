@@ -21,7 +21,7 @@ from typing import Any
 
 from squall.native.bundle import Bundle as Bundle
 from squall.native.bundle import Form as Form
-from squall.native.linking import link, link_by_llvm
+from squall.native.linking import link, link_by_llvm, processor
 
 _OURS = "squall.native", "squall.native.compiling"
 _LINKED_HERE = sys.platform == "linux" and os.uname().machine == "x86_64"
@@ -76,7 +76,7 @@ def load(
     """
     source = _source(module)
     texts = [_source(one).read_bytes() for one in (module, *also, *_OURS)]
-    kind = f"{_digest(texts)}-{_digest((bundles, arguments, os.uname().machine))}"
+    kind = f"{_digest(texts)}-{_digest((bundles, arguments, os.uname().machine, processor()))}"
     linked = link if _LINKED_HERE else link_by_llvm
     address = None
     for code in _kept(source, name, kind):

@@ -3,6 +3,9 @@
 numba by itself makes each function a library of its own, optimises it together with all that it calls, and makes
 machine code of that, whether it is needed or not: for functions that call one another most of the work is done many
 times over.
+
+An index is never counted from the end: numba looks at each whether it is negative, in code that follows indices from
+array to array a good part of all that is done.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +27,11 @@ from numba.core.imputils import lower_getattr_generic
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, models, register_model
-from numba.np.arrayobj import populate_array
+from numba.np import arrayobj
 from numba.np.numpy_support import from_dtype
 
 from squall.native.bundle import Form, Items
+from squall.native.linking import processor
 
 # No reference counts, no ZeroDivisionErrors: then nothing of numba's own run-time is called.
 _OPTIONS = {"nopython": True, "_nrt": False, "error_model": "numpy"}
@@ -103,7 +107,7 @@ class _Target(TargetDescriptor):  # type: ignore[misc]
 
     @cached_property
     def target_context(self) -> Any:
-        return cpu_target.target_context.subtarget(_internal_codegen=_Codegen("squall"), aot_mode=True)
+        return cpu_target.target_context.subtarget(_internal_codegen=_Codegen("squall", processor()), aot_mode=True)
 
     @property
     def machine(self) -> Any:
@@ -112,6 +116,21 @@ class _Target(TargetDescriptor):  # type: ignore[misc]
 
 
 _target = _Target("cpu")
+
+
+_from_both_ends = arrayobj.fix_integer_index
+
+
+def _index(context: Any, builder: Any, kind: Any, index: Any, size: Any) -> Any:
+    """In place of numba's function; what it compiles for others is as ever."""
+    if not isinstance(context.codegen(), _Codegen):
+        return _from_both_ends(context, builder, kind, index, size)
+    if isinstance(index, ir.Constant) and kind.signed and index.constant < 0:
+        raise TypeError(f"index {index.constant}: compiled functions count from the begin")
+    return context.cast(builder, index, kind, types.intp if kind.signed else types.uintp)
+
+
+arrayobj.fix_integer_index = _index
 
 
 class Overloads(Dispatcher):
@@ -199,7 +218,7 @@ def _read(context: Any, builder: Any, kind: _Bundled, pointer: Any, name: str) -
         for length in reversed(shape[1:]):
             strides.insert(0, builder.mul(strides[0], length))
         array = context.make_array(member)(context, builder)
-        populate_array(
+        arrayobj.populate_array(
             array,
             data=builder.inttoptr(load(0), item.as_pointer()),
             shape=shape,

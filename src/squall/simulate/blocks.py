@@ -206,9 +206,11 @@ def clear(pool: Pool, r: int, blocks: int) -> None:
     me.spare_page = -1
     pool.page_table[r, :] = 0
     pool.host_table[r, :] = 0
-    pool.host_before[r, -1] = pool.host_after[r, -1] = pool.host_before.shape[1] - 1
+    end: Any = pool.host_before.shape[1] - 1
+    pool.host_before[r, end] = pool.host_after[r, end] = end
     block = pool.block[r]
-    block[-1].before = block[-1].after = block.size - 1
+    end = block.size - 1
+    block[end].before = block[end].after = end
     for b in range(block.size):
         block[b].reference = block[b].place = block[b].twin = 0
         if b < blocks:

@@ -27,7 +27,7 @@ from squall.files import replace_file
 from squall.progress import note, progress
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
-from squall.simulate.cluster import Cluster, resolve
+from squall.simulate.cluster import DEFAULT_ENGINE, Cluster, resolve
 from squall.simulate.engine import Outcome, run_requests
 from squall.simulate.hardware import GPU, Model
 from squall.simulate.records import TICKS
@@ -40,6 +40,9 @@ BUILT_IN = Path(__file__).parent / "calibrations"
 
 TIMES = ("sent", "first_token", "last_token", "request_tokens", "response_tokens")
 """The columns of a run that a fit needs."""
+
+_RATES = ("per_sequence", "per_kv_token", "per_attention_pair")
+"""Of a step table."""
 
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
@@ -56,6 +59,13 @@ DECISIVE = 10.0
 BLOCK, STEP_BLOCK = 10, 20
 """So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
 seen, which share what the machine did meanwhile."""
+
+TOGETHER, BURSTS = 0.3, 0.02
+"""Of the requests that follow another within two steps, how many an engine takes over at the same moment; and how
+likely clients are to send so many at one moment themselves."""
+
+TAKEN = Bound(0.0, 5e-3, 0.5e-3)
+"""Of a0 where `sent` is when the engine took a request over: what it still does before the step begins."""
 
 TTFT, E2E, STEP = range(3)
 """The kinds of errors."""
@@ -77,6 +87,9 @@ class Errors(msgspec.Struct, frozen=True):
     mean_absolute: dict[str, float]
     preemptions: tuple[int, int | None] | None = None
     """Simulated and recorded; recorded is null where the run does not say."""
+    steps: float | None = None
+    """Predicted / seen - 1 of all the time of the steps that were seen: what the machine was slower or faster than when
+    the fit was made, and what the step time does not explain."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -121,6 +134,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
+    speed_varies: float = 0.0
+    """By how much the steps of single measurements were slower or faster than the fit has them: the standard deviation,
+    relative. Over so many speeds the predictions for a live server are averaged."""
     spread: dict[str, Spread] = {}
     """By test, where a live server was sent the same several times; `errors` are then against all of these together."""
     valid: dict[str, tuple[float, float]]
@@ -172,6 +188,11 @@ class Recording(NamedTuple):
     table: pl.DataFrame
     n: int
     """The latencies of the first n are to be met; the others are load."""
+    cold: bool = False
+    """Whether the engine had served nothing before: what the first request took beyond its steps is its warm-up."""
+    taken: bool = False
+    """Whether `sent` is when the engine took a request over, which it does between two steps: the rest of the step that
+    a client waits for is not in its TTFT then."""
 
 
 def calibrate_run(
@@ -185,33 +206,38 @@ def calibrate_run(
     """Fit the simulator's step time to a recorded run; see `squall.calibrate`. `words` are keywords of `resolve`."""
     from squall.run.files import read_run
 
-    cluster = resolve(**words)
     name = "the run in memory" if isinstance(run, Run) else str(run)
     recorded = read_run(run)
     table, said = requests_of(recorded, name)
+    clusters = [resolve(**words)]
+    if words.get("engine") is None:
+        clusters.append(resolve(**words | {"engine": f"{DEFAULT_ENGINE}-sync"}))
     n = len(table) if first is None else first
     if not LEAST <= n <= len(table):
         raise InputError(
             f"--first {n}: {name} has {len(table)} answered requests; a fit needs at least {LEAST} and at most"
             " all of them."
         )
-    free = _free(cluster, blocks_known=words.get("kv_blocks") is not None)
-    fit = fit_coefficients(cluster, [Recording(table, n)], free, seed, _steps_until(recorded, table, n, cluster))
-    everything = simulated_requests(table, fit.cluster)
+    blocks_known = words.get("kv_blocks") is not None
+    steps = _steps_until(recorded, table, n, clusters[0])
+    cluster, how, start = _reading(clusters, Recording(table, n, cold=True), steps, blocks_known, said)
+    free = _free(cluster, blocks_known=blocks_known)
+    fit = fit_coefficients(cluster, [how], free, seed, steps, start)
+    everything = simulated_requests(table, fit.cluster, how)
     errors = {"fit": _errors(table[:n], everything[:n])}
     if n < len(table):
         errors["held_out"] = _errors(table[n:], everything[n:])
     elif n >= 2 * LEAST:
         steps = _steps_until(recorded, table, n // 2, cluster)
-        half = fit_coefficients(cluster, [Recording(table, n // 2)], free, seed, steps)
-        errors["held_out"] = _errors(table[n // 2 :], simulated_requests(table, half.cluster)[n // 2 :])
+        half = fit_coefficients(cluster, [how._replace(n=n // 2)], free, seed, steps, start)
+        errors["held_out"] = _errors(table[n // 2 :], simulated_requests(table, half.cluster, how)[n // 2 :])
     errors["all"] = _errors(table, everything)
     if "kv_blocks" in free:
         said.append(
             f"The block count was not given and was fitted too: {fit.cluster.kv_blocks:,}; the server's own number"
             " (num_gpu_blocks) is better."
         )
-    result = calibration_of(fit, errors, [Recording(table, n)], name, said)
+    result = calibration_of(fit, errors, [how], name, said)
     write_calibration(result, out)
     return result
 
@@ -228,10 +254,10 @@ def calibration_of(
 ) -> Calibration:
     """All that is known about a fit, in one record."""
     cluster = fit.cluster
-    used = [table[:n] for table, n in recordings]
+    used = [it.table[: it.n] for it in recordings]
     digest = sha256()
-    for table, _ in recordings:
-        digest.update(np.ascontiguousarray(table.select(TIMES).to_numpy()).tobytes())
+    for it in recordings:
+        digest.update(np.ascontiguousarray(it.table.select(TIMES).to_numpy()).tobytes())
     return Calibration(
         source=source,
         sha256=digest.hexdigest(),
@@ -330,16 +356,22 @@ def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
 
 
 def fit_coefficients(
-    cluster: Cluster, recordings: list[Recording], free: tuple[str, ...], seed: int, steps: Steps | None = None
+    cluster: Cluster,
+    recordings: list[Recording],
+    free: tuple[str, ...],
+    seed: int,
+    steps: Steps | None = None,
+    start: np.ndarray | None = None,
 ) -> Fit:
     """The cluster that meets the recordings, and the steps that were seen, best, over the coefficients (or `kv_blocks`)
     in `free`.
 
     A maximum a posteriori fit: each coefficient has a prior, normal around its default with the spread of BOUNDS, so
     that what the data leave open stays where other servers are. Gauss-Newton steps on the weighted residuals, with
-    derivatives over a finite distance, since who is preempted when changes in jumps; from several starts.
+    derivatives over a finite distance, since who is preempted when changes in jumps; from several starts, one of which
+    is `start` (as `_reading` has it), if there is one.
     """
-    fit = _Problem(cluster, recordings, free, steps).solve(seed)
+    fit = _Problem(cluster, recordings, free, steps).solve(seed, start)
     slope = _host_slope(cluster, recordings, steps) if "o1" in free else 0.0
     if slope <= BOUNDS["o1"].high:
         return fit
@@ -353,6 +385,52 @@ def fit_coefficients(
         " sequence, which its GPU does not explain."
     )
     return host_bound._replace(notes=[said, *host_bound.notes])
+
+
+def _reading(
+    clusters: list[Cluster], recording: Recording, steps: Steps | None, blocks_known: bool, said: list[str]
+) -> tuple[Cluster, Recording, np.ndarray]:
+    """Which of the clusters (they differ in the engine) served the recording, and whose clock it has, by a rough fit of
+    each, and that fit. What was found is added to `said`."""
+    found = []
+    for cluster in clusters:
+        free = _free(cluster, blocks_known=blocks_known)
+        for taken in (False, True):
+            how = recording._replace(taken=taken)
+            of = _with(cluster, {"a0": TAKEN.spread}) if taken else cluster
+            with progress(f"Trying {cluster.engine}, times of the {'engine' if taken else 'client'}"):
+                z, misfit = _Problem(of, [how], free, steps).rough()
+            found.append((misfit - taken * _taken_together(recording), of, how, z))
+    best = min(found, key=lambda it: it[0])
+    if best[2].taken:
+        lead = min(it[0] for it in found if not it[2].taken) - best[0]
+        said.append(
+            "The sending times look like those at which the engine took a request over, between two steps (by"
+            f" {lead:.1f} in the log posterior): a client waits for the rest of a step longer than the recorded TTFT."
+        )
+    if len(clusters) > 1:
+        lead = min(it[0] for it in found if it[1].engine != best[1].engine) - best[0]
+        said.append(
+            f"--engine was not given; {best[1].engine} explains the run better than"
+            f" {next(it.engine for it in clusters if it.engine != best[1].engine)} (by {lead:.1f} in the log posterior)"
+            + (" and was taken." if lead >= DECISIVE else ", which is no proof: give it if you know.")
+        )
+    return best[1:]
+
+
+def _taken_together(recording: Recording) -> float:
+    """The logarithm of how much likelier the gaps between the sending times are if an engine takes requests over
+    between steps: many at the same moment, none while a step runs."""
+    table = recording.table[: recording.n]
+    gaps, several = np.diff(table["sent"].to_numpy()), (table["response_tokens"] > 1).to_numpy()
+    if not several.any():
+        return 0.0
+    took = (table["last_token"] - table["first_token"]).to_numpy()[several]
+    step = float(np.median(took / (table["response_tokens"].to_numpy()[several] - 1)))
+    near, same = int((gaps < 2 * step).sum()), int((gaps < 0.02 * step).sum())
+    engine = same * np.log(TOGETHER) + (near - same) * np.log(1 - TOGETHER)
+    client = same * np.log(0.01) + (near - same) * np.log(0.99)
+    return float(engine - np.logaddexp(np.log(1 - BURSTS) + client, np.log(BURSTS) + engine))
 
 
 def disagreement(cluster: Cluster, recordings: list[Recording]) -> float:
@@ -383,7 +461,8 @@ class _Problem:
         # Relative to what is expected, not to what was measured: so their mean is met, which latencies are made of.
         self.expected = np.empty(0) if steps is None else steps.seconds(cluster)
         self.mean = np.array([_value(cluster, name) for name in free], dtype=float)
-        bounds = [(bounds_of or {}).get(name) or _bound(cluster, name) for name in free]
+        bounds_of = ({"a0": TAKEN} if any(it.taken for it in recordings) else {}) | (bounds_of or {})
+        bounds = [bounds_of.get(name) or _bound(cluster, name) for name in free]
         self.spread = np.array([bound.spread for bound in bounds])
         self.low = (np.array([bound.low for bound in bounds]) - self.mean) / self.spread
         self.high = (np.array([bound.high for bound in bounds]) - self.mean) / self.spread
@@ -392,6 +471,8 @@ class _Problem:
         self.kind = np.repeat([TTFT, E2E, STEP], [requests, requests, 0 if steps is None else len(steps.took)])
         self.block = np.array([BLOCK, BLOCK, STEP_BLOCK])[self.kind]
         self.noise = np.full(len(self.kind), LEAST_NOISE)
+        self.plain = False
+        """Whether own blocks are left out for the moment: near enough for slopes and first guesses, and sooner done."""
 
     def at(self, z: np.ndarray) -> Cluster:
         """The cluster with these coefficients."""
@@ -399,7 +480,7 @@ class _Problem:
 
     def residuals(self, z: np.ndarray) -> np.ndarray:
         """(n,) relative errors, of the kinds in `kind`."""
-        cluster = self.at(z)
+        cluster = _plain(self.at(z)) if self.plain else self.at(z)
         each = [part.residuals(cluster) for part in self.parts]
         rows = [np.concatenate(rows) for rows in zip(*each, strict=True)]
         if self.steps is not None:
@@ -439,7 +520,7 @@ class _Problem:
 
     def slopes(self, z: np.ndarray) -> np.ndarray:
         """(coefficients, n): of the residuals; the least-squares line over DISTANCES to both sides."""
-        rows = []
+        rows, plain, self.plain = [], self.plain, True
         for k in range(len(z)):
             rise, run = np.zeros(()), 0.0
             for distance in DISTANCES:
@@ -449,6 +530,7 @@ class _Problem:
                 rise = rise + width * (self.residuals(above) - self.residuals(below))
                 run += width**2
             rows.append(rise / run)
+        self.plain = plain
         return np.array(rows)
 
     def starts(self, seed: int) -> list[np.ndarray]:
@@ -462,21 +544,36 @@ class _Problem:
             points.append(slow)
         return [np.clip(point, self.low, self.high) for point in points]
 
-    def solve(self, seed: int) -> Fit:
+    def rough(self) -> tuple[np.ndarray, float]:
+        """What is found at once, and its misfit, comparable with that of another."""
+        self.plain = True
+        self.set_noise(self.residuals(np.zeros(len(self.free))))
+        starts = self.starts(0)
+        z, residuals, _ = min((self.descend(start) for start in (starts[0], starts[-1])), key=lambda found: found[2])
+        self.set_noise(residuals)
+        z, residuals, misfit = self.descend(z)
+        return z, misfit + self.norm()
+
+    def norm(self) -> float:
+        """The noise's own share of the misfit: its width was fitted too, so only with it can two fits be compared."""
+        return float((np.log(self.noise) / self.block).sum())
+
+    def solve(self, seed: int, start: np.ndarray | None = None) -> Fit:
         with progress(f"Fitting {', '.join(self.free)}"):
-            self.set_noise(self.residuals(np.zeros(len(self.free))))
-            found = [self.descend(start) for start in self.starts(seed)]
+            self.plain = True
+            starts = self.starts(seed)
+            if start is not None:
+                starts = [start, *starts[1:3]]
+            self.set_noise(self.residuals(starts[0]))
+            found = [self.descend(each) for each in starts]
             z, residuals, _ = min(found, key=lambda result: result[2])
+            self.plain = False
             for _ in range(2):
                 self.set_noise(residuals)  # what the best fit leaves over
                 z, residuals, misfit = self.descend(z)
                 z, residuals, misfit = self.polish(z, residuals, misfit, self.covariance(z, residuals), seed)
             covariance = self.covariance(z, residuals)
         return self.described(z, covariance, misfit + self.norm())
-
-    def norm(self) -> float:
-        """The noise's own share of the misfit: its width was fitted too, so only with it can two fits be compared."""
-        return float((np.log(self.noise) / self.block).sum())
 
     def covariance(self, z: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         """Of the posterior at `z`, in spreads, as if it were normal."""
@@ -543,8 +640,9 @@ def _host_slope(cluster: Cluster, recordings: list[Recording], steps: Steps | No
         beyond = steps.took - steps.seconds(cluster)
         return float(np.polyfit(steps.sequences[decodes], beyond[decodes], 1)[0])
     slopes = []
-    for table, n in recordings:
-        simulated = simulated_requests(table, cluster)
+    for it in recordings:
+        table, n = it.table, it.n
+        simulated = simulated_requests(table, cluster, it)
         begin = table["sent"].to_numpy()
         of = [
             (table["first_token"].to_numpy(), table["last_token"].to_numpy()),
@@ -570,20 +668,21 @@ class _Part(NamedTuple):
     ttft: np.ndarray
     e2e: np.ndarray
     shortest_step: float
+    recording: Recording
 
     @classmethod
     def of(cls, recording: Recording) -> "_Part":
-        table, n = recording
+        table, n = recording.table, recording.n
         # Only requests sent before the last of the first n was answered can have had any influence on these.
         load = _columns(table.filter(pl.col("sent") <= table["last_token"][:n].max()))
         ttft, e2e = ((table[column] - table["sent"]).to_numpy()[:n] for column in ("first_token", "last_token"))
         gaps = table["response_tokens"].to_numpy()[:n] - 1
         steps = (e2e - ttft)[gaps > 0] / gaps[gaps > 0]
-        return cls(load, ttft, e2e, float(steps.min()) if steps.size else float(ttft.min()))
+        return cls(load, ttft, e2e, float(steps.min()) if steps.size else float(ttft.min()), recording)
 
     def residuals(self, cluster: Cluster) -> np.ndarray:
         """(2, n) relative errors of TTFT and E2E."""
-        ttft, e2e = _latencies(run_requests(*self.load, cluster), len(self.load[0]), cluster)
+        ttft, e2e, _ = _served(self.load, cluster, self.recording, self.ttft[0])
         n = len(self.ttft)
         # A short TTFT is a few steps of waiting, give or take one: below half the median, errors count absolutely.
         floor = np.maximum(self.ttft, 0.5 * np.median(self.ttft))
@@ -601,8 +700,18 @@ def _table_values(step: StepTime) -> dict[str, float]:
         return {}
     tokens, seconds = np.array(step.table.points).T
     rises = zip(tokens, np.diff(seconds, prepend=0.0), strict=True)
-    rates = ("per_sequence", "per_kv_token", "per_attention_pair")
-    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in rates}
+    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in _RATES}
+
+
+def slowed(cluster: Cluster, factor: float) -> Cluster:
+    """`cluster` with steps that take so many times as long."""
+    step, table = cluster.step_time, cluster.step_time.table
+    if table is not None:
+        rates = {name: factor * getattr(table, name) for name in _RATES}
+        table = StepTable(points=[(at, factor * seconds) for at, seconds in table.points], **rates)
+    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "alpha_ar")}
+    longer |= {name: getattr(step, name) / factor for name in ("e_bw", "e_kv", "e_fl", "e_at", "bw_ar")}
+    return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, table=table, **longer))
 
 
 def _value(cluster: Cluster, name: str) -> float:
@@ -634,17 +743,22 @@ def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
         at = [point for point, _ in table.points]
         known = _table_values(step) | {name: max(0.0, value) for name, value in values.items()}
         seconds = np.cumsum([known[f"rise@{point:g}"] for point in at])
-        rates = {name: known[name] for name in ("per_sequence", "per_kv_token", "per_attention_pair")}
+        rates = {name: known[name] for name in _RATES}
         points = list(zip(at, seconds.tolist(), strict=True))
         step = msgspec.structs.replace(step, table=StepTable(points=points, **rates))
     rest = {name: value for name, value in values.items() if name in BOUNDS}
     return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, **rest), kv_blocks=blocks)
 
 
+def _plain(cluster: Cluster) -> Cluster:
+    """`cluster` without looking for own blocks."""
+    return msgspec.structs.replace(cluster, choices=msgspec.structs.replace(cluster.choices, own_blocks=False))
+
+
 def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
     """What a recorded run is asked for. Asynchronous scheduling hides host time; what shows of it is the gap, and o0
     and o1 where the host is the slower one."""
-    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a0")
+    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "t_row", "p", "o0", "o1", "a0")
     names += ("o_gap",) if cluster.profile.async_scheduling else ()
     return names if blocks_known else (*names, "kv_blocks")
 
@@ -652,13 +766,14 @@ def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
 def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
     """The answered requests in the order of their sending, and what was left out. Raises InputError."""
     columns = list(TIMES)
-    table = run.table.select("request", *columns, "status", "preemptions").sort("sent", maintain_order=True)
+    table = run.table.select("request", *columns, "status", "preemptions", "cached_tokens")
+    table = table.sort("sent", maintain_order=True)
     answered = table.filter(
         pl.all_horizontal(pl.col(columns).is_not_null())
         & (pl.col("request_tokens") > 0)
         & (pl.col("response_tokens") > 0)
         & (pl.col("status") == "ok")
-    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions")
+    ).select("request", pl.col(columns).cast(pl.Float64), "preemptions", pl.col("cached_tokens").fill_null(0))
     if answered.is_empty():
         raise InputError(
             f"{name}: no request in it was answered; calibration needs sent, first_token, last_token and both"
@@ -676,7 +791,15 @@ def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         if lost
         else []
     )
-    return answered, said
+    asked, cached = answered["request_tokens"].sum(), answered["cached_tokens"].sum()
+    if cached:
+        computed = (pl.col("request_tokens") - pl.col("cached_tokens")).clip(lower_bound=1)
+        answered = answered.with_columns(request_tokens=computed)
+        said.append(
+            f"{cached / asked:.0%} of the prompt tokens were found in the prefix cache (cached_tokens); the load"
+            " is made of the others, as if what was found were the same for all and took no blocks."
+        )
+    return answered.drop("cached_tokens"), said
 
 
 def _extremes(values: pl.Series) -> tuple[float, float]:
@@ -693,26 +816,55 @@ def _columns(table: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _latencies(outcome: Outcome, n: int, cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) simulated TTFT and E2E in seconds at the client; a request that cannot run counts as nan."""
-    ttft, e2e = np.full(n, np.nan), np.full(n, np.nan)
-    it = outcome.attempts
+def _served(
+    load: tuple[np.ndarray, np.ndarray, np.ndarray], cluster: Cluster, recording: Recording, first_ttft: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) simulated TTFT, E2E (seconds from `sent`) and preemptions of the requests of a recording.
+
+    A cold engine keeps those who come first waiting until it has answered one: for as long as that one's recorded TTFT,
+    `first_ttft`, exceeds the simulated.
+    """
+    sent, prompt, output = load
+    arrival = sent
+    if recording.cold:
+        ttft, _, _ = _latencies(run_requests(*load, _plain(cluster)), sent, cluster)
+        arrival = np.maximum(arrival, first_ttft - ttft[0])
+    outcome = run_requests(arrival, prompt, output, cluster, steps=recording.taken)
+    ttft, e2e, preemptions = _latencies(outcome, sent, cluster)
+    if recording.taken:
+        waited = _until_taken(outcome.steps, arrival + cluster.step_time.a0)
+        ttft, e2e = ttft - waited, e2e - waited
+    return ttft, e2e, preemptions
+
+
+def _until_taken(steps: np.ndarray, arrival: np.ndarray) -> np.ndarray:
+    """(n,) seconds from each of `arrival` until the step that runs then has ended; 0 where none does."""
+    starts = steps["start"] / TICKS
+    ends = starts + steps["ticks"] / TICKS
+    before = np.searchsorted(starts, arrival, side="right") - 1
+    return np.where(before >= 0, np.maximum(ends[before] - arrival, 0.0), 0.0)
+
+
+def _latencies(outcome: Outcome, sent: np.ndarray, cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) simulated TTFT and E2E in seconds from `sent` at the client, and preemptions."""
+    n, it = len(sent), outcome.attempts
     if (it["last"] < 0).any():
         raise InputError(
             f"--kv-blocks {cluster.kv_blocks}: requests of the recorded run do not fit into so many blocks or"
             " into --max-model-len; check both against the server."
         )
-    ttft[it["request"]] = (it["first"] - it["sent"]) / TICKS + cluster.step_time.a2
-    e2e[it["request"]] = (it["last"] - it["sent"]) / TICKS + cluster.step_time.a2
-    return ttft, e2e
+    first, last, preemptions = np.empty(n), np.empty(n), np.empty(n, np.int64)
+    first[it["request"]], last[it["request"]] = it["first"] / TICKS, it["last"] / TICKS
+    preemptions[it["request"]] = it["preemptions"]
+    return first - sent + cluster.step_time.a2, last - sent + cluster.step_time.a2, preemptions
 
 
-def simulated_requests(table: pl.DataFrame, cluster: Cluster) -> pl.DataFrame:
-    """`ttft`, `e2e` (seconds) and `preemptions` of the requests of `table` on `cluster`, in the table's order."""
-    outcome = run_requests(*_columns(table), cluster)
-    ttft, e2e = _latencies(outcome, len(table), cluster)
-    preemptions = np.zeros(len(table), np.int64)
-    preemptions[outcome.attempts["request"]] = outcome.attempts["preemptions"]
+def simulated_requests(table: pl.DataFrame, cluster: Cluster, how: Recording | None = None) -> pl.DataFrame:
+    """`ttft`, `e2e` (seconds) and `preemptions` of the requests of `table` on `cluster`, in the table's order; how they
+    were recorded is said by `how` (without: by a client of a warm engine)."""
+    how = how or Recording(table, 0)
+    first_ttft = float(table["first_token"][0] - table["sent"][0]) if how.cold else 0.0
+    ttft, e2e, preemptions = _served(_columns(table), cluster, how, first_ttft)
     return pl.DataFrame({"ttft": ttft, "e2e": e2e, "preemptions": preemptions})
 
 

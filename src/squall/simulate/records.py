@@ -250,6 +250,7 @@ class StepCost(NamedTuple):
     per_attention_pair: float
     reduce: float
     reduce_per_token: float
+    per_row: float  # of a sequence, outside the matrix products
     host: float
     host_per_sequence: float
     gap: float

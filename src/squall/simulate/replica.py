@@ -120,7 +120,7 @@ def _gemm_seconds(cost: StepCost, tokens: float, sequences: float) -> float:
     compute = cost.per_token * tokens + cost.per_sequence * sequences
     low, high = min(memory, compute), max(memory, compute)
     gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
-    return gemm + cost.reduce + cost.reduce_per_token * tokens
+    return gemm + cost.reduce + cost.reduce_per_token * tokens + cost.per_row * sequences
 
 
 def gpu_seconds(cost: StepCost, tokens: float, sequences: float, kv_tokens: float, attention_pairs: float) -> float:
@@ -904,6 +904,7 @@ def _price(engines: Engines, r: int, limits: Limits) -> None:
                 cost.per_attention_pair,
                 cost.reduce,
                 cost.reduce_per_token,
+                cost.per_row,
                 cost.host,
                 cost.host_per_sequence,
                 cost.gap,

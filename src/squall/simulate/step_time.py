@@ -6,6 +6,7 @@
 
     t_gemm = ((W / (e_bw*BW))^p + ((2*P*T + 2*V*d*n) / (e_fl*F))^p)^(1/p)     all tokens of a step share one pass
     t_attn = kvb*(D + R) / (e_kv*BW) + 2*L*aw*Q / (e_at*F)        aw: multiply-adds per pair, 2*H*hd (but see MLA)
+             + t_row*L*H*n                               what attention takes for a sequence however short it is
     t_tp   = 2*L*(alpha_ar + 2*d*T / bw_ar)              two all-reduces a layer; 0 for one GPU
     t_gpu  = t_gemm + t_attn + t_tp
     step   = t_gpu + o0 + o1*n                           synchronous scheduling
@@ -74,6 +75,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Share of the peak FLOP/s that matrix products reach."""
     e_at: float = 0.65
     """Share of the peak FLOP/s that prefill attention reaches."""
+    t_row: float = 0.0
+    """Of attention for a sequence however short, per layer and query head."""
     p: float = 2.0
     """Sharpness of the knee between memory-bound and compute-bound."""
     alpha_ar: float = 5e-6
@@ -119,6 +122,7 @@ _KERNELS = {
     "l40s": (0.79, 0.78, 0.65, 0.45, 2.0),
     "ada": (0.875, 0.92, 0.93, 0.69, 2.0),  # an RTX 4090: 15.83 ms and 91.1 us a token of GEMM, 141 ns a KV token
 }
+_ROW = 7e-9  # t_row: 5e-9 to 8e-9 at any tp, seen as the rise of decode steps with the batch
 _LINK_SHARE = {1: 1.0, 2: 0.49, 4: 0.42, 8: 0.37}  # all-reduce bandwidth / link, seen on NVLink Hopper
 
 
@@ -136,6 +140,8 @@ BOUNDS = {
     "e_kv": Bound(0.3, 1.0, 0.06),
     "e_fl": Bound(0.3, 1.0, 0.12),
     "e_at": Bound(0.2, 1.0, 0.15),
+    "t_row": Bound(0.0, 40e-9, 4e-9),
+    "p": Bound(1.2, 5.0, 0.5),
     "o0": Bound(0.0, 20e-3, 3e-3),
     "o1": Bound(0.0, 50e-6, 10e-6),
     "o_gap": Bound(0.0, 2e-3, 0.5e-3),
@@ -154,7 +160,7 @@ def default_step_time(gpu: GPU, tp: int = 1) -> StepTime:
     if gpu.family in _KERNELS:
         known = dict(zip(("e_bw", "e_kv", "e_fl", "e_at", "p"), _KERNELS[gpu.family], strict=True))
     share = _LINK_SHARE[min(size for size in _LINK_SHARE if size >= tp)]
-    return StepTime(**known, bw_ar=gpu.link_gb_s * 1e9 * share)
+    return StepTime(**known, t_row=_ROW, bw_ar=gpu.link_gb_s * 1e9 * share)
 
 
 def check_parallel(model: Model, tp: int) -> None:
@@ -182,6 +188,7 @@ def step_cost(step: StepTime, model: Model, gpu: GPU, tp: int = 1) -> StepCost:
         per_attention_pair=2 * model.layers * model.attention_width / tp / (step.e_at * flops),
         reduce=2 * model.layers * step.alpha_ar if tp > 1 else 0.0,
         reduce_per_token=2 * model.layers * BYTES * model.hidden / step.bw_ar if tp > 1 else 0.0,
+        per_row=step.t_row * model.layers * model.heads / tp,
         host=float(step.o0),
         host_per_sequence=float(step.o1),
         gap=float(step.o_gap),
@@ -213,5 +220,5 @@ def gpu_times(
         compute = cost.per_token * tokens + cost.per_sequence * sequences
         low, high = np.minimum(memory, compute), np.maximum(memory, compute)
         gemm = high * (1.0 + (low / high) ** cost.knee) ** (1.0 / cost.knee)
-        gemm = gemm + cost.reduce + cost.reduce_per_token * tokens
+        gemm = gemm + cost.reduce + cost.reduce_per_token * tokens + cost.per_row * sequences
     return gemm + cost.per_kv_token * kv_tokens + cost.per_attention_pair * attention_pairs
