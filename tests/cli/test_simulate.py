@@ -57,6 +57,18 @@ def test_simulate_prints_a_headline_and_writes_a_run(trace, tmp_path, capsys):
     assert run.meta.kind == "simulation"
 
 
+def test_the_slowest_requests_are_told_whole(trace, tmp_path, capsys):
+    """However long the reasons are, no number of them is cut."""
+    assert call("simulate", trace, "-o", tmp_path / "run.csv", "--explain", 5, "--quiet") == 0
+    said = capsys.readouterr().out
+    rows = said[said.index("The slowest requests") : said.index("throughput")]
+    assert "…" not in rows
+    slowest = read_run(tmp_path / "run.csv").meta.target["slowest"]
+    assert len(slowest) == 5
+    words = " ".join(rows.split())
+    assert all(f" {it['request']} " in words and it["reason"].split(",")[0] in words for it in slowest)
+
+
 def test_json_is_alone_on_standard_output(trace, tmp_path, capsys):
     assert (
         call("simulate", trace, "--out", tmp_path / "run.csv", "--json", "--kv-blocks", 3000, "--timeout", "30s") == 0

@@ -264,7 +264,8 @@ def _show(run: "Run", result: "Metrics") -> None:
     if shown.row_count:
         screen.print(shown)
     if target.get("slowest"):
-        shown = table("The slowest requests, seconds", "row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        columns = ("row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        shown = table("The slowest requests, seconds", *columns, text=6)
         for it in target["slowest"]:
             ttft = "-" if it["ttft"] is None else number(it["ttft"])
             cells = (number(it["sent"]), ttft, number(it["e2e"]), number(it["queued"]), len(it["preempted_at"]))
