@@ -1,12 +1,13 @@
 """Files that appear whole or not at all: written under a temporary name beside their place, then renamed."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from squall.errors import InputError
+from squall.errors import InputError, SquallError
 
 
 def check_place(path: str | Path, reads: object = None) -> Path:
@@ -34,7 +35,8 @@ def replace_file(path: Path, write: bytes | Callable[[Path], object]) -> None:
     """Put at `path` the bytes given, or what the function given writes to the path that it is called with.
 
     A failure leaves what was there before and no temporary file; other readers see the old file or the new one. The
-    file gets the rights that any new file of this process gets. Raises InputError if the directory does not exist.
+    file gets the rights that any new file of this process gets. Raises InputError if the directory does not exist,
+    SquallError if the disk is full or the like.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: the directory {path.parent} does not exist; create it first.")
@@ -42,12 +44,19 @@ def replace_file(path: Path, write: bytes | Callable[[Path], object]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        if callable(write):
-            write(temporary)
-        else:
-            temporary.write_bytes(write)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        try:
+            if callable(write):
+                write(temporary)
+            else:
+                temporary.write_bytes(write)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+        except Exception as error:
+            told = re.search(r"([^:]*) \(os error \d+\)", str(error))  # how polars tells of the system's errors
+            why = error.strerror if isinstance(error, OSError) and error.strerror else told and told[1].strip()
+            if why is None:
+                raise
+            raise SquallError(f"{path}: it cannot be written ({why}); what was there is as before.") from error
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)

@@ -76,6 +76,18 @@ def test_a_second_call_needs_neither_numba_nor_llvm(trace, tmp_path):
     assert said.splitlines()[-1] == "[]"
 
 
+def test_the_slowest_requests_are_told_whole(trace, tmp_path, capsys):
+    """However long the reasons are, no number of them is cut."""
+    assert call("simulate", trace, "-o", tmp_path / "run.csv", "--explain", 5, "--quiet") == 0
+    said = capsys.readouterr().out
+    rows = said[said.index("The slowest requests") : said.index("throughput")]
+    assert "…" not in rows
+    slowest = read_run(tmp_path / "run.csv").meta.target["slowest"]
+    assert len(slowest) == 5
+    words = " ".join(rows.split())
+    assert all(f" {it['request']} " in words and it["reason"].split(",")[0] in words for it in slowest)
+
+
 def test_json_is_alone_on_standard_output(trace, tmp_path, capsys):
     assert (
         call("simulate", trace, "--out", tmp_path / "run.csv", "--json", "--kv-blocks", 3000, "--timeout", "30s") == 0
@@ -127,6 +139,36 @@ def test_nothing_is_written_over_the_trace_or_where_nothing_can_be(trace, tmp_pa
     assert Path(trace).read_text() == before
     assert call("simulate", trace, "-o", "/proc/run.csv") == 2
     assert "nothing can be written in /proc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x: No space (os error 28)")])
+def test_a_full_disk_leaves_what_was_told(trace, tmp_path, capsys, monkeypatch, error):
+    out = tmp_path / "run.csv"
+    out.write_text("before")
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("squall.run.files._write_table", full)
+    assert call("simulate", trace, "-o", out) == 1
+    said = capsys.readouterr()
+    assert "TTFT" in said.out
+    assert "cannot be written (No space" in said.err
+    assert "Traceback" not in said.err
+    assert out.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.csv"]
+
+
+def test_a_reader_that_goes_away_loses_nothing(trace, tmp_path):
+    """`squall simulate … | head -1`, and one that reads nothing at all."""
+    command = [sys.executable, "-m", "squall", "simulate", trace, "-o", str(tmp_path / "run.parquet"), "--quiet"]
+    for more in ([], ["--json"]):
+        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 0
+        assert len(read_run(tmp_path / "run.parquet")) == 120
+        (tmp_path / "run.parquet").unlink()
 
 
 def test_names_from_files_cannot_steer_a_terminal(trace, tmp_path, capsys):

@@ -214,6 +214,16 @@ def simulate(
         **vars(policies),
         **as_options(select),
     )
+    try:
+        _tell(run, output)
+    finally:  # after what came of it is told, as the disk may be full, and even if nobody listens any more
+        write_run(run, out)
+    if not output.json:
+        print(f"{'written':<12} {printable(out)}")
+    return INTERRUPTED if run.meta.state == "interrupted" else 0
+
+
+def _tell(run: "Run", output: Output) -> None:
     from squall.run import metrics
 
     for line in run.meta.notes:
@@ -232,10 +242,6 @@ def simulate(
         )
     else:
         _show(run, result)
-    write_run(run, out)  # at last: if the disk is full, what came of it has been told
-    if not output.json:
-        print(f"{'written':<12} {printable(out)}")
-    return INTERRUPTED if run.meta.state == "interrupted" else 0
 
 
 def _show(run: "Run", result: "Metrics") -> None:
@@ -258,7 +264,8 @@ def _show(run: "Run", result: "Metrics") -> None:
     if shown.row_count:
         screen.print(shown)
     if target.get("slowest"):
-        shown = table("The slowest requests, seconds", "row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        columns = ("row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        shown = table("The slowest requests, seconds", *columns, text=6)
         for it in target["slowest"]:
             ttft = "-" if it["ttft"] is None else number(it["ttft"])
             cells = (number(it["sent"]), ttft, number(it["e2e"]), number(it["queued"]), len(it["preempted_at"]))

@@ -20,18 +20,23 @@ def console() -> "Console":
     """Standard output for people: coloured on a terminal, plain in a pipe, never wider than 120 columns."""
     from rich.console import Console
 
-    probe = Console(highlight=False)
-    return Console(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for the command line to judge; rich would exit with 1
+
+    probe = Page(highlight=False)
+    return Page(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
 
 
-def table(title: str, *columns: str) -> "Table":
-    """An empty table; the first column is left-aligned text, the others are numbers. Add rows with `row`."""
+def table(title: str, *columns: str, text: int = 0) -> "Table":
+    """An empty table; the column at `text` is left-aligned and wraps, the others are numbers. Add rows with `row`."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
-        result.add_column(name, justify="left" if position == 0 else "right", no_wrap=position > 0)
+        is_text = position == text
+        result.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     return result
 
 
