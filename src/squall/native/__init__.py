@@ -3,7 +3,8 @@
 Importing numba takes a third of a second in every process, and LLVM 90 MB of memory. So what is compiled is compiled by
 numba once per source (compiling.py), and its object code kept beside the bytecode (else in the user's cache). The
 functions are plain C ones: they take bundles (bundle.py), numbers and addresses, know no exceptions, allocate nothing,
-and the GIL is free while they run. They may call libc by `numba.types.ExternalFunction`.
+count indices from the begin alone, and the GIL is free while they run. They may call libc by
+`numba.types.ExternalFunction`.
 """
 
 import ctypes
