@@ -57,6 +57,25 @@ def test_simulate_prints_a_headline_and_writes_a_run(trace, tmp_path, capsys):
     assert run.meta.kind == "simulation"
 
 
+CALLED = """
+import sys
+from squall.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as done:
+    assert not done.code
+print([name for name in ("numba", "llvmlite", "scipy") if name in sys.modules])
+"""
+
+
+def test_a_second_call_needs_neither_numba_nor_llvm(trace, tmp_path):
+    """Half of what it took to start was to import them."""
+    call = [sys.executable, "-c", CALLED, "simulate", trace, "-o", str(tmp_path / "run.parquet"), "--quiet"]
+    for _ in range(2):
+        said = subprocess.run(call, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert said.splitlines()[-1] == "[]"
+
+
 def test_the_slowest_requests_are_told_whole(trace, tmp_path, capsys):
     """However long the reasons are, no number of them is cut."""
     assert call("simulate", trace, "-o", tmp_path / "run.csv", "--explain", 5, "--quiet") == 0

@@ -59,6 +59,22 @@ def inlined(function: Callable[..., Any]) -> Part:
     return Part(function, inlined=True)
 
 
+class _Prefetch:
+    """Ask for what `array[index]` has before it is needed. It changes nothing."""
+
+    def __call__(self, array: Any, index: Any) -> None:
+        """Nothing, to Python."""
+
+    @property
+    def _numba_type_(self) -> Any:
+        from squall.native.compiling import prefetch_type
+
+        return prefetch_type()
+
+
+prefetch = _Prefetch()
+
+
 def load(
     module: str,
     name: str,
@@ -84,6 +100,7 @@ def load(
             address = linked(code, name)
             break
     if address is None:
+        from squall import jit  # noqa: F401  # numba's import takes half the time behind it
         from squall.native.compiling import compiled
 
         slow()

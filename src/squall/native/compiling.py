@@ -9,6 +9,7 @@ array to array a good part of all that is done.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 from zlib import crc32
@@ -26,7 +27,7 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.imputils import lower_getattr_generic
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AttributeTemplate
-from numba.extending import infer_getattr, models, register_model
+from numba.extending import infer_getattr, intrinsic, models, register_model
 from numba.np import arrayobj
 from numba.np.numpy_support import from_dtype
 
@@ -44,7 +45,8 @@ def compiled(function: Callable[..., Any], bundles: tuple[Form, ...], arguments:
     Raises TypeError if it would need numba's run time.
     """
     kinds = (*map(_Bundled, bundles), *[types.int64] * arguments)
-    made = _CFuncCompiler(function, _target, _OPTIONS, {}, Compiler).compile(kinds, types.int64)
+    with _remembering():
+        made = _CFuncCompiler(function, _target, _OPTIONS, {}, Compiler).compile(kinds, types.int64)
     unit = llvm.parse_assembly("")
     unit.triple = llvm.get_process_triple()
     unit.data_layout = str(_target.machine.target_data)
@@ -62,6 +64,25 @@ def compiled(function: Callable[..., Any], bundles: tuple[Form, ...], arguments:
     if wanted:
         raise TypeError(f"{function.__module__}.{name} may raise or allocate: it calls {', '.join(wanted)}")
     return bytes(_target.machine.emit_object(unit))
+
+
+@contextmanager
+def _remembering() -> Iterator[None]:
+    """numba works out what an operation gives whenever it meets it; here once for each kind of operands."""
+    known: dict[Any, Any] = {}
+    work_out = types.Function.get_call_type
+
+    def get_call_type(self: Any, context: Any, args: Any, kws: Any) -> Any:
+        asked = self, tuple(args), tuple(kws.items())
+        if asked not in known:
+            known[asked] = work_out(self, context, args, kws)
+        return known[asked]
+
+    types.Function.get_call_type = get_call_type
+    try:
+        yield
+    finally:
+        types.Function.get_call_type = work_out
 
 
 class _Library(AOTCodeLibrary):  # type: ignore[misc]
@@ -116,6 +137,25 @@ class _Target(TargetDescriptor):  # type: ignore[misc]
 
 
 _target = _Target("cpu")
+
+
+@intrinsic
+def _prefetch(_: Any, array: Any, index: Any) -> Any:
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = context.make_array(array)(context, builder, arguments[0]).data
+        at = builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [at.type, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [at.type], kind)
+        builder.call(ask, [at, number(1), number(3), number(1)])  # to write, near, data
+        return context.get_dummy_value()
+
+    return types.void(array, index), make
+
+
+def prefetch_type() -> Any:
+    """Of native.prefetch."""
+    return cpu_target.typing_context.resolve_value_type(_prefetch)
 
 
 _from_both_ends = arrayobj.fix_integer_index

@@ -791,7 +791,7 @@ def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         if lost
         else []
     )
-    asked, cached = (float(answered[name].sum()) for name in ("request_tokens", "cached_tokens"))
+    asked, cached = (float(answered[name].sum() or 0) for name in ("request_tokens", "cached_tokens"))
     if cached:
         computed = (pl.col("request_tokens") - pl.col("cached_tokens")).clip(lower_bound=1)
         answered = answered.with_columns(request_tokens=computed)

@@ -16,7 +16,7 @@ from squall.errors import InputError
 from squall.guest import Function
 from squall.seeds import stream
 from squall.simulate import records
-from squall.simulate.blocks import BLOCK, NODE, PAGE, POOL, Pool
+from squall.simulate.blocks import BLOCK, PAGE, PIECE, POOL, Pool
 from squall.simulate.records import TICKS
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA as TRACE_SCHEMA
@@ -488,7 +488,7 @@ def pool_for(
     longest = int((asked["request_tokens"].to_numpy().astype(np.int64) + output).max()) // block_size + 2
     seqs = int(replicas["max_seqs"].max())
     kept = min(most, max(4 * seqs, 1024)) if choices.disaggregated else 0
-    nodes = min(longest, most + 1) * (seqs + kept)
+    nodes = -(-min(longest, most + 1) // PIECE) * (seqs + kept)
     host = int((choices.host_cache or 0.0) * 2**30 // block_bytes)
     return Pool(
         state=np.zeros(count, POOL),
@@ -497,7 +497,8 @@ def pool_for(
         page_count=np.empty((count, most), np.int32),
         page_block=np.empty((count, most, PAGE), np.int32),
         page_table=np.zeros((count, 1 << (2 * most).bit_length()), np.int32),
-        node=np.empty((count, nodes), NODE),
+        held=np.empty((count, nodes, PIECE), np.int32),
+        before=np.empty((count, nodes), np.int32),
         host_key=np.zeros((count, host), np.uint64),
         host_before=np.zeros((count, host + 1), np.int32),
         host_after=np.zeros((count, host + 1), np.int32),
