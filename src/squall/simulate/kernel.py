@@ -727,6 +727,8 @@ def _run(work: Any) -> int:
 
 PARTS = tuple(f"squall.simulate.{name}" for name in ("blocks", "kernel", "records", "replica", "waiting"))
 """The modules whose functions are compiled together."""
+WATCHED = 10_000
+"""Attempts from which on a run can be interrupted: fewer take less time than is worth a thread."""
 COMPILING = "Compiling the simulator for these options: this is done once, and takes half a minute."
 
 
@@ -737,13 +739,17 @@ def _compiled(form: Form) -> Callable[..., int]:
 
 
 def _watched(
-    run: Callable[[int], int], bundle: Bundle, counters: np.ndarray, watch: Callable[[int, int], object] | None
+    run: Callable[[int], int],
+    bundle: Bundle,
+    attempts: int,
+    counters: np.ndarray,
+    watch: Callable[[int, int], object] | None,
 ) -> int:
-    """`run` in a thread beside this one, which can thus be interrupted: what runs then stops where it is.
+    """`run`, for many attempts in a thread beside this one, which can thus be interrupted: what runs stops where it is.
 
-    `watch` is told now and then how many requests have come, and how many of them are not over.
+    `watch` is then told now and again how many requests have come, and how many of them are not over.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if attempts < WATCHED or threading.current_thread() is not threading.main_thread():
         return run(bundle.address)
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(run(bundle.address)), daemon=True)
@@ -833,7 +839,7 @@ def run_cluster(
     memory = np.zeros(6 if limits["scale_by"] >= BY_BACKLOG else max(1, looks))
     work = Work(engines, attempts, arrival, prompt, output, pool, queue, settings, affinity, outages, memory)
     counters, bundle = engines.shared.counters, Bundle(work)
-    while not _watched(_compiled(bundle.form), bundle, counters, watch):
+    while not _watched(_compiled(bundle.form), bundle, len(work.attempts), counters, watch):
         engines, attempts = with_room(work.engines), work.attempts
         if counters[USED] == len(attempts) and counters[PENDING] > 0:
             attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])
