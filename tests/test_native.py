@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from squall import native
+from squall.jit import njit
 
 
 class Inner(NamedTuple):
@@ -118,7 +119,7 @@ def test_forms_are_kept_side_by_side(module, tmp_path):
         x: np.ndarray
 
     source = "def twice(one):\n    return 2 * one.x[0]\n"
-    for times, text in ((2, source), (4, source.replace("2", "4"))):
+    for times, text in ((2, source), (22, source.replace("2", "22"))):
         name = module(text)
         for kind in (np.int64, np.int16):
             bundle = native.Bundle(One(np.array([-3], kind)))
@@ -140,6 +141,16 @@ def test_a_place_that_cannot_be_written(module, tmp_path):
         assert native.load(name, "add", 2)(2, 3) == 5
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_an_index_from_the_end_is_refused(module):
+    class One(NamedTuple):
+        x: np.ndarray
+
+    form = native.Bundle(One(np.zeros(3, np.int64))).form
+    with pytest.raises(TypeError, match="count from the begin"):
+        native.load(module("def last(one):\n    return one.x[-1]\n"), "last", bundles=(form,))
+    assert njit(lambda x: x[-1])(np.arange(3)) == 2  # elsewhere it is as ever
 
 
 def test_what_needs_the_run_time_of_numba_is_refused(module):

@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError, SquallError
+from squall.files import check_place
 from squall.progress import progress
 from squall.replay import replay
 from squall.run.table import Run, RunSource
@@ -42,6 +43,7 @@ from squall.simulate.calibrate import (
     fit_coefficients,
     requests_of,
     simulated_requests,
+    slowed,
     spread_of,
     table_names,
     write_calibration,
@@ -78,6 +80,9 @@ FEW = 4
 model of one after another would take it for the price of something else. So of bursts of more than this many only the
 order of events is looked at, not the delay."""
 
+SPEEDS = 7
+"""Of a machine, over which a prediction is averaged."""
+
 UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 """Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
 
@@ -107,9 +112,9 @@ def calibrate(
     max_model_len: int | None = None,
     engine: str | None = None,
     prefix_caching: bool | None = None,
-    budget: Duration = 180.0,
+    budget: Duration | None = None,
     served_model: str | None = None,
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str | None = None,
     seed: int = DEFAULT_SEED,
 ) -> Calibration:
     """Fit the simulator's step time to a recorded run, or to a live vLLM server.
@@ -152,9 +157,14 @@ def calibrate(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
     }
+    if out is not None:
+        check_place(out, reads=run)
     if (run is None) == (url is None):
         raise InputError("calibrate: give either --run (a recorded run) or --url (a live server).")
     if run is not None:
+        live = {"--budget": budget, "--served-model": served_model, "--api-key-env": api_key_env}
+        for flag in (flag for flag, value in live.items() if value is not None):
+            raise InputError(f"{flag} has no effect with --run: it is about a live server.")
         for flag, value in (("--model", model), ("--gpu", gpu)):
             if value is None:
                 raise InputError(f"{flag} is missing: a recorded run does not say what it ran on.")
@@ -172,10 +182,9 @@ def calibrate(
         )
     if first is not None:
         raise InputError("--first has no effect with --url: a live server is tested on runs of its own.")
-    server = _Server(url or "", served_model, api_key_env)
-    return _calibrate_live(
-        server, model, gpu, tp, engine, prefix_caching, limits, seconds(budget, "--budget"), seed, out
-    )
+    server = _Server(url or "", served_model, api_key_env or "OPENAI_API_KEY")
+    limit = seconds("3m" if budget is None else budget, "--budget")
+    return _calibrate_live(server, model, gpu, tp, engine, prefix_caching, limits, limit, seed, out)
 
 
 class _Server:
@@ -197,7 +206,9 @@ class _Server:
         except urllib.error.HTTPError:
             return ""
         except (OSError, ValueError) as error:
-            raise InputError(f"--url {self.url}: {path} cannot be read ({error}); is the server up?") from error
+            why = getattr(error, "reason", error)
+            why = getattr(why, "strerror", None) or why
+            raise InputError(f"--url {self.url}: {path} cannot be read ({why}); is the server up?") from error
 
     def counter(self, name: str) -> float | None:
         """The sum of a counter or gauge over its labels; None if there is none of that name."""
@@ -327,11 +338,14 @@ def _calibrate_live(
         )
     errors = {}
     for kind in ("prefill", "burst", "batch", "context", "mixed"):
-        tables = [it.table for it in measured if it.kind == kind]
-        if tables:
+        those = [it for it in measured if it.kind == kind]
+        if those:
+            tables = [it.table for it in those]
             each = [simulated_requests(table, fit.cluster) for table in tables]
-            errors[kind] = errors_between(pl.concat(tables), pl.concat(each), None)
-    validation, spread = _judged(sendings, fit.cluster)
+            off = errors_between(pl.concat(tables), pl.concat(each), None)
+            errors[kind] = msgspec.structs.replace(off, steps=_steps_off([it.run for it in those], fit.cluster))
+    varies = _speed_varies([it.run for it in measured if it.kind == "mixed"], fit.cluster)  # as long as the tests
+    validation, spread = _judged(sendings, fit.cluster, varies)
     lengths = _long_tailed(cluster, stream(seed, "calibration capacity"))
     found, assumed = (_capacity(of, *lengths) for of in (fit.cluster, guessed))
     said.append(
@@ -339,7 +353,7 @@ def _calibrate_live(
         f" {', '.join(f'{load * assumed / found:.2f}' for load in LOADS)}."
     )
     result = calibration_of(fit, errors | validation, recordings, server.url, said)
-    result = msgspec.structs.replace(result, spread=spread)
+    result = msgspec.structs.replace(result, spread=spread, speed_varies=varies)
     write_calibration(result, out)
     return result
 
@@ -646,6 +660,7 @@ def _long_tailed(cluster: Cluster, random: np.random.Generator) -> list[np.ndarr
 class _Sending(NamedTuple):
     """One real run of a test."""
 
+    run: Run
     table: pl.DataFrame
     preempted: int | None
     """How often the server preempted meanwhile; None if it does not count."""
@@ -656,27 +671,74 @@ def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> _Sendi
     run = server.send(*sent, seed=seed)
     after = server.counter("vllm:num_preemptions_total")
     preempted = None if before is None or after is None else int(after - before)
-    return _Sending(requests_of(run, server.url)[0], preempted)
+    return _Sending(run, requests_of(run, server.url)[0], preempted)
 
 
-def _judged(sendings: list[list[_Sending]], cluster: Cluster) -> tuple[dict[str, Errors], dict[str, Spread]]:
+def _steps_off(runs: list[Run], cluster: Cluster) -> float | None:
+    """Predicted / seen - 1 of the time of the steps that were seen in `runs`; None if they are too few."""
+    steps = steps_seen(runs, cluster.max_num_batched_tokens)
+    return None if len(steps.took) < FEWEST else float(steps.seconds(cluster).sum() / steps.took.sum() - 1)
+
+
+def _speed_varies(runs: list[Run], cluster: Cluster) -> float:
+    """The standard deviation between `runs` of (time of the steps seen / of the same on `cluster`), relative."""
+    each = [steps_seen([run], cluster.max_num_batched_tokens) for run in runs]
+    expected = [float(steps.seconds(cluster).sum()) for steps in each]
+    known = [(steps.took.sum() / sum_, sum_) for steps, sum_ in zip(each, expected, strict=True) if sum_ > 0]
+    if len(known) < 2:
+        return 0.0
+    slower, weight = np.array(known).T
+    mean = np.average(slower, weights=weight)
+    return float(np.sqrt(np.average((slower - mean) ** 2, weights=weight)))
+
+
+def _judged(
+    sendings: list[list[_Sending]], cluster: Cluster, varies: float
+) -> tuple[dict[str, Errors], dict[str, Spread]]:
     """By load: errors of the predictions, which are made of each sending as it was sent, against all of them together;
-    and how far these differ. Under `held_out`, the errors over all loads."""
+    and how far these differ. Under `held_out`, the errors over all loads.
+
+    Queues and preemptions do not follow a machine's speed in a straight line. So the prediction for one whose speed
+    `varies` is over SPEEDS that are equally likely.
+    """
+    from scipy.stats import norm
+
     errors, spread = {}, {}
-    everything: list[pl.DataFrame] = []
-    predictions: list[pl.DataFrame] = []
+    quantiles = norm.ppf((np.arange(SPEEDS) + 0.5) / SPEEDS)
+    clusters = [slowed(cluster, 1 + varies * float(z)) for z in quantiles] if varies > 0 else [cluster]
+    everything: list[_Predicted] = []
     for load, them in zip(LOADS, sendings, strict=True):
-        tables = [it.table for it in them]
-        predicted = [simulated_requests(table, cluster) for table in tables]
+        name = f"load {load:g}"
+        predicted = [_Predicted(it.table, [simulated_requests(it.table, of) for of in clusters]) for it in them]
         counts = [it.preempted for it in them]
         known = None if None in counts else sum(count or 0 for count in counts)
-        name = f"load {load:g}"
-        errors[name] = errors_between(pl.concat(tables), pl.concat(predicted), known)
-        spread[name] = spread_of(tables, counts)
-        everything += tables
-        predictions += predicted
-    errors["held_out"] = errors_between(pl.concat(everything), pl.concat(predictions), None)
+        off = _errors_of(predicted, known)
+        errors[name] = msgspec.structs.replace(off, steps=_steps_off([it.run for it in them], cluster))
+        spread[name] = spread_of([it.table for it in them], counts)
+        everything += predicted
+    errors["held_out"] = _errors_of(everything, None)
     return errors, spread
+
+
+class _Predicted(NamedTuple):
+    """Requests that were sent, and what is predicted of them at every speed."""
+
+    table: pl.DataFrame
+    at_speeds: list[pl.DataFrame]
+
+
+def _errors_of(predicted: list[_Predicted], preempted: int | None) -> Errors:
+    """Of the statistics over all speeds, and of each request's mean over them."""
+    of_all = pl.concat([it.table for it in predicted for _ in it.at_speeds])
+    all_of = pl.concat([each for it in predicted for each in it.at_speeds])
+    speeds = len(predicted[0].at_speeds)
+    total = round(int(all_of["preemptions"].sum()) / speeds)
+    errors = errors_between(of_all, all_of, preempted, total)
+    means = [
+        pl.select(sum(each[name] for each in it.at_speeds) / speeds for name in ("ttft", "e2e")) for it in predicted
+    ]
+    single = errors_between(pl.concat([it.table for it in predicted]), pl.concat(means), None)
+    return msgspec.structs.replace(errors, requests=single.requests, mean_absolute=single.mean_absolute)
 
 
 callable_room(__name__)

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
-from squall.files import replace_file
+from squall.files import check_place, replace_file
 from squall.progress import note, progress
 from squall.run.metrics import latencies, per_request, requests_that_met, statistic
 from squall.run.resampling import FEWEST_BLOCKS, cells_of, deviations, ratio
@@ -148,6 +148,7 @@ def capacity(
     Raises InputError for a trace or a word that cannot be used. An interrupt returns what is known so far.
     """
     limits = parse_slo(slo)
+    place = None if out is None else check_place(out, reads=trace)
     for name in ("rate", "speed"):
         if options.get(name) is not None:
             raise InputError(f"--{name}: capacity sets the load itself; leave it out (--start is its first rate).")
@@ -164,7 +165,10 @@ def capacity(
     seed = int(options.get("seed", DEFAULT_SEED))
     asked, notes = _servable(open_trace(trace, **options))
     if not asked.span > 0 or len(asked) < 10:
-        raise InputError(f"{asked.meta.source}: {len(asked)} requests at one time have no rate to scale.")
+        raise InputError(
+            f"{asked.meta.source}: {len(asked)} requests in {asked.span:g} s have no rate to scale; at least 10 at"
+            " different times are needed."
+        )
     if url is not None:
         experiment: _Experiment = _Server(asked, method, url, seconds(step, "--step"), words)
         first = start or asked.rate
@@ -181,7 +185,7 @@ def capacity(
         precision=precision,
         budget=seconds(budget, "--budget"),
         seed=seed,
-        out=None if out is None else Path(out),
+        out=place,
         callback=progress_callback,
         repeatable=url is not None or method in _RANDOM_METHODS,
         method=method,
@@ -360,6 +364,7 @@ class _Search:
             f"{step.requests:,} requests met the SLO, {in_words(step.seconds)}."
         )
         if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.out, msgspec.json.format(msgspec.json.encode(self._result("running")), indent=1) + b"\n")
         if self.callback:
             self.callback(step)

@@ -260,6 +260,29 @@ def test_an_order_of_ones_own_that_fails_or_takes_long_is_told(tmp_path, capfd, 
         assert settled(service)
 
 
+def test_an_order_of_ones_own_that_never_returns_ends_the_server(tmp_path):
+    """Named, with exit code 2, for a length that nothing at the start could find; other requests were served."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "def order(request_tokens):\n    while request_tokens == 3:\n        pass\n    return request_tokens\n"
+    )
+    options = ["--port", "0", "--scheduler", f"{path}:order", "--default-tokens", "2"]
+    call = [sys.executable, "-m", "squall", "serve", *options]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(process.stdout.readline())["url"]
+        ask = client(url).completions.create
+        assert ask(model="llama-3.1-8b", prompt="a").usage.completion_tokens == 2
+        with pytest.raises(openai.APIError):
+            ask(model="llama-3.1-8b", prompt="a b c")
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert f"squall: --scheduler {path}:order: it did not return within 2 s; it must end, and soon." in errors
+    assert "Traceback" not in errors
+
+
 def test_a_priority_needs_the_scheduler(served):
     url, _ = served
     with pytest.raises(openai.BadRequestError, match="Priority scheduling is not enabled"):
@@ -473,6 +496,9 @@ def test_the_command_serves_until_it_is_stopped():
         ({"scheduler": "priority", "priorities": "api=1"}, "a request's own `priority` counts"),
         ({"mtbf": "1h"}, "--fail-rate and --failures"),
         ({"flavour": 1}, "there is no such option"),
+        ({"default_tokens": 10**8}, "beyond the context of"),
+        ({"ports_per_replica": True}, "changes nothing with one replica"),
+        ({"ports_per_replica": True, "replicas": 2, "port": 65535}, "no 2 ports from there on"),
         ({"gpu": "abacus"}, "abacus"),
     ],
 )

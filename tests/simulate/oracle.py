@@ -476,8 +476,6 @@ class Cluster:
         """One engine changes over if the fuller side is loaded, and would be much less so with another split."""
         limits, engines, n = self.limits, self.engines, len(self.engines)
         prompts, responses = self.demands()
-        if limits.scale_by == BY_FORECAST:
-            prompts, responses = self.forecast([prompts, responses])
         loads = {k: max(prompts / k, responses / (n - k)) for k in range(1, n)}
         best = min(loads, key=loads.__getitem__)
         now = sum((e.role == "prefill") != e.changing for e in engines)
@@ -492,32 +490,37 @@ class Cluster:
             min(ready, key=lambda e: len(e.running) + len(e.waiting) + len(e.passing)).changing = True
 
     def demands(self) -> tuple[float, float]:
-        """In engines: prompts to compute in the time between two looks, and the share of places or blocks asked for."""
+        """In engines: prompts to compute in the time between two looks, and the share of places or blocks asked for.
+        What comes is smoothed, what waits is not."""
         limits, entered = self.limits, self.entered
-        tokens = float(sum(r.prompt for r in entered))
+        coming = float(sum(r.prompt for r in entered))
         if entered:
-            self.mean = tokens / len(entered)
+            self.mean = coming / len(entered)
         self.entered = []
-        shares = []
+        tokens = held = responses = 0.0
         for e in self.engines:
             if e.role == "prefill":
                 tokens += len(e.waiting) * self.mean
             else:
-                blocks = limits.blocks - e.free + len(e.waiting) * self.mean / limits.block_size
-                shares.append(max((len(e.running) + len(e.waiting)) / limits.max_seqs, blocks / limits.blocks))
+                held += max(len(e.running) / limits.max_seqs, (limits.blocks - e.free) / limits.blocks)
+                places = len(e.waiting) / limits.max_seqs
+                responses += max(places, len(e.waiting) * self.mean / limits.block_size / limits.blocks)
+        expected = self.expected([coming, held])
+        tokens, responses = tokens + expected[0], responses + expected[1]
         asked = sum(e.asked for e in self.engines)
         if asked and limits.caching:
             tokens *= 1.0 - sum(e.hits for e in self.engines) / asked
-        return tokens * limits.per_prompt_token / limits.scale_every, sum(shares)
+        return tokens * limits.per_prompt_token / limits.scale_every, responses
 
-    def forecast(self, values: list[float]) -> list[float]:
-        """Holt's linear trend of each, one look ahead."""
+    def expected(self, values: list[float]) -> list[float]:
+        """Each smoothed exponentially; for a forecast with Holt's linear trend, one look ahead."""
         if not self.trends:
             self.trends = [[value, 0.0] for value in values]
             return values
+        bend = 0.1 if self.limits.scale_by == BY_FORECAST else 0.0
         for trend, value in zip(self.trends, values, strict=True):
-            level = 0.5 * value + 0.5 * (trend[0] + trend[1])
-            trend[:] = level, 0.3 * (level - trend[0]) + 0.7 * trend[1]
+            level = 0.2 * value + (1.0 - 0.2) * (trend[0] + trend[1])
+            trend[:] = level, bend * (level - trend[0]) + (1.0 - bend) * trend[1]
         return [max(0.0, level + slope) for level, slope in self.trends]
 
 

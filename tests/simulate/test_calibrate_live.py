@@ -12,9 +12,11 @@ from squall.errors import InputError
 from squall.run.table import Run, RunMeta
 from squall.simulate.calibrate import simulated_requests, spread_of
 from squall.simulate.cluster import resolve
+from squall.simulate.engine import run_trace
 from squall.simulate.hardware import MODELS
 from squall.simulate.seen import Steps
 from squall.simulate.step_time import StepTable, StepTime
+from squall.trace.table import Trace, TraceMeta
 
 live = import_module("squall.calibrate")
 
@@ -153,3 +155,52 @@ def test_the_spread_of_real_runs_is_the_interval_of_their_mean():
     assert spread.mean["ttft"] == pytest.approx(4.303 * 0.1 / np.sqrt(3), rel=1e-3)
     assert spread.p99["e2e"] == pytest.approx(0.0, abs=1e-12)
     assert spread.preemptions == [1, None, 3]
+
+
+def pretended(server, monkeypatch, truth):
+    """Let `truth` answer what is sent to `server`, in no time; those sent together come in waves."""
+
+    def send(arrival, prompt, response, *, at_once=None, seed):
+        start, sent = 0.0, np.array(arrival, dtype=float)
+        for k in range(0, len(sent) if at_once else 0, at_once or 1):
+            sent[k : k + at_once] = start
+            wave = slice(k, k + at_once)
+            columns = {"sent": sent[wave], "request_tokens": prompt[wave], "response_tokens": response[wave]}
+            start += float(simulated_requests(pl.DataFrame(columns), truth)["e2e"].max()) + 2e-3
+        columns = {"arrival": sent, "request_tokens": prompt, "response_tokens": response}
+        return run_trace(Trace.of(columns, TraceMeta(source="calibration", format="generated")), truth)
+
+    monkeypatch.setattr(server, "send", send)
+    monkeypatch.setattr(live, "_Server", lambda *_: server)
+
+
+def test_a_whole_calibration_finds_the_server(server, monkeypatch, tmp_path):
+    """All that `calibrate --url` does, against a server whose steps and API server are known."""
+    table = StepTable(
+        points=[(1.0, 12e-3), (16.0, 17e-3), (256.0, 38e-3), (2048.0, 150e-3)],
+        per_sequence=1e-3,
+        per_kv_token=1e-6,
+        per_attention_pair=5e-8,
+    )
+    edges = {"a0": 3e-3, "s_in": 1e-3, "s_out": 0.0, "o0": 0.0, "o1": 0.0, "o_gap": 0.0}
+    words = {"kv_blocks": 80, "block_size": 32, "max_num_seqs": 16, "max_num_batched_tokens": 2048}
+    truth = resolve(
+        **words, max_model_len=2048, engine="vllm-0.24-sync", own_blocks=True, step_time=StepTime(table=table, **edges)
+    )
+    pretended(server, monkeypatch, truth)
+    monkeypatch.setattr(live.time, "monotonic", lambda: 0.0)  # no ladder is cut short
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 2048}
+    found = squall.calibrate(url="http://127.0.0.1:9", out=tmp_path / "c.json", budget=120, **limits)
+    assert found.engine == "vllm-0.24-sync"
+    assert found.prefix_caching
+    for n in (1, 4, 16):
+        at = [np.interp(n, *np.array(it.points).T) + n * it.per_sequence for it in (found.step_time.table, table)]
+        assert at[0] == pytest.approx(at[1], rel=0.03)
+    assert found.step_time.a0 + found.step_time.s_in == pytest.approx(4e-3, abs=1e-3)
+    for load in live.LOADS:
+        errors, spread = found.errors[f"load {load:g}"], found.spread[f"load {load:g}"]
+        assert abs(errors.steps) < 0.02
+        assert abs(errors.mean["ttft"]) < 0.05
+        assert abs(errors.mean["e2e"]) < 0.03
+        assert spread.runs == 2
+        assert spread.mean["e2e"] == pytest.approx(0.0, abs=1e-9)  # this server does the same every time

@@ -5,6 +5,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from squall import guest
 from squall.errors import InputError
 from squall.run.metrics import metrics
 from squall.simulate import records, simulate
@@ -237,35 +238,91 @@ def test_a_host_cache_gives_back_what_the_gpu_evicted():
     assert rates[0] < rates[1] < rates[2]
 
 
-def test_your_own_policy(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def shortest(request_tokens):\n    return request_tokens\n\n"
-        "def broken(request_tokens):\n    return 1 / 0\n\n"
-        "def nonsense(request_tokens, arrival):\n    return float('nan')\n\n"
-        "def unknown(colour):\n    return 1.0\n\n"
-        "def text(request_tokens):\n    return 'first'\n\n"
-        "def nothing():\n    return 1.0\n\n"
-        "def later(request_tokens):\n    if request_tokens > 25:\n        raise ValueError('no')\n    return 1.0\n\n"
-        "def keyword(*, request_tokens):\n    return request_tokens\n\n"
-        "def many(*request_tokens):\n    return 1.0\n\n"
-        "def lazy(request_tokens):\n    yield request_tokens\n\n"
-        "def nil(request_tokens):\n    request_tokens + 1\n\n"
-        "def imports(request_tokens):\n    import os\n    return os.getpid()\n\n"
-        "def mixed(request_tokens):\n    return 'a' if request_tokens > 15 else 1.0\n\n"
-        "def same(request_tokens):\n    return 1.0\n\n"
-        "def endless(request_tokens):\n    while request_tokens > 15:\n        pass\n    return 1.0\n\n"
-        "class Kind:\n    pass\n"
-    )
+OWN = """
+print("hello")  # must not disturb anything
+
+def shortest(request_tokens):
+    return request_tokens
+
+def broken(request_tokens):
+    return 1 / 0
+
+def nonsense(request_tokens, arrival):
+    return float("nan")
+
+def infinite(request_tokens):
+    return 1e308 * request_tokens
+
+def unknown(colour):
+    return 1.0
+
+def text(request_tokens):
+    return "first"
+
+def array(request_tokens):
+    return [request_tokens, 1.0]
+
+def nothing():
+    return 1.0
+
+def later(request_tokens):
+    if request_tokens > 25:
+        raise ValueError("no")
+    return 1.0
+
+def keyword(*, request_tokens):
+    return request_tokens
+
+def many(*request_tokens):
+    return 1.0
+
+def lazy(request_tokens):
+    yield request_tokens
+
+def nil(request_tokens):
+    request_tokens + 1
+
+def imports(request_tokens):
+    import os
+    return os.getpid()
+
+def reads(request_tokens):
+    return float(open("somewhere").read())
+
+def mixed(request_tokens):
+    return "a" if request_tokens > 15 else 1.0
+
+def same(request_tokens):
+    return 1.0
+
+class Kind:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_your_own_policy(own):
     trace = at_once([30, 10, 20], [5, 5, 5])
-    assert order_of(trace, scheduler=f"{path}:shortest") == order_of(trace, scheduler="srf") == [1, 2, 0]
-    run = simulate(trace, scheduler=f"{path}:shortest")
+    assert order_of(trace, scheduler=f"{own}:shortest") == order_of(trace, scheduler="srf") == [1, 2, 0]
+    run = simulate(trace, scheduler=f"{own}:shortest")
     assert any("scheduler=" in line for line in run.meta.notes)
-    for name, says in {
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    {
         "broken": "raised|finite",
         "nonsense": "finite",
-        "unknown": "colour",
+        "infinite": "finite",
+        "unknown": "'colour'; a policy can ask for arrival",
         "text": "compile|finite|raised",
+        "array": "not a number",
         "nothing": "no parameters",
         "missing": "no function missing",
         "later": "raised ValueError: no",
@@ -274,20 +331,69 @@ def test_your_own_policy(tmp_path):
         "lazy": "plain function",
         "nil": "returns none, not a number",
         "imports": "IMPORT_NAME",
+        "reads": "compile it: Untyped global name 'open'",
         "mixed": "compile",
         "same": "changes nothing",
-        "endless": "it must end",
         "Kind": "no function Kind",
         "": "give FILE.py:FUNCTION",
-    }.items():
-        with pytest.raises(InputError, match=says):
-            simulate(trace, scheduler=f"{path}:{name}")
-    with pytest.raises(InputError, match="no file"):
-        simulate(trace, scheduler="nowhere.py:policy")
-    for text in ("raise RuntimeError('no')", "raise SystemExit(3)", "def shortest(:"):
-        path.write_text(text)
-        with pytest.raises(InputError, match="cannot be run"):
-            simulate(trace, scheduler=f"{path}:shortest")
+    }.items(),
+)
+def test_a_policy_that_cannot_be_used_is_one_sentence(own, name, says):
+    with pytest.raises(InputError, match=says) as wrong:
+        simulate(at_once([30, 10, 20], [5, 5, 5]), scheduler=f"{own}:{name}")
+    assert str(wrong.value).startswith(f"--scheduler {own}:{name}")
+    assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("raise RuntimeError('no')", "it cannot be run: RuntimeError: no"),
+        ("raise SystemExit(3)", "it cannot be run: SystemExit: 3"),
+        ("def policy(:", "it cannot be run: SyntaxError"),
+        ("import os; os._exit(7)", "its process died .exit code 7"),
+        ("while True: pass", "was not run within 1 s"),
+        ("\0\1", "it cannot be run"),
+        # For all lengths but those of this trace it ends: no trying out can find it.
+        (
+            "def policy(request_tokens):\n    while request_tokens == 77:\n        pass\n    return request_tokens",
+            "did not return within 1 s; it must end",
+        ),
+        (
+            "import ctypes\nabort = ctypes.CDLL(None).abort\nabort.argtypes, abort.restype = [], None\n"
+            "def policy(request_tokens):\n    abort()\n    return request_tokens",
+            "its process died .SIGABRT",
+        ),
+    ],
+)
+def test_what_only_a_process_of_its_own_survives(tmp_path, monkeypatch, text, says):
+    """Endless loops (compiled ones cannot be interrupted), crashes, and files that cannot be run."""
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(guest, "CALL_PER_ROW", 0.0)
+    monkeypatch.setattr("squall.simulate.policies.OWN_LIMIT", 1.0)
+    if "while True" in text:
+        monkeypatch.setattr(guest, "START", 1.0)
+    with pytest.raises(InputError, match=says):
+        simulate(at_once([30, 77, 20], [5, 5, 5]), scheduler=f"{tmp_path}/mine.py:policy")
+    # It can be mended and tried again.
+    monkeypatch.undo()
+    (tmp_path / "mine.py").write_text("def policy(request_tokens):\n    return request_tokens")
+    assert order_of(at_once([30, 10, 20], [5] * 3), scheduler=f"{tmp_path}/mine.py:policy") == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("nowhere.py:policy", "there is no such file"), ("{0}:policy", "cannot be read: Is a directory")],
+)
+def test_a_policy_needs_a_file(tmp_path, where, says):
+    with pytest.raises(InputError, match=says):
+        simulate(at_once([30, 10, 20], [5, 5, 5]), scheduler=where.format(tmp_path))
+
+
+def test_a_policy_file_must_be_python(tmp_path):
+    (tmp_path / "mine.txt").write_text("def policy(request_tokens):\n    return request_tokens")
+    with pytest.raises(InputError, match=r"it is not a Python file \(.py\)"):
+        simulate(at_once([30, 10, 20], [5, 5, 5]), scheduler=f"{tmp_path}/mine.txt:policy")
 
 
 def test_sessions_stay_where_they_were():
@@ -520,6 +626,7 @@ def test_overload_shows_a_plateau():
         ({"scheduler": "priority"}, "--priorities"),
         ({"scheduler": "priority", "priorities": "gold=0"}, "gold"),
         ({"scheduler": "priority", "priorities": "api"}, "NAME=VALUE"),
+        ({"scheduler": "priority", "priorities": "api=nan"}, "give a finite one"),
         ({"scheduler": "priority", "priorities": "api=0,api=1"}, "has a value already"),
         ({"scheduler": "edf"}, "--deadlines"),
         ({"scheduler": "edf", "deadlines": "api=1s,conversation=1s"}, "that of the arrivals"),

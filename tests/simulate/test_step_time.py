@@ -302,6 +302,8 @@ def test_files_describe_others(tmp_path):
         ('{"name": "x"}', "memory_gb"),
         ('{"name": "x", "memory_gb": 0, "bandwidth_tb_s": 1, "bf16_tflops": 1}', "memory_gb"),
         ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1, "bf16_tflops": 1, "colour": 1}', "colour"),
+        ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1e-12, "bf16_tflops": 1}', "bandwidth_tb_s"),
+        ('{"name": "x", "memory_gb": 9, "bandwidth_tb_s": 1, "bf16_tflops": 1, "fp8_tflops": -5}', "fp8_tflops"),
     ],
 )
 def test_bad_gpu_files(tmp_path, text, says):
@@ -320,6 +322,11 @@ def test_bad_gpu_files(tmp_path, text, says):
         ({"kv_lora_rank": 512}, "qk_rope_head_dim is missing"),
         ({"quantization_config": {"bits": 3}}, "neither 8 nor 4 bits"),
         ({"quantization_config": "small"}, "neither 8 nor 4 bits"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads evenly"),
+        ({"num_key_value_heads": 8}, "4 attention heads cannot share 8"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
+        ({"num_local_experts": 8}, "num_experts_per_tok is missing"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 20}, "20 of 8 experts"),
     ],
 )
 def test_bad_model_files(tmp_path, changes, says):
@@ -346,6 +353,12 @@ def test_bad_model_files(tmp_path, changes, says):
         ({"preemption": "magic"}, "recompute"),
         ({"router": "best"}, "least-outstanding"),
         ({"tp": 3}, "--tp 3"),
+        ({"model": ""}, "built in are"),
+        ({"gpu": ""}, "built in are"),
+        ({"fleet": "=2"}, "--fleet =2"),
+        ({"prefix_caching": True, "host_cache": 1e9}, "more than the 100,000,000"),
+        ({"autoscale": "kv:inf", "max_replicas": 3}, "--autoscale kv:inf"),
+        ({"mtbf": "1h", "fail": "0@3s"}, "give one of them"),
         ({"replicas": 0}, "--replicas 0"),
         ({"kv_blocks": 1}, "null block"),
         ({"max_num_seqs": 4096, "max_num_batched_tokens": 512}, "vLLM refuses"),

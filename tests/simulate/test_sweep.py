@@ -7,6 +7,7 @@ import pytest
 import squall
 from squall.errors import InputError
 from squall.run import metrics
+from squall.simulate import sweep as sweeping
 from squall.simulate.step_time import StepTable, StepTime
 from squall.simulate.sweep import _coefficients, _stability, _variant
 from squall.trace.table import Trace, TraceMeta
@@ -54,6 +55,20 @@ def test_processes_change_nothing(trace):
     assert squall.sweep(trace, jobs=2, **words).table.equals(squall.sweep(trace, jobs=1, **words).table)
 
 
+def test_an_interrupt_leaves_the_combinations_that_were_done(trace, tmp_path, monkeypatch):
+    out, real = tmp_path / "sweep.csv", sweeping._one
+
+    def interrupted(work):
+        if work[0] == 2:
+            raise KeyboardInterrupt
+        return real(work)
+
+    monkeypatch.setattr(sweeping, "_one", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        squall.sweep(trace, sweep=["kv-blocks=600,1000,2000"], gpu="a100", out=out)
+    assert pl.read_csv(out)["kv_blocks"].to_list() == [600, 1000]
+
+
 def test_a_coefficient_moves_by_a_fifth_and_a_share_never_beyond_the_peak():
     step = StepTime(e_bw=0.9, o1=0.0)
     assert "o1" not in _coefficients(step)
@@ -86,6 +101,10 @@ def test_a_winner_that_loses_elsewhere_is_called_out():
         ({"sweep": ["gpu=a100"], "jobs": 0}, "--jobs 0"),
         ({"sweep": ["gpu=a100"], "out": "x.xlsx"}, "x.xlsx"),
         ({"sweep": ["gpu=abacus"]}, "built in are"),
+        ({"sweep": ["gpu=a100,a100"]}, "stands there twice"),
+        ({"sweep": ["gpu=a100"], "by": "goodput_share"}, "--by goodput_share needs --slo"),
+        ({"sweep": ["prefix-caching=maybe"]}, "true or false"),
+        ({"sweep": ["gpu=a100"], "out": "/proc/x.csv"}, "nothing can be written in /proc"),
     ],
 )
 def test_impossible_sweeps(trace, words, says):

@@ -88,6 +88,42 @@ def test_the_timeline_is_what_happened(told):
     assert 0 <= min(used) <= max(used) <= 399
 
 
+def test_a_viewer_can_read_it(told):
+    """In the order of time, every thread with a name, and what lies within something lies within it wholly."""
+    _, events = told
+    times = [event["ts"] for event in events if "ts" in event]
+    assert times == sorted(times)
+    named = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
+    assert {(event["pid"], event["tid"]) for event in events if event["ph"] in "Xi"} <= named
+    open_until: dict[tuple[int, int], list[float]] = {}
+    for event in (event for event in events if event["ph"] == "X"):
+        stack = open_until.setdefault((event["pid"], event["tid"]), [])
+        while stack and stack[-1] <= event["ts"] + 1e-3:
+            stack.pop()
+        end = event["ts"] + event["dur"]
+        assert not stack or end <= stack[-1] + 1e-3
+        stack.append(end)
+
+
+def test_a_timeline_that_is_cut_says_so(crowded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("squall.simulate.timeline.MOST_STEPS", 10)
+    monkeypatch.setattr("squall.progress.notes.shown", True)
+    path = tmp_path / "t.json"
+    squall.simulate(crowded, gpu="a100", timeline=path)
+    assert f"{path}: it has the first 10 of" in capsys.readouterr().err
+    assert sum(event.get("cat") == "step" for event in json.loads(path.read_text())["traceEvents"]) == 10
+
+
+def test_a_queue_waits_for_what_its_first_lacks():
+    """Short prompts behind long ones that no block is free for: blocks are what they wait for, not the steps."""
+    columns = {"arrival": np.zeros(12), "request_tokens": [3000] * 11 + [10], "response_tokens": [300] * 12}
+    trace = Trace.of(columns, TraceMeta(source="made for a test", format="generated"))
+    run = squall.simulate(trace, gpu="a100", kv_blocks=260, explain=12)
+    last = next(it for it in run.meta.target["slowest"] if it["request"] == 11)
+    assert max(last["queued_for"], key=last["queued_for"].get) == "kv cache full"
+    assert last["reason"].startswith("queued for free KV blocks, behind 1")
+
+
 @pytest.mark.parametrize(("words", "says"), [({"timeline": "x.txt"}, "x.txt"), ({"explain": -1}, "--explain -1")])
 def test_impossible_wishes(crowded, words, says):
     with pytest.raises(InputError, match=says):

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -59,6 +61,8 @@ def build() -> App:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback for what the user can mend."""
+    with suppress(ValueError):  # outside the main thread there are no signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what an interrupt ends well, this ends as well
     try:
         code = build()(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

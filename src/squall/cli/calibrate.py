@@ -33,9 +33,9 @@ def calibrate(
     max_model_len: Annotated[int | None, Parameter(group=MEASURED)] = None,
     engine: Annotated[str | None, Parameter(group=MEASURED)] = None,
     prefix_caching: Annotated[bool | None, Parameter(group=MEASURED)] = None,
-    budget: Annotated[str, Parameter(group=LIVE)] = "3m",
+    budget: Annotated[str | None, Parameter(group=LIVE)] = None,
     served_model: Annotated[str | None, Parameter(group=LIVE)] = None,
-    api_key_env: Annotated[str, Parameter(group=LIVE)] = "OPENAI_API_KEY",
+    api_key_env: Annotated[str | None, Parameter(group=LIVE)] = None,
     seed: Seed = Seed(),
     output: Output = Output(),
 ) -> int:
@@ -73,11 +73,11 @@ def calibrate(
         Whether it caches prefixes: preempted requests then find their own blocks again. [default: as --url tells, or
         yes, as vLLM does unless told not to]
     budget
-        About how long the measurements may take.
+        About how long the measurements may take. [default: 3m]
     served_model
         Which model of the server. [default: its first]
     api_key_env
-        The environment variable that holds the server's key.
+        The environment variable that holds the server's key. [default: OPENAI_API_KEY]
     """
     from squall.calibrate import calibrate as fit
 
@@ -112,15 +112,15 @@ def _show(result: "Calibration", out: str) -> None:
     from squall.report.terminal import console, row, table
 
     screen = console()
-    screen.print(
-        f"{result.model.name} on {result.tp} x {result.gpu.name}, {result.engine}, {result.kv_blocks:,} KV blocks",
-        markup=False,
-    )
+    on = f"{result.tp} x {result.gpu.name}, {result.engine}, {result.kv_blocks:,} KV blocks"
+    screen.print(printable(f"{result.model.name} on {on}"), markup=False)
     shown = table("Step time", "coefficient", "95 % interval", "settled by the data")
     for name, (low, high) in result.fitted.items():
         row(shown, name, f"{low:.3g} to {high:.3g}", f"{result.informed.get(name, 1.0):.0%}")
     screen.print(shown)
-    shown = table("Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "preempted")
+    shown = table(
+        "Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "steps", "preempted"
+    )
     for name, errors in result.errors.items():
         _row(shown, name.replace("_", " "), errors)
         if name in result.spread:
@@ -139,7 +139,8 @@ def _row(shown: "Table", name: str, errors: "Errors") -> None:
     ]
     counts = errors.preemptions or (None, None)
     preempted = "/".join("?" if count is None else str(count) for count in counts)
-    row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", preempted)
+    steps = "-" if errors.steps is None else f"{100 * errors.steps:+.1f}"
+    row(shown, name, errors.requests, *cells, f"{100 * errors.mean_absolute['e2e']:.1f}", steps, preempted)
 
 
 def _spread_row(shown: "Table", spread: "Spread") -> None:
@@ -149,4 +150,4 @@ def _spread_row(shown: "Table", spread: "Spread") -> None:
     parts = (spread.mean, spread.p50, spread.p99)
     ttft, e2e = ("±" + "/".join(f"{100 * part[kind]:.1f}" for part in parts) for kind in ("ttft", "e2e"))
     counts = ",".join("?" if count is None else str(count) for count in spread.preemptions)
-    row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", counts)
+    row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", "", counts)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from squall.run.metrics import Metrics
     from squall.run.table import Run
 
+INTERRUPTED = 130
+
 CLUSTER = Group("Cluster", sort_key=10)
 LIMITS = Group("Engine limits", sort_key=20)
 CLIENT = Group("Clients", sort_key=30)
@@ -184,11 +186,12 @@ def simulate(
     token_times
         Keep the time of every token, for ITL. [default: up to a million response tokens]
     """
+    from squall.run.files import check_run_path, write_run
     from squall.simulate import simulate as run_simulation
 
+    check_run_path(out, reads=trace)
     run = run_simulation(
         trace,
-        out=out,
         model=model,
         gpu=gpu,
         tp=tp,
@@ -211,6 +214,16 @@ def simulate(
         **vars(policies),
         **as_options(select),
     )
+    try:
+        _tell(run, output)
+    finally:  # after what came of it is told, as the disk may be full, and even if nobody listens any more
+        write_run(run, out)
+    if not output.json:
+        print(f"{'written':<12} {printable(out)}")
+    return INTERRUPTED if run.meta.state == "interrupted" else 0
+
+
+def _tell(run: "Run", output: Output) -> None:
     from squall.run import metrics
 
     for line in run.meta.notes:
@@ -228,29 +241,31 @@ def simulate(
             }
         )
     else:
-        _show(run, result, out)
-    return 0
+        _show(run, result)
 
 
-def _show(run: "Run", result: "Metrics", out: str) -> None:
+def _show(run: "Run", result: "Metrics") -> None:
     from squall.report.terminal import console, number, percent, row, table
 
     screen = console()
     target = run.meta.target
     gpus = f"{target['tp']} x {target['gpu']}" if target["tp"] > 1 else target["gpu"]
-    screen.print(
-        f"{result.requests:,} requests on {target['replicas']} x {target['model']} ({gpus}, {target['engine']}),"
-        f" {target['kv_blocks']:,} KV blocks ({target['kv_blocks_from']}); step time: {run.meta.step_time}",
-        markup=False,
+    counted = f"{result.requests:,} request{'s' * (result.requests != 1)}"
+    text = (
+        f"{counted} on {target['replicas']} x {target['model']} ({gpus}, {target['engine']}),"
+        f" {target['kv_blocks']:,} KV blocks ({target['kv_blocks_from']}); step time: {run.meta.step_time}"
     )
+    screen.print(printable(text), markup=False)
     shown = table("Latency, seconds from schedule", "", "n", "mean", "p50", "p90", "p95", "p99", "max")
     for name in ("ttft", "tpot", "itl", "e2e"):
         it = getattr(result, name)
         if it.n:
             row(shown, name.upper(), it.n, it.mean, it.p50, it.p90, it.p95, it.p99, it.max)
-    screen.print(shown)
+    if shown.row_count:
+        screen.print(shown)
     if target.get("slowest"):
-        shown = table("The slowest requests, seconds", "row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        columns = ("row", "sent", "TTFT", "E2E", "queued", "preempted", "reason")
+        shown = table("The slowest requests, seconds", *columns, text=6)
         for it in target["slowest"]:
             ttft = "-" if it["ttft"] is None else number(it["ttft"])
             cells = (number(it["sent"]), ttft, number(it["e2e"]), number(it["queued"]), len(it["preempted_at"]))
@@ -264,7 +279,6 @@ def _show(run: "Run", result: "Metrics", out: str) -> None:
         "peak KV use": percent(result.kv_cache.peak),
         "preemptions": f"{result.preemptions or 0:,}",
         "failures": failures,
-        "written": out,
     }
     if target["unlike_vllm"]:
         lines["not vLLM v1"] = ", ".join(target["unlike_vllm"])

@@ -106,7 +106,7 @@ def _show(result: "Sweep", out: str | None) -> None:
     from squall.report.terminal import console, number, row, table
 
     screen = console()
-    screen.print(f"step time: {result.step_time}", markup=False)
+    screen.print(printable(f"step time: {result.step_time}"), markup=False)
     columns = ["ttft_mean", "ttft_p99", "tpot_mean", "e2e_mean", "e2e_p99", "throughput", "goodput_share"]
     columns += ["preemptions", *([result.stability.by] if result.stability.by not in [*columns, "preemptions"] else [])]
     columns = [name for name in columns if result.table[name].null_count() < len(result.table)]

@@ -3,7 +3,8 @@
 Importing numba takes a third of a second in every process, and LLVM 90 MB of memory. So what is compiled is compiled by
 numba once per source (compiling.py), and its object code kept beside the bytecode (else in the user's cache). The
 functions are plain C ones: they take bundles (bundle.py), numbers and addresses, know no exceptions, allocate nothing,
-and the GIL is free while they run. They may call libc by `numba.types.ExternalFunction`.
+count indices from the begin alone, and the GIL is free while they run. They may call libc by
+`numba.types.ExternalFunction`.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ from typing import Any
 
 from squall.native.bundle import Bundle as Bundle
 from squall.native.bundle import Form as Form
-from squall.native.linking import link, link_by_llvm
+from squall.native.linking import link, link_by_llvm, processor
 
 _OURS = "squall.native", "squall.native.compiling"
 _LINKED_HERE = sys.platform == "linux" and os.uname().machine == "x86_64"
@@ -59,6 +60,22 @@ def inlined(function: Callable[..., Any]) -> Part:
     return Part(function, inlined=True)
 
 
+class _Prefetch:
+    """Ask for what `array[index]` has before it is needed. It changes nothing."""
+
+    def __call__(self, array: Any, index: Any) -> None:
+        """Nothing, to Python."""
+
+    @property
+    def _numba_type_(self) -> Any:
+        from squall.native.compiling import prefetch_type
+
+        return prefetch_type()
+
+
+prefetch = _Prefetch()
+
+
 def load(
     module: str,
     name: str,
@@ -76,7 +93,7 @@ def load(
     """
     source = _source(module)
     texts = [_source(one).read_bytes() for one in (module, *also, *_OURS)]
-    kind = f"{_digest(texts)}-{_digest((bundles, arguments, os.uname().machine))}"
+    kind = f"{_digest(texts)}-{_digest((bundles, arguments, os.uname().machine, processor()))}"
     linked = link if _LINKED_HERE else link_by_llvm
     address = None
     for code in _kept(source, name, kind):
@@ -84,6 +101,7 @@ def load(
             address = linked(code, name)
             break
     if address is None:
+        from squall import jit  # noqa: F401  # numba's import takes half the time behind it
         from squall.native.compiling import compiled
 
         slow()

@@ -3,9 +3,13 @@
 numba by itself makes each function a library of its own, optimises it together with all that it calls, and makes
 machine code of that, whether it is needed or not: for functions that call one another most of the work is done many
 times over.
+
+An index is never counted from the end: numba looks at each whether it is negative, in code that follows indices from
+array to array a good part of all that is done.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 from zlib import crc32
@@ -23,11 +27,12 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.imputils import lower_getattr_generic
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AttributeTemplate
-from numba.extending import infer_getattr, models, register_model
-from numba.np.arrayobj import populate_array
+from numba.extending import infer_getattr, intrinsic, models, register_model
+from numba.np import arrayobj
 from numba.np.numpy_support import from_dtype
 
 from squall.native.bundle import Form, Items
+from squall.native.linking import processor
 
 # No reference counts, no ZeroDivisionErrors: then nothing of numba's own run-time is called.
 _OPTIONS = {"nopython": True, "_nrt": False, "error_model": "numpy"}
@@ -40,7 +45,8 @@ def compiled(function: Callable[..., Any], bundles: tuple[Form, ...], arguments:
     Raises TypeError if it would need numba's run time.
     """
     kinds = (*map(_Bundled, bundles), *[types.int64] * arguments)
-    made = _CFuncCompiler(function, _target, _OPTIONS, {}, Compiler).compile(kinds, types.int64)
+    with _remembering():
+        made = _CFuncCompiler(function, _target, _OPTIONS, {}, Compiler).compile(kinds, types.int64)
     unit = llvm.parse_assembly("")
     unit.triple = llvm.get_process_triple()
     unit.data_layout = str(_target.machine.target_data)
@@ -58,6 +64,25 @@ def compiled(function: Callable[..., Any], bundles: tuple[Form, ...], arguments:
     if wanted:
         raise TypeError(f"{function.__module__}.{name} may raise or allocate: it calls {', '.join(wanted)}")
     return bytes(_target.machine.emit_object(unit))
+
+
+@contextmanager
+def _remembering() -> Iterator[None]:
+    """numba works out what an operation gives whenever it meets it; here once for each kind of operands."""
+    known: dict[Any, Any] = {}
+    work_out = types.Function.get_call_type
+
+    def get_call_type(self: Any, context: Any, args: Any, kws: Any) -> Any:
+        asked = self, tuple(args), tuple(kws.items())
+        if asked not in known:
+            known[asked] = work_out(self, context, args, kws)
+        return known[asked]
+
+    types.Function.get_call_type = get_call_type
+    try:
+        yield
+    finally:
+        types.Function.get_call_type = work_out
 
 
 class _Library(AOTCodeLibrary):  # type: ignore[misc]
@@ -103,7 +128,7 @@ class _Target(TargetDescriptor):  # type: ignore[misc]
 
     @cached_property
     def target_context(self) -> Any:
-        return cpu_target.target_context.subtarget(_internal_codegen=_Codegen("squall"), aot_mode=True)
+        return cpu_target.target_context.subtarget(_internal_codegen=_Codegen("squall", processor()), aot_mode=True)
 
     @property
     def machine(self) -> Any:
@@ -112,6 +137,40 @@ class _Target(TargetDescriptor):  # type: ignore[misc]
 
 
 _target = _Target("cpu")
+
+
+@intrinsic
+def _prefetch(_: Any, array: Any, index: Any) -> Any:
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = context.make_array(array)(context, builder, arguments[0]).data
+        at = builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [at.type, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [at.type], kind)
+        builder.call(ask, [at, number(1), number(3), number(1)])  # to write, near, data
+        return context.get_dummy_value()
+
+    return types.void(array, index), make
+
+
+def prefetch_type() -> Any:
+    """Of native.prefetch."""
+    return cpu_target.typing_context.resolve_value_type(_prefetch)
+
+
+_from_both_ends = arrayobj.fix_integer_index
+
+
+def _index(context: Any, builder: Any, kind: Any, index: Any, size: Any) -> Any:
+    """In place of numba's function; what it compiles for others is as ever."""
+    if not isinstance(context.codegen(), _Codegen):
+        return _from_both_ends(context, builder, kind, index, size)
+    if isinstance(index, ir.Constant) and kind.signed and index.constant < 0:
+        raise TypeError(f"index {index.constant}: compiled functions count from the begin")
+    return context.cast(builder, index, kind, types.intp if kind.signed else types.uintp)
+
+
+arrayobj.fix_integer_index = _index
 
 
 class Overloads(Dispatcher):
@@ -199,7 +258,7 @@ def _read(context: Any, builder: Any, kind: _Bundled, pointer: Any, name: str) -
         for length in reversed(shape[1:]):
             strides.insert(0, builder.mul(strides[0], length))
         array = context.make_array(member)(context, builder)
-        populate_array(
+        arrayobj.populate_array(
             array,
             data=builder.inttoptr(load(0), item.as_pointer()),
             shape=shape,

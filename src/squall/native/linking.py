@@ -1,14 +1,28 @@
-"""Object code into memory that may be run: by a small linker for ELF on x86-64, by LLVM's elsewhere."""
+"""For what processor the code is, and object code into memory that may be run: by a small linker for ELF on x86-64."""
 
 import ctypes
 import mmap
+import os
 import struct
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 _ABSOLUTE, _RELATIVE, _CALL = 1, 2, 4  # R_X86_64_64, _PC32, _PLT32
 _JUMP = struct.Struct("<2sQ2s")  # movabs rax, address; jmp rax
+_V3 = {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 _kept_alive: list[Any] = []  # the code must outlive its callers
+
+
+@cache
+def processor() -> str:
+    """LLVM's name for what the code may use: all that x86-64-v3 has (AVX2), or what any processor of this kind has."""
+    try:
+        with open("/proc/cpuinfo") as about:
+            flags = next((line for line in about if line.startswith("flags")), "")
+    except OSError:
+        flags = ""
+    return "x86-64-v3" if os.uname().machine == "x86_64" and set(flags.split()) >= _V3 else ""
 
 
 def link(code: bytes, name: str) -> int:
@@ -66,7 +80,7 @@ def link(code: bytes, name: str) -> int:
 
 
 def link_by_llvm(code: bytes, name: str) -> int:
-    """The same for whatever machine this is."""
+    """The same by LLVM, for whatever machine this is."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

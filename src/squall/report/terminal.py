@@ -20,26 +20,32 @@ def console() -> "Console":
     """Standard output for people: coloured on a terminal, plain in a pipe, never wider than 120 columns."""
     from rich.console import Console
 
-    probe = Console(highlight=False)
-    return Console(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for the command line to judge; rich would exit with 1
+
+    probe = Page(highlight=False)
+    return Page(highlight=False, width=min(probe.width, 120) if probe.is_terminal else 120)
 
 
-def table(title: str, *columns: str) -> "Table":
-    """An empty table; the first column is left-aligned text, the others are numbers. Add rows with `row`."""
+def table(title: str, *columns: str, text: int = 0) -> "Table":
+    """An empty table; the column at `text` is left-aligned and wraps, the others are numbers. Add rows with `row`."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
-        result.add_column(name, justify="left" if position == 0 else "right", no_wrap=position > 0)
+        is_text = position == text
+        result.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     return result
 
 
 def row(into: "Table", *cells: object) -> None:
-    """Add a row of plain text: control characters and markup in untrusted names are shown, not obeyed."""
+    """Add a row of plain text, `-` for None: control characters and markup in untrusted names are shown, not obeyed."""
     from rich.text import Text
 
-    into.add_row(*(Text(printable(number(cell) if isinstance(cell, float) else str(cell))) for cell in cells))
+    texts = (number(cell) if cell is None or isinstance(cell, float) else str(cell) for cell in cells)
+    into.add_row(*(Text(printable(text)) for text in texts))
 
 
 def number(value: float | None, digits: int = 3) -> str:

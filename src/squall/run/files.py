@@ -10,7 +10,7 @@ import msgspec
 import polars as pl
 
 from squall.errors import InputError
-from squall.files import replace_file
+from squall.files import check_place, replace_file
 from squall.progress import note
 from squall.run.table import SCHEMA, SERIES, Run, RunMeta, RunSource
 from squall.trace.table import TraceMeta
@@ -22,14 +22,12 @@ REQUIRED = ("sent", "first_token", "last_token", "request_tokens", "response_tok
 _KEY = "squall.run"  # of the RunMeta in a Parquet file's key-value metadata
 
 
-def check_run_path(path: str | Path) -> Path:
-    """`path` as a Path, or InputError if no run can be written there. For verbs that work long before they write."""
+def check_run_path(path: str | Path, reads: object = None) -> Path:
+    """`path` as a Path, or InputError if no run can be written there (`check_place`)."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: a run is written as {', '.join(SUFFIXES)}; give a name with one of these suffixes.")
-    if path.is_dir():
-        raise InputError(f"{path}: this is a directory; give the name of a file.")
-    return path
+    return check_place(path, reads)
 
 
 def write_run(run: Run, path: str | Path) -> None:

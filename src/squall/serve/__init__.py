@@ -83,7 +83,8 @@ def serve(
     `squall.simulate.Choices` that can be had live: the queue's order (`priority` goes by the requests' own, `vtc` by
     their `user`), prefix caching, swapping, routers, prefill and decode replicas, ….
 
-    Raises InputError for values that cannot be used, SquallError if a port is taken.
+    Raises InputError for values that cannot be used, and when an order of the queue of one's own does not return;
+    SquallError if a port is taken.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: a port is 0 to 65535.")
@@ -115,6 +116,15 @@ def serve(
         **choices,
     }
     cluster = cluster_of(words, calibration)
+    if default_tokens >= cluster.max_model_len:
+        raise InputError(
+            f"--default-tokens {default_tokens}: with any prompt that is beyond the context of"
+            f" {cluster.max_model_len:,} tokens (--max-model-len)."
+        )
+    if ports_per_replica and cluster.replicas == 1:
+        raise InputError("--ports-per-replica changes nothing with one replica; give more --replicas.")
+    if ports_per_replica and port and port + cluster.replicas - 1 > 65535:
+        raise InputError(f"--port {port}: there are no {cluster.replicas} ports from there on (they end at 65535).")
     failing = (lambda at: fail_rate) if fail_rate else None if failures is None else _recorded(failures)
     if not _is_loopback(host):
         note(f"serve: WARNING: {host} can be reached from other machines, without any key; use it in closed networks.")
@@ -188,7 +198,7 @@ async def _until_stopped(services: list[Service], host: str, port: int, limits: 
         urls.append(f"http://{where}:{listening[2]}")
     with rare_collections(MOST_OBJECTS):
         print(msgspec.json.encode({"url": urls[0], "urls": urls, "model": limits.model}).decode(), flush=True)
-        while not stopped.is_set():
+        while not stopped.is_set() and not any(service.failure for service in services):
             for _, connections, _ in open_ports:
                 now = monotonic_ns()
                 for connection in list(connections):
@@ -204,6 +214,9 @@ async def _until_stopped(services: list[Service], host: str, port: int, limits: 
     for service in services:
         service.close()
     sys.stdout.flush()
+    for service in services:
+        if service.failure is not None:
+            raise service.failure
 
 
 def _recorded(source: TraceSource) -> Callable[[float], float]:

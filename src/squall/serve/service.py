@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
+from squall.guest import NoReturnError
 from squall.progress import note
 from squall.replay.pacer import Alarm
 from squall.serve import api, exposition
@@ -93,6 +94,8 @@ class Service:
         self._told = -TELL
         self.behind = 0.0, 0.0
         """P99 and the largest of the timing errors in the last look, seconds."""
+        self.failure: InputError | None = None
+        """Why it cannot go on."""
         self.tally = exposition.Tally()
         self._start = monotonic_ns()
         self._started = time.time()
@@ -151,7 +154,6 @@ class Service:
         if self.live.full:
             raise api.ApiError(503, "too many requests at once")
         self._number += 1
-        before = time.thread_time_ns()
         try:
             slot = self.live.submit(
                 now,
@@ -163,8 +165,10 @@ class Service:
                 affinity=None if ask.session is None else hash(ask.session),
             )
         except InputError as error:  # an order of the queue that somebody wrote himself
+            if isinstance(error, NoReturnError):
+                self.failure = error
             raise api.ApiError(500, str(error)) from error
-        took = (time.thread_time_ns() - before) / 1e9
+        took = self.live.order_took
         if self._order is not None and took > SLOW_ORDER:
             note(
                 f"serve: --scheduler {self._order} took {1e3 * took:.0f} ms for one request, and every stream waited "

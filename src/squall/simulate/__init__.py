@@ -70,7 +70,8 @@ def simulate(
 
     Every request generates as many tokens as the trace recorded. What cannot be run is kept as a row of its own:
     requests without a prompt (`cancelled`, `no_prompt`) or without a recorded response (`cancelled`,
-    `recorded_failure`), and those that can never fit (`http_error` 400, `unservable`).
+    `recorded_failure`), and those that can never fit (`http_error` 400, `unservable`). An interrupt from the keyboard
+    ends it early: the run then has the state `interrupted` and what had happened until then, without a timeline.
 
     Parameters
     ----------
@@ -113,9 +114,9 @@ def simulate(
     from squall.trace.files import open_trace
 
     if out is not None:
-        check_run_path(out)
+        check_run_path(out, reads=trace)
     if timeline is not None:
-        check_timeline_path(timeline)
+        check_timeline_path(timeline, reads=trace)
     if not 0 <= explain <= 1000:
         raise InputError(f"--explain {explain}: it must be 0 to 1000.")
     words: dict[str, Any] = {
@@ -139,16 +140,17 @@ def simulate(
     fitted = None if calibration is None else read_calibration(calibration)
     cluster = resolve(**words) if fitted is None else calibrated(fitted, words)
     asked = open_trace(trace, **options)
-    with progress(
+    title_of_bar = (
         f"Simulating {len(asked):,} requests on {cluster.replicas} x {cluster.model.name}, {cluster.gpu.name}"
-    ):
+    )
+    with progress(title_of_bar, len(asked)) as done:
         remarks = [] if fitted is None else fitted.remarks(asked, cluster)
         slowest: list[Slow] = []
 
         def observe(outcome: Outcome, rows: np.ndarray) -> None:
             slowest.extend(explain_slowest(outcome, rows, cluster, explain))
             if timeline is not None:
-                write_timeline(outcome, rows, cluster, timeline)
+                write_timeline(outcome, rows, timeline)
 
         run = run_trace(
             asked,
@@ -158,6 +160,8 @@ def simulate(
             token_times=token_times,
             remarks=remarks,
             observe=observe if timeline is not None or explain else None,
+            watch=lambda come, left: done(come - left),
+            partial=True,
         )
     if slowest:
         told = run.meta.target | {"slowest": msgspec.to_builtins(slowest)}

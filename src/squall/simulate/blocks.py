@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squall.native import lean
+from squall.native import lean, prefetch
 
 NEVER: Any = np.int64(2**62)
 
 POOL = np.dtype(
     [
-        ("nodes", np.int64),  # of the block lists, used so far
+        ("nodes", np.int64),  # pieces of the block lists, used so far
         ("spare", np.int64),  # first of the given back; -1 if none
         ("pages", np.int64),  # used so far
         ("spare_page", np.int64),
@@ -50,8 +50,8 @@ BLOCK = np.dtype(
     align=True,
 )
 
-NODE = np.dtype([("block", np.int32), ("before", np.int32)], align=True)
 PAGE = 32  # blocks
+PIECE = 16  # of a list: as many as lie side by side in memory
 
 
 class Pool(NamedTuple):
@@ -63,7 +63,8 @@ class Pool(NamedTuple):
     page_count: np.ndarray  # (, pages) of its places in use; of a spare page: the next one, -1 if none
     page_block: np.ndarray  # (, pages, PAGE) 1 + the block registered first, 0 = none
     page_table: np.ndarray  # (, 2**k) open addressing with linear probing: page + 1, or 0
-    node: np.ndarray  # (, nodes) NODE: the block lists of the sequences, from their last block backwards
+    held: np.ndarray  # (, nodes, PIECE) the block lists of the sequences, in pieces
+    before: np.ndarray  # (, nodes) the piece before it; of a spare one: the next, -1 if none
     host_key: np.ndarray  # (, host blocks) uint64
     host_before: np.ndarray  # (, host blocks + 1) least recently used first
     host_after: np.ndarray
@@ -206,9 +207,11 @@ def clear(pool: Pool, r: int, blocks: int) -> None:
     me.spare_page = -1
     pool.page_table[r, :] = 0
     pool.host_table[r, :] = 0
-    pool.host_before[r, -1] = pool.host_after[r, -1] = pool.host_before.shape[1] - 1
+    end: Any = pool.host_before.shape[1] - 1
+    pool.host_before[r, end] = pool.host_after[r, end] = end
     block = pool.block[r]
-    block[-1].before = block[-1].after = block.size - 1
+    end = block.size - 1
+    block[end].before = block[end].after = end
     for b in range(block.size):
         block[b].reference = block[b].place = block[b].twin = 0
         if b < blocks:
@@ -269,6 +272,7 @@ def _pop(pool: Pool, r: int, me: Any) -> Any:
     if pool.fifo:
         while block[b].reference > 0:
             b = np.int64(block[b].after)
+    prefetch(block, np.int64(block[b].after))  # it is the next
     _unlink(block, b)
     if pool.fifo:
         _link_last(block, b)
@@ -286,16 +290,18 @@ def _pop(pool: Pool, r: int, me: Any) -> Any:
 @lean
 def _hold(pool: Pool, r: int, sequence: Any, b: int) -> None:
     """Append block `b` to the sequence's list."""
-    state = pool.state[r]
-    if state.spare >= 0:
-        node = state.spare
-        state.spare = pool.node[r, node].before
-    else:
-        node = state.nodes
-        state.nodes += 1
-    pool.node[r, node].block = b
-    pool.node[r, node].before = sequence.node
-    sequence.node = node
+    at = sequence.blocks % PIECE
+    if at == 0:
+        state = pool.state[r]
+        if state.spare >= 0:
+            node = state.spare
+            state.spare = pool.before[r, node]
+        else:
+            node = state.nodes
+            state.nodes += 1
+        pool.before[r, node] = sequence.node
+        sequence.node = node
+    pool.held[r, sequence.node, at] = b
     sequence.blocks += 1
 
 
@@ -341,12 +347,12 @@ def grow(pool: Pool, r: int, me: Any, sequence: Any, request: int, count: int, k
     held = sequence.blocks
     group, until = np.uint64(0), np.int64(0)
     for i in range(sequence.registered, min(held, full)):
-        node = sequence.node
-        for _ in range(held - 1 - i):
-            node = pool.node[r, node].before
+        node = np.int64(sequence.node)
+        for _ in range((held - 1) // PIECE - i // PIECE):
+            node = np.int64(pool.before[r, node])
         if i >= until:
             group, until = _group(pool, request, i, sequence.prompt)
-        _register(pool, r, pool.node[r, node].block, group, i)
+        _register(pool, r, np.int64(pool.held[r, node, i % PIECE]), group, i)
     for i in range(held, held + count):
         b = _pop(pool, r, me)
         _hold(pool, r, sequence, b)
@@ -425,20 +431,25 @@ def take_hits(pool: Pool, r: int, me: Any, sequence: Any, request: int, hits: in
 
 
 @lean
-def give_back(pool: Pool, r: int, me: Any, node: Any) -> None:
-    """Nobody needs the blocks of the list any more that ends at `node`: the last one first; what is full stays
-    findable."""
+def give_back(pool: Pool, r: int, me: Any, node: Any, count: Any) -> None:
+    """Nobody needs the blocks of the list any more, `count` with `node` as its last piece: the last one first; what is
+    full stays findable."""
     state, block = pool.state[r], pool.block[r]
+    at = np.int64((count - 1) % PIECE)
     while node >= 0:
-        at = pool.node[r, node]
-        it = block[at.block]
-        it.reference -= 1
-        if it.reference == 0:
-            me.free += 1
-            if not pool.fifo:
-                _link_last(block, at.block)
-        following = np.int64(at.before)
-        at.before = state.spare
+        piece = pool.held[r, node]
+        while at >= 0:
+            b = np.int64(piece[at])
+            it = block[b]
+            it.reference -= 1
+            if it.reference == 0:
+                me.free += 1
+                if not pool.fifo:
+                    _link_last(block, b)
+            at -= 1
+        at = np.int64(PIECE - 1)
+        following = np.int64(pool.before[r, node])
+        pool.before[r, node] = state.spare
         state.spare = node
         node = following
     state.wake = 1
@@ -447,7 +458,7 @@ def give_back(pool: Pool, r: int, me: Any, node: Any) -> None:
 @lean
 def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
     """The sequence gives its blocks back."""
-    give_back(pool, r, me, np.int64(sequence.node))
+    give_back(pool, r, me, np.int64(sequence.node), np.int64(sequence.blocks))
     sequence.node = -1
     sequence.blocks = 0
     sequence.registered = 0
@@ -455,13 +466,14 @@ def release(pool: Pool, r: int, me: Any, sequence: Any) -> None:
 
 @lean
 def register_prompt(pool: Pool, r: int, request: int, prompt: int, node: Any) -> None:
-    """A prompt computed elsewhere has arrived in the blocks of the list that ends at `node`: it can be found now."""
+    """A prompt computed elsewhere has arrived in the blocks of the list whose last piece is `node`: it can be found."""
     i = (prompt + pool.block_size - 1) // pool.block_size - 1
-    while node >= 0:
-        b = pool.node[r, node].block
+    while i >= 0:
+        b = np.int64(pool.held[r, node, i % PIECE])
         if (i + 1) * pool.block_size <= prompt and pool.block[r, b].place == 0:
             _register(pool, r, b, _group(pool, request, i, prompt)[0], i)
-        node = np.int64(pool.node[r, node].before)
+        if i % PIECE == 0:
+            node = np.int64(pool.before[r, node])
         i -= 1
 
 

@@ -23,6 +23,7 @@ import polars as pl
 
 from squall import __version__
 from squall.errors import InputError
+from squall.files import replace_file
 from squall.progress import note, progress
 from squall.run.table import Run, RunSource
 from squall.seeds import DEFAULT_SEED, stream
@@ -39,6 +40,9 @@ BUILT_IN = Path(__file__).parent / "calibrations"
 
 TIMES = ("sent", "first_token", "last_token", "request_tokens", "response_tokens")
 """The columns of a run that a fit needs."""
+
+_RATES = ("per_sequence", "per_kv_token", "per_attention_pair")
+"""Of a step table."""
 
 LEAST = 20
 """Fewer requests than this are not a basis for a fit."""
@@ -90,6 +94,9 @@ class Errors(msgspec.Struct, frozen=True):
     mean_absolute: dict[str, float]
     preemptions: tuple[int, int | None] | None = None
     """Simulated and recorded; recorded is null where the run does not say."""
+    steps: float | None = None
+    """Predicted / seen - 1 of all the time of the steps that were seen: what the machine was slower or faster than when
+    the fit was made, and what the step time does not explain."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -134,6 +141,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
+    speed_varies: float = 0.0
+    """By how much the steps of single measurements were slower or faster than the fit has them: the standard deviation,
+    relative. Over so many speeds the predictions for a live server are averaged."""
     spread: dict[str, Spread] = {}
     """By test, where a live server was sent the same several times; `errors` are then against all of these together."""
     valid: dict[str, tuple[float, float]]
@@ -291,7 +301,7 @@ def write_calibration(calibration: Calibration, out: str | Path | None) -> None:
         note(f"note: {line}")
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
+        replace_file(Path(out), msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
 
 
 def read_calibration(source: str | Path | Calibration) -> Calibration:
@@ -300,7 +310,8 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
         return source
     path = BUILT_IN / f"{source}.json"
     try:
-        return msgspec.json.decode((path if path.is_file() else Path(source)).read_bytes(), type=Calibration)
+        found = msgspec.json.decode((path if path.is_file() else Path(source)).read_bytes(), type=Calibration)
+        _check(found)
     except FileNotFoundError:
         names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.json")))
         raise InputError(
@@ -308,8 +319,23 @@ def read_calibration(source: str | Path | Calibration) -> Calibration:
         ) from None
     except OSError as error:
         raise InputError(f"--calibration {source}: it cannot be read: {error.strerror}.") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, ValueError) as error:
         raise InputError(f"--calibration {source}: not a file that `squall calibrate` made: {error}.") from None
+    return found
+
+
+def _check(calibration: Calibration) -> None:
+    """Raise ValueError for what no fit can have written."""
+    calibration.model.check()
+    calibration.step_time.check()
+    for kind in ("held_out", "fit"):
+        errors = calibration.errors.get(kind)
+        if errors is not None and not {"ttft", "e2e"} <= errors.mean.keys():
+            raise ValueError(f"errors.{kind}.mean has no ttft or no e2e")
+    if not {"held_out", "fit"} & calibration.errors.keys():
+        raise ValueError("errors has neither held_out nor fit")
+    if not {"request_tokens", "response_tokens"} <= calibration.valid.keys():
+        raise ValueError("valid has no request_tokens or no response_tokens")
 
 
 def calibrated(calibration: Calibration, words: dict[str, Any]) -> Cluster:
@@ -694,8 +720,18 @@ def _table_values(step: StepTime) -> dict[str, float]:
         return {}
     tokens, seconds = np.array(step.table.points).T
     rises = zip(tokens, np.diff(seconds, prepend=0.0), strict=True)
-    rates = ("per_sequence", "per_kv_token", "per_attention_pair")
-    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in rates}
+    return {f"rise@{at:g}": float(rise) for at, rise in rises} | {name: getattr(step.table, name) for name in _RATES}
+
+
+def slowed(cluster: Cluster, factor: float) -> Cluster:
+    """`cluster` with steps that take so many times as long."""
+    step, table = cluster.step_time, cluster.step_time.table
+    if table is not None:
+        rates = {name: factor * getattr(table, name) for name in _RATES}
+        table = StepTable(points=[(at, factor * seconds) for at, seconds in table.points], **rates)
+    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "alpha_ar")}
+    longer |= {name: getattr(step, name) / factor for name in ("e_bw", "e_kv", "e_fl", "e_at", "bw_ar")}
+    return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, table=table, **longer))
 
 
 def _value(cluster: Cluster, name: str) -> float:
@@ -727,7 +763,7 @@ def _with(cluster: Cluster, values: dict[str, float]) -> Cluster:
         at = [point for point, _ in table.points]
         known = _table_values(step) | {name: max(0.0, value) for name, value in values.items()}
         seconds = np.cumsum([known[f"rise@{point:g}"] for point in at])
-        rates = {name: known[name] for name in ("per_sequence", "per_kv_token", "per_attention_pair")}
+        rates = {name: known[name] for name in _RATES}
         points = list(zip(at, seconds.tolist(), strict=True))
         step = msgspec.structs.replace(step, table=StepTable(points=points, **rates))
     rest = {name: value for name, value in values.items() if name in BOUNDS}
@@ -775,7 +811,7 @@ def requests_of(run: Run, name: str) -> tuple[pl.DataFrame, list[str]]:
         if lost
         else []
     )
-    asked, cached = (float(answered[name].to_numpy().sum()) for name in ("request_tokens", "cached_tokens"))
+    asked, cached = (float(answered[name].sum() or 0) for name in ("request_tokens", "cached_tokens"))
     if cached:
         computed = (pl.col("request_tokens") - pl.col("cached_tokens")).clip(lower_bound=1)
         answered = answered.with_columns(request_tokens=computed)

@@ -28,6 +28,8 @@ PROVISIONING, SCALE_DOWN_AFTER = 100.0, 300.0
 
 MOST_PLACES = 20_000_000
 """Places in the batches of all replicas together: 2 GB of memory."""
+MOST_KEPT = 100_000_000
+"""Blocks in the host caches of all replicas together: 3 GB."""
 
 ROLE_INTERVAL, ROLE_GAIN = 5.0, 1.2
 """Seconds between two looks at the roles of replicas, and by what factor a change must lower the load of the fuller
@@ -300,7 +302,7 @@ def resolve(
         replicas = (chosen.prefill_replicas or 0) + (chosen.decode_replicas or 0)
     engine = DEFAULT_ENGINE if engine is None else engine
     _one_of("--engine", engine, ENGINES)
-    shape, device = find_model(model or DEFAULT_MODEL), find_gpu(gpu or DEFAULT_GPU)
+    shape, device = find_model(DEFAULT_MODEL if model is None else model), find_gpu(DEFAULT_GPU if gpu is None else gpu)
     tp = 1 if tp is None else tp
     block_size = 16 if block_size is None else block_size
     check_parallel(shape, tp)
@@ -423,6 +425,12 @@ def _check_sizes(cluster: Cluster) -> None:
     for flag, gib in (("--swap-space", chosen.swap_space), ("--host-cache", chosen.host_cache)):
         if gib is not None and gib * GIB < cluster.block_bytes:
             raise InputError(f"{flag} {gib}: not one block of {cluster.block_bytes / 2**20:.1f} MiB fits.")
+    kept = (chosen.host_cache or 0.0) * GIB / cluster.block_bytes * cluster.capacity
+    if kept > MOST_KEPT:
+        raise InputError(
+            f"--host-cache {chosen.host_cache}: {kept:,.0f} blocks of all replicas together are more than the"
+            f" {MOST_KEPT:,} that can be simulated; give less."
+        )
 
 
 def _read_fleet(text: str) -> list[tuple[str, int]]:
@@ -430,7 +438,7 @@ def _read_fleet(text: str) -> list[tuple[str, int]]:
     kinds = []
     for part in text.split(","):
         name, _, count = part.strip().partition("=")
-        if not count.isdecimal() or not 1 <= int(count) <= 10_000:
+        if not name or not count.isdecimal() or not 1 <= int(count) <= 10_000:
             raise InputError(f"--fleet {text}: it is GPU=REPLICAS,GPU=REPLICAS, such as h100=2,a100=4.")
         kinds.append((name, int(count)))
     return kinds

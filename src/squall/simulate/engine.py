@@ -32,8 +32,9 @@ _TICKS = float(TICKS)
 CLOCK_END = 5e7
 """Seconds that a simulation may span, of the 9.2e7 of its clock."""
 
-# Requests that cannot be simulated, without a prompt or without a known response length, as states of attempts.
-_NO_PROMPT, _RECORDED_FAILURE = records.RESET + 1, records.RESET + 2
+# What the kernel does not know, as states of attempts: requests that cannot be simulated, without a prompt or without a
+# known response length, and what was under way at an interrupt.
+_NO_PROMPT, _RECORDED_FAILURE, _STOPPED = records.RESET + 1, records.RESET + 2, records.RESET + 3
 
 # state of an attempt -> status, reason, http_status, message
 _WORDS = {
@@ -50,6 +51,7 @@ _WORDS = {
     ),
     _NO_PROMPT: ("cancelled", "no_prompt", None, None),
     _RECORDED_FAILURE: ("cancelled", "recorded_failure", None, None),
+    _STOPPED: ("cancelled", "stop", None, None),  # when the simulation was interrupted
 }
 
 
@@ -74,6 +76,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """records.EVENT, in time order; empty unless asked for."""
     steps: np.ndarray
     """records.STEP, in the order of their starts; empty unless asked for."""
+    interrupted: bool = False
+    """Only the attempts are there that had come until then; some are not over (their state is below records.OK)."""
 
 
 def run_requests(
@@ -89,17 +93,20 @@ def run_requests(
     asked: pl.DataFrame | None = None,
     hash_tokens: int | None = None,
     windows: bool = True,
+    watch: Callable[[int, int], object] | None = None,
+    partial: bool = False,
 ) -> Outcome:
     """Run (n,) requests through the cluster: seconds at which they are sent (ascending), tokens, tokens.
 
     The time of every token is kept if there are at most `token_times` of them. `events` and `steps` keep a log of what
-    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. Raises
-    InputError for impossible times.
+    happened to every attempt (arrive, admit, preempt, first token, finish, reject, give up) and of every step. `watch`
+    is told now and then how many requests have come, and how many of them are not over. An interrupt from the keyboard
+    gives the outcome until then if `partial`. Raises InputError for impossible times.
     """
     if not (arrival[0] >= 0 and arrival[-1] <= CLOCK_END):
         raise InputError(
-            f"arrivals from {arrival[0]:g} to {arrival[-1]:g} s: the simulator's clock runs from 0 to"
-            f" {CLOCK_END:g} s; select a part with --between."
+            f"the trace has arrivals from {arrival[0]:g} to {arrival[-1]:g} s, but the simulator's clock runs from 0 to"
+            f" {CLOCK_END:g} s; select a part with --between, or divide the gaps with --speed."
         )
     if cluster.choices.own_blocks:
         # Who is never preempted has nothing to find again: that is known sooner without looking at single blocks.
@@ -115,8 +122,12 @@ def run_requests(
             asked=asked,
             hash_tokens=hash_tokens,
             windows=windows,
+            watch=watch,
+            partial=partial,
         )
-        if len(plain.attempts) == len(arrival) and not plain.attempts["preemptions"].any():
+        if plain.interrupted and plain.attempts["preemptions"].any():
+            raise KeyboardInterrupt
+        if plain.interrupted or (len(plain.attempts) == len(arrival) and not plain.attempts["preemptions"].any()):
             return plain
     limits = cluster.limits()._replace(windows=int(windows and not steps))
     replicas, costs, points = cluster.machines()
@@ -163,8 +174,15 @@ def run_requests(
         TICKS // 64,
         events,
         steps,
+        watch,
     )
     repeated = int(counters[records.STUCK])
+    interrupted = repeated == records.INTERRUPTED
+    if interrupted and not partial:
+        raise KeyboardInterrupt
+    if interrupted:
+        repeated = 0
+        attempts = np.concatenate([attempts[: counters[records.ENTERED]], attempts[len(arrival) :]])
     if repeated < 0:
         raise SquallError("an invariant of the simulation broke; this is a bug in squall, please report it.")
     token_start = start[attempts["request"]] if tokens else start
@@ -178,7 +196,7 @@ def run_requests(
     if events:
         event_log = event_log[np.argsort(event_log["time"], kind="stable")]
     stuck = int(counters[[records.OPEN, records.PENDING]].sum())
-    if stuck:
+    if stuck and not interrupted:
         raise SquallError(
             f"the simulation stopped with {stuck} requests that no replica could serve; this is a bug in squall,"
             " please report it."
@@ -190,12 +208,13 @@ def run_requests(
         int(width),
         int(counters[records.NOW]),
         int(counters[records.UNFIT]),
-        in_order,
+        in_order and not interrupted,
         token_ticks,
         pool,
         token_start,
         event_log,
         step_log,
+        interrupted,
     )
 
 
@@ -223,11 +242,13 @@ def run_trace(
     remarks: Sequence[str] = (),
     token_times: bool | None = None,
     observe: Callable[[Outcome, np.ndarray], object] | None = None,
+    watch: Callable[[int, int], object] | None = None,
+    partial: bool = False,
 ) -> Run:
     """`trace` on `cluster`, as a Run; `remarks` join its notes. Raises InputError if there is nothing to run.
 
     `observe` is called with the outcome, its logs of events and steps included, and the rows of the trace that were
-    run.
+    run. `watch` and `partial` are those of `run_requests`.
     """
     prompt, output = trace.table["request_tokens"].to_numpy(), trace.table["response_tokens"].to_numpy()
     rows = np.flatnonzero((prompt > 0) & (output > 0))
@@ -248,10 +269,17 @@ def run_trace(
         steps=logs,
         asked=trace.table[rows] if _looks_at_requests(cluster) else None,
         hash_tokens=trace.meta.block_size,
+        watch=watch,
+        partial=partial,
     )
-    if observe is not None:
-        observe(outcome, rows)
     left_out = np.flatnonzero((prompt <= 0) | (output <= 0))
+    if outcome.interrupted:
+        under_way = outcome.attempts["state"] < records.OK
+        for name, value in (("state", _STOPPED), ("ended", outcome.end), ("last", -1), ("generated", 0)):
+            outcome.attempts[name][under_way] = value
+        left_out = left_out[trace.table["arrival"].to_numpy()[left_out] <= outcome.end / TICKS]
+    elif observe is not None:
+        observe(outcome, rows)
     totals = _totals(outcome, cluster)
     meta = RunMeta(
         kind="simulation",
@@ -262,6 +290,7 @@ def run_trace(
         offered=len(trace),
         seed=seed,
         version=__version__,
+        state="interrupted" if outcome.interrupted else "complete",
         notes=[*_notes(cluster, outcome, totals, prompt[left_out]), *remarks],
     )
     return Run.of(_attempts(trace.table, rows, left_out, outcome, cluster), meta, _series(outcome, cluster))
@@ -531,6 +560,12 @@ def overtaken_for(attempts: np.ndarray) -> np.ndarray:
 def _notes(cluster: Cluster, outcome: Outcome, totals: dict[str, Any], left_out: np.ndarray) -> list[str]:
     """`left_out` are the prompt lengths of the requests that were."""
     notes = []
+    if outcome.interrupted:
+        notes.append(
+            f"Interrupted after {outcome.end / TICKS:,.0f} simulated seconds: {len(outcome.attempts):,} attempts had"
+            f" begun, {(outcome.attempts['state'] == _STOPPED).sum():,} of them were under way (cancelled, stop); later"
+            " ones were not sent."
+        )
     if cluster.kv_blocks_from.startswith("estimated"):
         notes.append(
             f"The KV cache of {cluster.kv_blocks:,} blocks is estimated; give --kv-blocks as the server reports"

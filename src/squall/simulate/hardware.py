@@ -75,6 +75,16 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     kv_element_bytes: float = BYTES
     """Per number in the KV cache: 2 for bf16, 1 for fp8."""
 
+    def check(self) -> None:
+        """Raise ValueError for a shape that no transformer has."""
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}")
+        if not self.kv_rank and self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads evenly")
+        if self.experts_used > self.experts:
+            raise ValueError(f"a token goes to {self.experts_used} of {self.experts} experts")
+
     @property
     def attention_parameters(self) -> int:
         """Of the projections around the attention of all layers."""
@@ -271,6 +281,8 @@ def find_gpu(named: str | GPU) -> GPU:
     key = _OTHER_GPU_NAMES.get(key, key)
     if key in GPUS:
         return GPUS[key]
+    if not named:
+        raise _unknown(named, "--gpu", GPUS)
     record = _json_file(named, "--gpu", GPUS)
     try:
         gpu = msgspec.convert(record, GPU)
@@ -279,9 +291,10 @@ def find_gpu(named: str | GPU) -> GPU:
             f"--gpu {named}: {error}; it should look like"
             ' {"name": "mine", "memory_gb": 96, "bandwidth_tb_s": 1.6, "bf16_tflops": 500}.'
         ) from None
-    for field in ("memory_gb", "bandwidth_tb_s", "bf16_tflops", "link_gb_s"):
-        if not 0 < getattr(gpu, field) < 1e9:
-            raise InputError(f"--gpu {named}: {field} is {getattr(gpu, field)}; it must be greater than 0.")
+    for field in ("memory_gb", "bandwidth_tb_s", "bf16_tflops", "fp8_tflops", "link_gb_s"):
+        value = getattr(gpu, field)
+        if value is not None and not 1e-3 <= value <= 1e6:
+            raise InputError(f"--gpu {named}: {field} is {value}; it must be 0.001 to 1e6.")
     return gpu
 
 
@@ -299,19 +312,23 @@ def find_model(named: str | Model) -> Model:
         return msgspec.structs.replace(MODELS[plain], name=key, weight_bytes=_QUANTISED[dtype])
     if key in MODELS:
         return MODELS[key]
+    if not named:
+        raise _unknown(named, "--model", MODELS)
     path = Path(named)
     if path.is_dir():
         path /= "config.json"
     return _from_hugging_face(_json_file(str(path), "--model", MODELS), str(path))
 
 
+def _unknown(name: str, flag: str, known: dict[str, Any]) -> InputError:
+    return InputError(f"{flag} {name}: neither a built-in name nor a file; built in are {', '.join(known)}.")
+
+
 def _json_file(path: str, flag: str, known: dict[str, Any]) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{flag} {path}: neither a built-in name nor a file; built in are {', '.join(known)}."
-        ) from None
+        raise _unknown(path, flag, known) from None
     except OSError as error:
         raise InputError(f"{flag} {path}: it cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -338,6 +355,7 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
         return found
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
+    named = config.get("_name_or_path")
     experts = size("num_local_experts", "num_experts", "n_routed_experts", default=0)
     dense = size("intermediate_size")
     shared = size("shared_expert_intermediate_size", default=0)
@@ -345,7 +363,7 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
     shared = shared or size("n_shared_experts", default=0) * wide
     latent = size("kv_lora_rank", default=0)
     model = Model(
-        name=str(config.get("_name_or_path") or "").rpartition("/")[2] or _name_of(path),
+        name=(named.rpartition("/")[2] if isinstance(named, str) else "") or _name_of(path),
         layers=size("num_hidden_layers"),
         hidden=hidden,
         intermediate=shared if experts else dense,
@@ -368,11 +386,14 @@ def _from_hugging_face(config: dict[str, Any], path: str) -> Model:
         value_dim=size("v_head_dim") if latent else 0,
         weight_bytes=_weight_bytes(config.get("quantization_config"), path),
     )
-    for key in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "context"):
-        if not getattr(model, key):
-            raise InputError(
-                f"--model {path}: {key} is 0; a Hugging Face config.json of a decoder-only transformer is needed."
-            )
+    try:
+        model.check()
+    except ValueError as error:
+        raise InputError(
+            f"--model {path}: {error}; a Hugging Face config.json of a decoder-only transformer is needed."
+        ) from None
+    if model.head_dim * heads != hidden and config.get("head_dim") is None and not latent:
+        raise InputError(f"--model {path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
     return model
 
 

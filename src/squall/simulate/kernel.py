@@ -8,6 +8,7 @@ touched schedules, in their order.
 Options that are not used are types (None for the pool of blocks or the queue), so that they cost nothing.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from squall import native
 from squall.native import Bundle, Form, inlined, lean
+from squall.progress import note
 from squall.simulate.blocks import clear, find_hits, register_prompt
 from squall.simulate.records import (
     ARRIVE,
@@ -38,6 +40,7 @@ from squall.simulate.records import (
     FRONT,
     GIVE_UP,
     HEAPED,
+    INTERRUPTED,
     KV_END,
     LEAST_KV,
     LEAST_LOAD,
@@ -62,6 +65,8 @@ from squall.simulate.records import (
     REPLICA_UP,
     RESET,
     RETRY,
+    ROLE_SMOOTHING,
+    ROLE_TREND,
     ROUND_ROBIN,
     RUNNING,
     SCALE,
@@ -475,9 +480,9 @@ def _scale(engines: Engines, attempts: np.ndarray, pool: Any, limits: Limits, wa
 
 @lean
 def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) -> Any:
-    """How many replicas the prompts and the responses would fill.
+    """How many replicas the prompts and the responses would fill: what comes, smoothed, and what waits.
 
-    Prompts: the time that those which wait, and as many as came since the last look, take to compute, per time between
+    Prompts: the time that those which wait, and as many as come between two looks, take to compute, per time between
     two looks; what the prefix caches have found until now is left out. Responses: the places in the batch or the blocks
     that they have, and that those which wait will take, whichever is the larger share.
     """
@@ -485,20 +490,23 @@ def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) ->
     if counters[ARRIVED] > 0:
         memory[0] = counters[ASKED] / counters[ARRIVED]
     mean = memory[0]  # tokens of a prompt
-    tokens = float(counters[ASKED])
-    responses = 0.0
+    tokens, responses = 0.0, 0.0
+    held = 0.0
     asked, hits = 0, 0
     for r in range(engines.state.size):
         me = engines.state[r]
         if me.role == PREFILL:
             tokens += me.waiting * mean
         else:
-            places = (me.running + me.waiting) / me.max_seqs
-            blocks = (me.blocks - me.free + me.waiting * mean / limits.block_size) / me.blocks
-            responses += max(places, blocks)
+            held += max(me.running / me.max_seqs, (me.blocks - me.free) / me.blocks)
+            responses += max(me.waiting / me.max_seqs, me.waiting * mean / limits.block_size / me.blocks)
         if pool is not None:
             asked += pool.state[r].asked
             hits += pool.state[r].hits + pool.state[r].host_hits
+    trend = ROLE_TREND if limits.scale_by == BY_FORECAST else 0.0
+    tokens += _extrapolated(memory[2:4], float(counters[ASKED]), memory[1], trend)
+    responses += _extrapolated(memory[4:6], held, memory[1], trend)
+    memory[1] += 1.0
     if asked > 0:
         tokens *= 1.0 - hits / asked
     counters[ARRIVED] = counters[ASKED] = 0
@@ -506,13 +514,14 @@ def _demands(engines: Engines, pool: Any, limits: Limits, memory: np.ndarray) ->
 
 
 @lean
-def _extrapolated(memory: np.ndarray, value: float, looks: Any) -> Any:
-    """Holt's linear trend (a level and a slope, smoothed), one look ahead; `memory` holds the two."""
+def _extrapolated(memory: np.ndarray, value: float, looks: Any, trend: float) -> Any:
+    """Holt's linear trend (a level and a slope, both smoothed), one look ahead; `memory` holds the two. Without a
+    `trend`, simple exponential smoothing."""
     if looks == 0:
         memory[0], memory[1] = value, 0.0
     else:
-        level = 0.5 * value + 0.5 * (memory[0] + memory[1])
-        memory[1] = 0.3 * (level - memory[0]) + 0.7 * memory[1]
+        level = ROLE_SMOOTHING * value + (1.0 - ROLE_SMOOTHING) * (memory[0] + memory[1])
+        memory[1] = trend * (level - memory[0]) + (1.0 - trend) * memory[1]
         memory[0] = level
     return max(0.0, memory[0] + memory[1])
 
@@ -525,10 +534,6 @@ def _change_role(
     lowers the load of the fuller side by a factor, and that load is not small."""
     state = engines.state
     prompts, responses = _demands(engines, pool, limits, memory)
-    if limits.scale_by == BY_FORECAST:
-        prompts = _extrapolated(memory[2:4], prompts, memory[1])
-        responses = _extrapolated(memory[4:6], responses, memory[1])
-    memory[1] += 1.0
     prefills = 0
     for r in range(state.size):
         prefills += (state[r].role == PREFILL) != (state[r].up == CHANGING)
@@ -722,12 +727,43 @@ def _run(work: Any) -> int:
 
 PARTS = tuple(f"squall.simulate.{name}" for name in ("blocks", "kernel", "records", "replica", "waiting"))
 """The modules whose functions are compiled together."""
+WATCHED = 10_000
+"""Attempts from which on a run can be interrupted: fewer take less time than is worth a thread."""
+COMPILING = "Compiling the simulator for these options: this is done once, and takes half a minute."
 
 
 @cache
 def _compiled(form: Form) -> Callable[..., int]:
     """_run for what is used: without a pool of blocks, or a queue, there is no code for them."""
-    return native.load(__name__, "_run", also=PARTS, bundles=(form,))
+    return native.load(__name__, "_run", also=PARTS, slow=lambda: note(COMPILING), bundles=(form,))
+
+
+def _watched(
+    run: Callable[[int], int],
+    bundle: Bundle,
+    attempts: int,
+    counters: np.ndarray,
+    watch: Callable[[int, int], object] | None,
+) -> int:
+    """`run`, for many attempts in a thread beside this one, which can thus be interrupted: what runs stops where it is.
+
+    `watch` is then told now and again how many requests have come, and how many of them are not over.
+    """
+    if attempts < WATCHED or threading.current_thread() is not threading.main_thread():
+        return run(bundle.address)
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(run(bundle.address)), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+            if watch is not None:
+                watch(int(counters[ENTERED]), int(counters[OPEN] + counters[PENDING]))
+    except KeyboardInterrupt:
+        counters[STUCK] = INTERRUPTED
+        thread.join()
+        done[:] = [1]
+    return done[0]
 
 
 def run_cluster(
@@ -748,6 +784,7 @@ def run_cluster(
     width: int,
     log_events: bool,
     log_steps: bool,
+    watch: Callable[[int, int], object] | None = None,
 ) -> Any:
     """Run requests through the cluster until none is left.
 
@@ -772,13 +809,16 @@ def run_cluster(
     log_events, log_steps
         Whether to keep a row of every event in a request's life (not in the order of time), and of every step. With
         windows, steps within them are not logged.
+    watch
+        Is told now and then how many requests have come, and how many of them are not over.
 
     Returns
     -------
     attempts (ATTEMPT; the first n are the first ones of the requests, then the retries), replicas (REPLICA), samples
     (replicas, SAMPLES, 5), their width in ticks, the token ticks, the events (EVENT), the steps (STEP), and the
     counters: at NOW the tick of the end, at OPEN the attempts that never ended, at UNFIT the unservable ones, at STUCK
-    0, or 1 + the attempt that was preempted again and again, or -1 if an invariant broke (debug).
+    0, or 1 + the attempt that was preempted again and again, or -1 if an invariant broke (debug), or INTERRUPTED: then
+    the first ENTERED attempts have come, and some are not over.
     """
     n, limits = len(arrival), settings[0]
     engines = engines_of(
@@ -799,7 +839,7 @@ def run_cluster(
     memory = np.zeros(6 if limits["scale_by"] >= BY_BACKLOG else max(1, looks))
     work = Work(engines, attempts, arrival, prompt, output, pool, queue, settings, affinity, outages, memory)
     counters, bundle = engines.shared.counters, Bundle(work)
-    while not _compiled(bundle.form)(bundle.address):
+    while not _watched(_compiled(bundle.form), bundle, len(work.attempts), counters, watch):
         engines, attempts = with_room(work.engines), work.attempts
         if counters[USED] == len(attempts) and counters[PENDING] > 0:
             attempts = np.concatenate([attempts, np.zeros(len(attempts), ATTEMPT)])

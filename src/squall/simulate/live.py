@@ -10,6 +10,7 @@ the hashes of a prompt have a begin and an end of their own, wherever they lie.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import polars as pl
 
 from squall import native
 from squall.errors import InputError
+from squall.guest import RaisedError
 from squall.native import Bundle, Form, lean
 from squall.seeds import DEFAULT_SEED, stream
 from squall.simulate import kernel, records
@@ -26,15 +28,7 @@ from squall.simulate.blocks import Pool, clear
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import kernel_seeds
 from squall.simulate.kernel import end_transfer, enter, give_up, look, pass_front
-from squall.simulate.policies import (
-    Choices,
-    check_it_ends,
-    compiled_policy,
-    load_policy,
-    policy_inputs,
-    pool_for,
-    queue_of,
-)
+from squall.simulate.policies import Choices, OwnPolicy, pool_for, queue_of
 from squall.simulate.records import (
     ATTEMPT,
     FRONT,
@@ -58,6 +52,8 @@ TOKEN = np.dtype([("time", np.int64), ("slot", np.int32), ("index", np.int32)], 
 REFUSED = 0
 MOST_CLIENTS = 4096
 """Clients that `vtc` tells apart; further ones share accounts with them."""
+LIVE_LIMIT = 2.0
+"""Seconds for the key of a request, in which nothing else happens here."""
 _EVENTS = 1 << 14
 _MODELLED = frozenset(
     (
@@ -261,8 +257,12 @@ def _begin(live: Any) -> int:
 
 
 @cache
-def _compiled(name: str, arguments: int, form: Form) -> Callable[..., int]:
-    return native.load(__name__, name, arguments, kernel.PARTS, bundles=(form,))
+def _compiled(form: Form) -> dict[str, Callable[..., int]]:
+    """All at once: who compiles one when a client comes or goes stops the others."""
+    arguments = {"_advance": 3, "_ahead": 1, "_cancel": 2, "_begin": 0}
+    return {
+        name: native.load(__name__, name, count, kernel.PARTS, bundles=(form,)) for name, count in arguments.items()
+    }
 
 
 class Load(NamedTuple):
@@ -345,8 +345,10 @@ class LiveCluster:
         self._said = np.zeros(2, np.int64)
         self._out = np.empty(max(_EVENTS, 4 * self._engines.running.size + 2), TOKEN)
         self._bundle = self._bundled()
+        self._functions = _compiled(self._bundle.form)
         self._call("_begin")
-        self._key = _key_of(cluster.choices, seed)
+        self._own = OwnPolicy(cluster.choices.scheduler) if ":" in cluster.choices.scheduler else None
+        self._key = _key_of(cluster.choices, self._own, seed)
         self._free = list(range(capacity - 1, -1, -1))
         self._leaving: list[tuple[int, int]] = []  # slots cancelled while they ran, and the steps of their replica
         self._coming: list[tuple[int, int, int]] = []  # tick, order, slot
@@ -373,7 +375,12 @@ class LiveCluster:
 
     def _call(self, name: str, *arguments: int) -> int:
         """Call a compiled function."""
-        return _compiled(name, len(arguments), self._bundle.form)(self._bundle.address, *arguments)
+        return self._functions[name](self._bundle.address, *arguments)
+
+    @property
+    def order_took(self) -> float:
+        """Seconds of CPU for the last key that the user's own order gave."""
+        return 0.0 if self._own is None else self._own.took
 
     @property
     def full(self) -> bool:
@@ -396,7 +403,8 @@ class LiveCluster:
 
         `hashes` are of the prompt's full blocks, each with all that is before it; `priority` is for the scheduler
         `priority` (the lowest first), `client` (a number from 0) for `vtc`, and requests of one `affinity` go to one
-        replica with the router `session-affinity`. Raises InputError if the user's own order of the queue fails.
+        replica with the router `session-affinity`. Raises InputError if the user's own order of the queue fails, and
+        NoReturnError if it fails for good.
         """
         at = max(at, self.now)
         key = None if self._key is None else self._key(at / TICKS, prompt, output, priority)
@@ -581,17 +589,17 @@ def _empty_queue(choices: Choices, replicas: int, capacity: int) -> Queue | None
     return queue_of(KEYED, replicas, key=np.zeros(2 * capacity))  # the keys come with the requests
 
 
-def _key_of(choices: Choices, seed: int) -> Any:
+def _key_of(choices: Choices, own: OwnPolicy | None, seed: int) -> Any:
     """The key of a request by (seconds at which it was sent, prompt, output, priority); the lowest goes first."""
     error, draw = choices.prediction_error or 0.0, stream(seed, "length predictions")
 
     def predicted(output: int) -> float:
         return output * float(np.exp(draw.normal(0.0, error))) if error else float(output)
 
-    if ":" in choices.scheduler:
-        names, where = policy_inputs(choices.scheduler), choices.scheduler
-        check_it_ends(where, load_policy(where), [[float(size)] * len(names) for size in (-1, 0, 1, 100, 10_000)])
-        own = compiled_policy(where)
+    if own is not None:
+        for size in (-1.0, 0.0, 1.0, 100.0, 10_000.0):
+            with suppress(RaisedError):  # it may refuse what is not plausible
+                own.keys(np.full((len(own.asks), 1), size), LIVE_LIMIT)
 
         def key(arrival: float, prompt: int, output: int, priority: float) -> float:
             values = {
@@ -602,7 +610,7 @@ def _key_of(choices: Choices, seed: int) -> Any:
                 "turn": -1.0,
                 "priority": priority,
             }
-            return float(own(*(np.array([values[name]]) for name in names))[0])
+            return float(own.keys([np.array([values[name]]) for name in own.asks], LIVE_LIMIT)[0])
 
         return key
     return {

@@ -5,11 +5,7 @@ request; prefix caching needs to know which tokens are the same, from the trace'
 """
 
 import contextlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -17,9 +13,10 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError
+from squall.guest import Function
 from squall.seeds import stream
 from squall.simulate import records
-from squall.simulate.blocks import BLOCK, NODE, PAGE, POOL, Pool
+from squall.simulate.blocks import BLOCK, PAGE, PIECE, POOL, Pool
 from squall.simulate.records import TICKS
 from squall.simulate.waiting import KEYED, VTC, Queue
 from squall.trace.table import SCHEMA as TRACE_SCHEMA
@@ -27,8 +24,6 @@ from squall.units import seconds
 
 SCHEDULERS = ("fcfs", "priority", "sjf", "srf", "lrf", "vtc", "edf")
 AGING = ("priority", "sjf", "srf", "lrf")
-TRIALS, MOST_LINES = 32, 100_000
-"""Of a user's policy: requests that it is tried with, and the lines of Python that it may take for one."""
 STEP_ORDERS = {"mixed": records.MIXED, "prefill-first": records.PREFILL_FIRST, "decode-first": records.DECODE_FIRST}
 PREEMPTIONS = ("recompute", "swap")
 EVICTIONS = ("lru", "fifo")
@@ -44,6 +39,8 @@ ROUTERS = {
 AUTOSCALERS = {"queue": records.BY_QUEUE, "kv": records.BY_KV, "rate": records.BY_RATE}
 ROLES = {"backlog": records.BY_BACKLOG, "forecast": records.BY_FORECAST}
 CLIENTS = ("session", "service", "model")
+OWN_LIMIT = 10.0
+"""Seconds for the keys that a user's own policy gives all requests, and a little more for many."""
 POLICY_INPUTS = ("arrival", "request_tokens", "predicted_tokens", "session", "turn", "priority")
 """What a user's own policy can ask for, by the names of its parameters."""
 VTC_WEIGHTS = (1.0, 2.0)
@@ -130,7 +127,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
             value = float(target)
         except ValueError:
             value = 0.0
-        if metric not in AUTOSCALERS or not value > 0:
+        if metric not in AUTOSCALERS or not 0 < value < np.inf:
             raise InputError(
                 f"--autoscale {self.autoscale}: it is METRIC:TARGET with the metric {', '.join(AUTOSCALERS)}, per"
                 " replica, and a target above 0, such as queue:8, kv:0.7 or rate:5."
@@ -161,7 +158,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     def _check_company(self, replicas: int) -> None:
         """Every option that needs another one."""
         own = ":" in self.scheduler
-        asks = policy_inputs(self.scheduler) if own else ()
+        asks = OwnPolicy(self.scheduler).asks if own else ()
         needs = {
             "prediction_error": (self.scheduler == "sjf" or "predicted_tokens" in asks, "--scheduler sjf"),
             "aging": (self.scheduler in AGING, f"--scheduler {', '.join(AGING[:-1])} or {AGING[-1]}"),
@@ -178,7 +175,6 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
                 self.router in ("least-outstanding", "least-kv", "power-of-two", "prefix-affinity"),
                 "a --router that looks at the replicas",
             ),
-            "mtbf": (self.fail is None, "no --fail beside it"),
             "restart_time": (self.fail is not None or self.mtbf is not None, "--fail or --mtbf"),
             "max_replicas": (self.autoscale is not None, "--autoscale"),
             "provisioning": (self.autoscale is not None, "--autoscale"),
@@ -193,6 +189,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
         for name, (there, what) in needs.items():
             if getattr(self, name) is not None and not there:
                 raise InputError(f"--{name.replace('_', '-')} changes nothing without {what}.")
+        if self.mtbf is not None and self.fail is not None:
+            raise InputError("--mtbf draws the failures that --fail lists; give one of them.")
         missing = {"priority": "priorities", "edf": "deadlines"}.get(self.scheduler)
         if missing and getattr(self, missing) is None:
             raise InputError(
@@ -272,77 +270,45 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
         return np.array(sorted(rows), np.int64).reshape(-1, 3)
 
 
-def load_policy(where: str) -> Any:
-    """The function that FILE.py:FUNCTION names. Raises InputError."""
-    path, _, name = where.rpartition(":")
-    if not path or not name:
-        raise InputError(f"--scheduler {where}: give FILE.py:FUNCTION.")
-    if not Path(path).is_file():
-        raise InputError(f"--scheduler {where}: there is no file {path}; give FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location("squall_user_policy", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--scheduler {where}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"--scheduler {where}: {path} cannot be run: {type(error).__name__}: {error}.") from error
-    function = getattr(module, name, None)
-    function = getattr(function, "py_func", function)
-    if not inspect.isfunction(function):
-        raise InputError(f"--scheduler {where}: {path} has no function {name}.")
-    return function
+class OwnPolicy:
+    """The function that FILE.py:FUNCTION names, which runs in a process of its own (guest.py). Raises InputError."""
 
+    def __init__(self, where: str) -> None:
+        file, _, name = where.rpartition(":")
+        if not file or not name:
+            raise InputError(f"--scheduler {where}: give FILE.py:FUNCTION.")
+        self._where = where
+        with self._named():
+            self._function = Function(file, name)
+        self.asks = self._function.parameters
+        """What it wants to know, of POLICY_INPUTS."""
+        for asked in self.asks:
+            if asked not in POLICY_INPUTS:
+                raise InputError(
+                    f"--scheduler {where}: there is no {asked!r}; a policy can ask for {', '.join(POLICY_INPUTS)}."
+                )
+        if not self.asks:
+            raise InputError(f"--scheduler {where}: it has no parameters; it can ask for {', '.join(POLICY_INPUTS)}.")
 
-def check_it_ends(where: str, function: Any, samples: Iterable[Sequence[float]]) -> None:
-    """Call a policy as plain Python: compiled, what never ends could not be interrupted. Raises InputError for a loop
-    of more than MOST_LINES; what else it raises is for the compiled one to say."""
-    left = MOST_LINES
+    @property
+    def took(self) -> float:
+        """Seconds of CPU for the last keys."""
+        return self._function.took
 
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal left
-        left -= event == "line"
-        if left < 0:
-            raise _EndlessError
-        return trace
+    def keys(self, columns: Sequence[np.ndarray] | np.ndarray, limit: float) -> np.ndarray:
+        """(n,) finite keys of requests, from what it asks for, (n,) each in that order.
 
-    before = sys.gettrace()
-    try:
-        for sample in samples:
-            left = MOST_LINES
-            sys.settrace(trace)
-            with contextlib.suppress(Exception):
-                function(*sample)
-    except _EndlessError:
-        raise InputError(
-            f"--scheduler {where}: for one request it had not returned after {MOST_LINES:,} lines of Python; it must"
-            " end, and soon."
-        ) from None
-    finally:
-        sys.settrace(before)
+        Raises NoReturnError if it takes longer than `limit` seconds, RaisedError, InputError if it cannot be compiled.
+        """
+        with self._named():
+            return self._function(np.array(columns, float), limit)
 
-
-class _EndlessError(BaseException):
-    """Not to be caught by the policy."""
-
-
-def policy_inputs(where: str) -> tuple[str, ...]:
-    """The parameters of a user's policy. Raises InputError for one that does not exist."""
-    function = load_policy(where)
-    parameters = inspect.signature(function).parameters
-    names = tuple(parameters)
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise InputError(f"--scheduler {where}: it must be a plain function that returns a number.")
-    if any(it.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for it in parameters.values()):
-        raise InputError(f"--scheduler {where}: write its parameters plainly, without * or /.")
-    for name in names:
-        if name not in POLICY_INPUTS:
-            raise InputError(
-                f"--scheduler {where}: there is no {name!r}; a policy can ask for {', '.join(POLICY_INPUTS)}."
-            )
-    if not names:
-        raise InputError(f"--scheduler {where}: it has no parameters; it can ask for {', '.join(POLICY_INPUTS)}.")
-    return names
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise type(error)(f"--scheduler {self._where}: {error}.") from None
 
 
 def queue_for(choices: Choices, asked: pl.DataFrame, output: np.ndarray, replicas: int, seed: int) -> Queue | None:
@@ -422,6 +388,10 @@ def _by_class(asked: pl.DataFrame, text: str, flag: str, read: Any) -> np.ndarra
             values[name] = read(value)
         except ValueError:
             raise InputError(f"{flag} {part.strip()}: it is NAME=VALUE with the name of a service or model.") from None
+        if not np.isfinite(values[name]):
+            raise InputError(
+                f"{flag} {part.strip()}: {value} cannot be compared with other numbers; give a finite one."
+            )
     for name in values:
         if not ((asked["service"].cast(pl.String) == name).any() or (asked["model"] == name).any()):
             raise InputError(f"{flag} {name}: no request in the trace has this service or model.")
@@ -440,55 +410,15 @@ def _predicted(choices: Choices, output: np.ndarray, seed: int) -> np.ndarray:
 
 def _own_policy(choices: Choices, asked: pl.DataFrame, output: np.ndarray, seed: int) -> np.ndarray:
     """(n,) keys of the user's function. Raises InputError if it does not compile, raises, or returns nonsense."""
-    where, columns = choices.scheduler, []
-    for name in policy_inputs(where):
+    policy, columns = OwnPolicy(choices.scheduler), []
+    for name in policy.asks:
         if name == "predicted_tokens":
             columns.append(_predicted(choices, output, seed))
         elif name == "priority":
             columns.append(_by_class(asked, choices.priorities or "", "--priorities", float))
         else:
             columns.append(asked[name].cast(pl.Float64).fill_null(-1).to_numpy())
-    few = np.unique(np.linspace(0, len(asked) - 1, TRIALS).astype(int))
-    check_it_ends(where, load_policy(where), zip(*(column[few].tolist() for column in columns), strict=True))
-    return compiled_policy(where)(*columns)
-
-
-def compiled_policy(where: str) -> Callable[..., np.ndarray]:
-    """A user's policy as a function from columns (n,) of what it asks for, in that order, to keys (n,).
-
-    Raises InputError if it does not compile; the function does if the policy raises, or returns nonsense.
-    """
-    from numba import float64, vectorize
-
-    own = vectorize(load_policy(where))
-    try:
-        own.add((float64,) * len(policy_inputs(where)))
-    except Exception as error:  # noqa: BLE001 (not all that numba raises is its own)
-        raise InputError(f"--scheduler {where}: numba cannot compile it: {_in_short(error)}.") from None
-
-    def keys(*columns: np.ndarray) -> np.ndarray:
-        try:
-            with np.errstate(all="ignore"):  # what comes of it is looked at below
-                key = own(*columns)
-        except Exception as error:  # noqa: BLE001 (whatever the user's code raises)
-            raise InputError(f"--scheduler {where}: it raised {type(error).__name__}: {error}.") from None
-        if key.dtype.kind not in "biuf" or not np.isfinite(key := np.asarray(key, float)).all():
-            raise InputError(
-                f"--scheduler {where}: it must return a finite number for every request (the smallest goes first); it "
-                "did not for some."
-            )
-        return key
-
-    return keys
-
-
-def _in_short(error: Exception) -> str:
-    """What numba says, without where in numba it says so."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = next(line for line in [*lines, "?"] if line and not line.startswith(("Failed in", "During:", "raised from")))
-    if said.endswith("cannot be represented as a NumPy dtype"):
-        return f"it returns {said.split()[0].split('(')[0]}, not a number"
-    return said.rstrip(".")
+    return policy.keys(columns, OWN_LIMIT)
 
 
 def affinity_of(choices: Choices, asked: pl.DataFrame) -> np.ndarray:
@@ -558,7 +488,7 @@ def pool_for(
     longest = int((asked["request_tokens"].to_numpy().astype(np.int64) + output).max()) // block_size + 2
     seqs = int(replicas["max_seqs"].max())
     kept = min(most, max(4 * seqs, 1024)) if choices.disaggregated else 0
-    nodes = min(longest, most + 1) * (seqs + kept)
+    nodes = -(-min(longest, most + 1) // PIECE) * (seqs + kept)
     host = int((choices.host_cache or 0.0) * 2**30 // block_bytes)
     return Pool(
         state=np.zeros(count, POOL),
@@ -567,7 +497,8 @@ def pool_for(
         page_count=np.empty((count, most), np.int32),
         page_block=np.empty((count, most, PAGE), np.int32),
         page_table=np.zeros((count, 1 << (2 * most).bit_length()), np.int32),
-        node=np.empty((count, nodes), NODE),
+        held=np.empty((count, nodes, PIECE), np.int32),
+        before=np.empty((count, nodes), np.int32),
         host_key=np.zeros((count, host), np.uint64),
         host_before=np.zeros((count, host + 1), np.int32),
         host_after=np.zeros((count, host + 1), np.int32),

@@ -31,7 +31,9 @@ ALL, PREFILLS, DECODES = range(3)
 SAMPLES = 512
 LONGEST_WINDOW = 1 << 20
 LEAST_LOAD = 0.5  # share of a side's capacity below which no replica changes its role
+ROLE_SMOOTHING, ROLE_TREND = 0.2, 0.1  # of what comes between two looks at the roles, and of its slope (Holt)
 PLACE = 20  # bits of a place among the running
+INTERRUPTED = -2  # of counters[STUCK]: the loop stops where it is
 LIVELOCK = 10_000  # preemptions of one attempt, beyond 10 per token that it generated
 
 EVENT = np.dtype(

@@ -327,7 +327,7 @@ def leave_source(engines: Engines, attempts: np.ndarray, a: int, pool: Any, limi
     if pool is None:
         source.free += blocks_for(it.prompt, limits.block_size)
     else:
-        give_back(pool, r, source, np.int64(it.held))
+        give_back(pool, r, source, np.int64(it.held), np.int64(blocks_for(it.prompt, limits.block_size)))
         pool.state[r].kept -= 1
     return True
 
@@ -341,7 +341,7 @@ def free_reserved(engines: Engines, attempts: np.ndarray, a: int, pool: Any) -> 
         if pool is None:
             engines.state[r].free += it.blocks
         else:
-            give_back(pool, r, engines.state[r], np.int64(it.node))
+            give_back(pool, r, engines.state[r], np.int64(it.node), np.int64(it.blocks))
             pool.state[r].kept -= 1
     it.blocks = 0
 

@@ -104,6 +104,16 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     table: StepTable | None = None
     """Measured step times, in place of the roofline."""
 
+    def check(self) -> None:
+        """Raise ValueError for what is beyond anything physical: shares of a peak over 1, times over a minute."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if name == "table":
+                continue
+            low, high = {"e": (0.01, 1.0), "p": (1.0, 10.0), "bw": (1e6, 1e15)}.get(name.partition("_")[0], (0.0, 60.0))
+            if not low <= value <= high:
+                raise ValueError(f"step_time.{name} is {value:g}, which is not from {low:g} to {high:g}")
+
 
 # e_bw, e_kv, e_fl, e_at, p by GPU family.
 _KERNELS = {

@@ -7,7 +7,8 @@ worlds the best setting stays the best.
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -19,7 +20,8 @@ import numpy as np
 import polars as pl
 
 from squall.errors import InputError
-from squall.progress import progress
+from squall.files import check_place, replace_file
+from squall.progress import note, progress
 from squall.seeds import DEFAULT_SEED
 from squall.simulate.calibrate import Calibration, calibrated, read_calibration
 from squall.simulate.cluster import Cluster, resolve
@@ -39,6 +41,14 @@ TRACE_SETTINGS = ("rate", "speed", "head", "sample")
 
 MOST = 10_000
 """Combinations of one sweep."""
+
+_LATENCIES, _PARTS = ("ttft", "tpot", "itl", "e2e"), ("mean", "p50", "p99")
+COLUMNS = (
+    *("requests", "succeeded"),
+    *(f"{name}_{part}" for name in _LATENCIES for part in _PARTS),
+    *("throughput", "output_token_throughput", "goodput_share", "preemptions", "kv_peak"),
+)
+"""Of the table, beside the settings."""
 
 BEST_IS_HIGH = ("throughput", "output_token_throughput", "goodput", "goodput_share", "succeeded")
 
@@ -110,27 +120,40 @@ def sweep(
         For a setting, value, trace or column that cannot be used.
     """
     settings = _settings(sweep)
+    if by not in COLUMNS:
+        raise InputError(f"--by {by}: there is no such column; there are {', '.join(COLUMNS)}.")
+    if by == "goodput_share" and slo is None:
+        raise InputError("--by goodput_share needs --slo, such as ttft=1s,tpot=100ms: it says which requests are good.")
     for name in settings:
         if words.get(name) is not None:
-            raise InputError(f"--sweep {name}: it is also given as --{name.replace('_', '-')}; leave one of them out.")
-    path = None if out is None else _checked_path(out)
+            flag = name.replace("_", "-")
+            raise InputError(f"--sweep {flag}: it is also given as --{flag}; leave one of them out.")
+    path = None if out is None else _checked_path(out, trace)
     combinations = [dict(zip(settings, values, strict=True)) for values in product(*settings.values())]
     if len(combinations) > MOST:
         raise InputError(f"--sweep: {len(combinations):,} combinations are more than {MOST:,}; leave values out.")
     fitted = None if calibration is None else read_calibration(calibration)
     traces, tasks = _tasks(trace, combinations, words, fitted, seed)
     variants = ["nominal", *(_moved(tasks[0][0].step_time) if stability else [])]
-    work = [
+    work = [  # what nothing is moved in comes first: it is the table
         (index, name, _in_world(cluster, name), which)
-        for index, (cluster, which) in enumerate(tasks)
         for name in variants
+        for index, (cluster, which) in enumerate(tasks)
     ]
-    rows = _all(work, traces, slo, seed, jobs)
-    table = pl.DataFrame(
-        [combinations[index] | rows[index, "nominal"] for index in range(len(tasks))], infer_schema_length=None
-    )
-    if by not in table.columns or by in settings:
-        raise InputError(f"--by {by}: there is no such column; there are {', '.join(rows[0, 'nominal'])}.")
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def table_of(done: Iterable[int]) -> pl.DataFrame:
+        return pl.DataFrame([combinations[index] | rows[index, "nominal"] for index in done], infer_schema_length=None)
+
+    try:
+        _all(work, traces, slo, seed, jobs, rows)
+    except KeyboardInterrupt:
+        done = [index for index in range(len(tasks)) if (index, "nominal") in rows]
+        if path is not None and done:
+            _write(table_of(done), path)
+            note(f"Interrupted: {path} has {len(done):,} of {len(tasks):,} combinations.")
+        raise
+    table = table_of(range(len(tasks)))
     verdict = _stability(combinations, rows, variants, by)
     if path is not None:
         _write(table, path)
@@ -156,6 +179,8 @@ def _settings(given: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, l
         if word in settings or not values:
             raise InputError(f"--sweep {name}: give each setting once, with at least one value.")
         settings[word] = [_typed(word, value, known) for value in values]
+        if any(value in settings[word][:at] for at, value in enumerate(settings[word])):
+            raise InputError(f"--sweep {name}: a value stands there twice.")
     if not settings:
         raise InputError("--sweep is missing: give at least one setting=value,value.")
     return settings
@@ -175,7 +200,9 @@ def _typed(word: str, value: Any, known: Mapping[str, str]) -> Any:
         return value
     text = value.strip()
     kind = known.get(word, "int" if word == "head" else "float")
-    if text.lower() in ("true", "false") and "bool" in kind:
+    if "bool" in kind:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"--sweep {word.replace('_', '-')}={value}: true or false is needed.")
         return text.lower() == "true"
     for convert in (int, float):
         if convert.__name__ in kind and not ("str" in kind or "Duration" in kind):
@@ -257,6 +284,11 @@ def _start(traces: list[Trace], slo: str | None, seed: int) -> None:
     _shared.update(traces=traces, slo=slo, seed=seed)
 
 
+def _start_process(traces: list[Trace], slo: str | None, seed: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everyone; the parent says when to stop
+    _start(traces, slo, seed)
+
+
 def _one(work: tuple[int, str, Cluster, int]) -> tuple[tuple[int, str], dict[str, Any]]:
     """The row of one simulation."""
     from squall.run.metrics import metrics
@@ -264,24 +296,30 @@ def _one(work: tuple[int, str, Cluster, int]) -> tuple[tuple[int, str], dict[str
     index, variant, cluster, which = work
     run = run_trace(_shared["traces"][which], cluster, seed=_shared["seed"])
     result = metrics(run, slo=_shared["slo"]) if _shared["slo"] else metrics(run)
-    row: dict[str, Any] = {"requests": result.requests, "succeeded": result.succeeded}
-    for name in ("ttft", "tpot", "itl", "e2e"):
-        it = getattr(result, name)
-        row |= {f"{name}_{part}": getattr(it, part) if it.n else None for part in ("mean", "p50", "p99")}
-    row |= {name: getattr(result, name) for name in ("throughput", "output_token_throughput", "goodput_share")}
-    row |= {"preemptions": result.preemptions, "kv_peak": result.kv_cache.peak}
+    row: dict[str, Any] = {}
+    for name in COLUMNS:
+        latency, _, part = name.partition("_")
+        if latency in _LATENCIES:
+            it = getattr(result, latency)
+            row[name] = getattr(it, part) if it.n else None
+        else:
+            row[name] = result.kv_cache.peak if name == "kv_peak" else getattr(result, name)
     return (index, variant), row
 
 
 def _all(
-    work: list[tuple[int, str, Cluster, int]], traces: list[Trace], slo: str | None, seed: int, jobs: int | None
-) -> dict[tuple[int, str], dict[str, Any]]:
-    """All rows, in as many processes as pay."""
+    work: list[tuple[int, str, Cluster, int]],
+    traces: list[Trace],
+    slo: str | None,
+    seed: int,
+    jobs: int | None,
+    rows: dict[tuple[int, str], dict[str, Any]],
+) -> None:
+    """Add all rows to `rows`, in as many processes as pay."""
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs {jobs}: give at least 1.")
     requests = sum(len(traces[which]) for *_, which in work)
     wanted = jobs or (1 if requests < 300_000 else os.cpu_count() or 1)
-    rows = {}
     with progress(f"Simulating {len(work):,} times", len(work)) as done:
         if wanted == 1:
             _start(traces, slo, seed)
@@ -289,15 +327,19 @@ def _all(
                 key, row = _one(item)
                 rows[key] = row
                 done(count)
-            return rows
-        context = get_context("spawn")
-        with ProcessPoolExecutor(
-            min(wanted, len(work)), mp_context=context, initializer=_start, initargs=(traces, slo, seed)
-        ) as pool:
+            return
+        pool = ProcessPoolExecutor(
+            min(wanted, len(work)),
+            mp_context=get_context("spawn"),
+            initializer=_start_process,
+            initargs=(traces, slo, seed),
+        )
+        try:
             for count, (key, row) in enumerate(pool.map(_one, work, chunksize=1), 1):
                 rows[key] = row
                 done(count)
-    return rows
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _stability(
@@ -335,11 +377,11 @@ def _stability(
     )
 
 
-def _checked_path(out: str | Path) -> Path:
+def _checked_path(out: str | Path, reads: object) -> Path:
     path = Path(out)
-    if path.suffix not in (".parquet", ".csv", ".jsonl", ".json") or path.is_dir():
+    if path.suffix not in (".parquet", ".csv", ".jsonl", ".json"):
         raise InputError(f"{path}: a sweep is written as .parquet, .csv, .jsonl or .json; give such a name.")
-    return path
+    return check_place(path, reads)
 
 
 def _write(table: pl.DataFrame, path: Path) -> None:
@@ -350,4 +392,4 @@ def _write(table: pl.DataFrame, path: Path) -> None:
         ".jsonl": table.write_ndjson,
         ".json": table.write_json,
     }
-    write[path.suffix](path)
+    replace_file(path, write[path.suffix])

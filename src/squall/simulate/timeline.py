@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 
 from squall.errors import InputError
+from squall.files import check_place, replace_file
+from squall.progress import note
 from squall.simulate import records
 from squall.simulate.cluster import Cluster
 from squall.simulate.engine import Outcome
@@ -43,8 +45,8 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     """Requests that ran there then."""
     queued_for: dict[str, float]
-    """Seconds of the queueing by what was missing: `batch full` (max_num_seqs), `kv cache full`, `step` (the steps in
-    flight, or their token budget)."""
+    """Seconds of the queueing by what the first in the queue lacked: `batch full` (max_num_seqs), `kv cache full`,
+    `step` (room in the steps: their token budget, and the one in flight)."""
     prefill: float
     """From its first admission to its first token."""
     decode: float
@@ -69,14 +71,29 @@ def explain(outcome: Outcome, rows: np.ndarray, cluster: Cluster, count: int) ->
     slowest = reached[np.argsort(-took, kind="stable")[:count]]
     events = outcome.events[np.isin(outcome.events["attempt"], slowest)]
     steps = {int(r): outcome.steps[outcome.steps["replica"] == r] for r in np.unique(it["replica"][slowest])}
+    wanted = {r: _wanted(outcome, r, steps[r], cluster) for r in steps}
     return [
-        _explained(int(a), events[events["attempt"] == a], steps[int(it["replica"][a])], outcome, rows, cluster)
+        _explained(int(a), events[events["attempt"] == a], steps[r], wanted[r], outcome, rows)
         for a in slowest
+        for r in [int(it["replica"][a])]
     ]
 
 
+def _wanted(outcome: Outcome, replica: int, steps: np.ndarray, cluster: Cluster) -> np.ndarray:
+    """(steps,) blocks for the prompt of who was admitted next: it stood first in the queue, and all behind it waited
+    for what it lacked."""
+    admitted = outcome.events[(outcome.events["kind"] == records.ADMIT) & (outcome.events["replica"] == replica)]
+    prompts = np.append(outcome.attempts["prompt"][admitted["attempt"]], 0)
+    return -(-prompts[np.searchsorted(admitted["time"], steps["start"], "right")] // cluster.block_size)
+
+
 def _explained(
-    a: int, events: np.ndarray, steps: np.ndarray, outcome: Outcome, rows: np.ndarray, cluster: Cluster
+    a: int,
+    events: np.ndarray,
+    steps: np.ndarray,
+    wanted: np.ndarray,
+    outcome: Outcome,
+    rows: np.ndarray,
 ) -> Slow:
     it = outcome.attempts[a]
     admitted, preempted = (events["time"][events["kind"] == kind] for kind in (records.ADMIT, records.PREEMPT))
@@ -85,7 +102,7 @@ def _explained(
     begin = int(admitted[0]) if admitted.size else end
     arrived = events["time"][events["kind"] == records.ARRIVE]
     seen = steps[max(0, int(np.searchsorted(steps["start"], arrived[0] if arrived.size else sent, "right")) - 1)]
-    waits = _waits(steps, sent, begin, int(it["prompt"]), cluster)
+    waits = _waits(steps, wanted, sent, begin, int(outcome.replicas["max_seqs"][it["replica"]]))
     again = [int(admitted[admitted >= at][0] if (admitted >= at).any() else end) - int(at) for at in preempted]
     slow = _share_with_prefill(steps, first, end) if first >= 0 else 0.0
     parts = {
@@ -114,15 +131,15 @@ def _explained(
     )
 
 
-def _waits(steps: np.ndarray, sent: int, begin: int, prompt: int, cluster: Cluster) -> dict[str, int]:
-    """Ticks from `sent` to `begin`, by what was missing at the start of the step that then ran."""
+def _waits(steps: np.ndarray, wanted: np.ndarray, sent: int, begin: int, places: int) -> dict[str, int]:
+    """Ticks from `sent` to `begin`, by what the first in the queue lacked at the start of the step that then ran."""
     low, high = np.searchsorted(steps["start"], [sent, begin], "right")
-    during = steps[max(0, low - 1) : high]
+    during, wanted = steps[max(0, low - 1) : high], wanted[max(0, low - 1) : high]
     starts = np.clip(during["start"], sent, begin)
     ends = np.clip(np.append(during["start"][1:], begin), sent, begin) if during.size else starts
     held = ends - starts
-    full = during["running"] >= cluster.max_num_seqs
-    short = ~full & (during["free"] < -(-prompt // cluster.block_size))
+    full = during["running"] >= places
+    short = ~full & (during["free"] < wanted)
     return {
         "batch full": int(held[full].sum()),
         "kv cache full": int(held[short].sum()),
@@ -144,8 +161,9 @@ def _reason(
     largest = max(parts, key=lambda name: parts[name] - (parts["requeued"] if name == "decode" else 0))
     if largest == "queued":
         missing = max(waits, key=lambda name: waits[name])
-        why = {"batch full": "a place in the batch", "kv cache full": "free KV blocks", "step": "the steps in flight"}
-        return f"queued for {why[missing]}, behind {ahead:,} others"
+        why = {"batch full": "a place in the batch", "kv cache full": "free KV blocks", "step": "room in the steps"}
+        others = f", behind {ahead:,} other{'s' * (ahead != 1)}" if ahead else ""
+        return f"queued for {why[missing]}{others}"
     if largest == "requeued":
         return f"preempted {preemptions} time{'s' * (preemptions > 1)} for want of KV blocks, and queued again"
     if largest == "prefill":
@@ -154,55 +172,63 @@ def _reason(
     return f"long: {tokens:,} tokens to generate, one a step{others}"
 
 
-def write_timeline(outcome: Outcome, rows: np.ndarray, cluster: Cluster, path: str | Path) -> int:
+def write_timeline(outcome: Outcome, rows: np.ndarray, path: str | Path) -> int:
     """Write the Chrome trace JSON of a simulation to `path`; returns how many events it has. The outcome must hold its
     logs."""
     path = Path(path)
-    events = [*_names(outcome), *_step_slices(outcome, cluster), *_replica_marks(outcome)]
-    events += _request_slices(outcome, rows)
+    events = [*_step_slices(outcome), *_replica_marks(outcome), *_request_slices(outcome, rows)]
+    events.sort(key=lambda event: event["ts"])  # stable: a request stays before its phases
+    events = [*_names(outcome, {(event["pid"], event["tid"]) for event in events if "tid" in event}), *events]
+    if len(outcome.steps) > MOST_STEPS:
+        note(
+            f"{path}: it has the first {MOST_STEPS:,} of {len(outcome.steps):,} steps, and all requests, since no"
+            " viewer is happy with more; select a part with --head or --between."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events}))
-    temporary.replace(path)
+    replace_file(path, msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events}))
     return len(events)
 
 
-def check_timeline_path(path: str | Path) -> Path:
-    """`path`, or InputError if no timeline can be written there."""
+def check_timeline_path(path: str | Path, reads: object = None) -> Path:
+    """`path`, or InputError if no timeline can be written there (`check_place`)."""
     path = Path(path)
-    if path.suffix != ".json" or path.is_dir():
+    if path.suffix != ".json":
         raise InputError(f"{path}: a timeline is a .json file; give such a name.")
-    return path
+    return check_place(path, reads)
 
 
 def _microseconds(ticks: Any) -> Any:
     return np.asarray(ticks) / (TICKS / 1e6)
 
 
-def _names(outcome: Outcome) -> list[dict[str, Any]]:
-    return [
+def _names(outcome: Outcome, threads: set[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Of the processes, which are replicas, and of their threads: the steps first, then the lanes of requests."""
+    events: list[dict[str, Any]] = [
         {"ph": "M", "pid": replica, "name": "process_name", "args": {"name": f"replica {replica}"}}
         for replica in range(len(outcome.replicas))
-    ] + [
-        {"ph": "M", "pid": replica, "tid": 0, "name": "thread_name", "args": {"name": "steps"}}
-        for replica in range(len(outcome.replicas))
     ]
+    for replica, lane in sorted(threads):
+        shared = {"ph": "M", "pid": replica, "tid": lane}
+        name = f"requests, lane {lane}" if lane else "steps"
+        events.append(shared | {"name": "thread_name", "args": {"name": name}})
+        events.append(shared | {"name": "thread_sort_index", "args": {"sort_index": lane}})
+    return events
 
 
-def _step_slices(outcome: Outcome, cluster: Cluster) -> list[dict[str, Any]]:
+def _step_slices(outcome: Outcome) -> list[dict[str, Any]]:
     """A slice per step, and the counters at its start."""
     steps = outcome.steps[:MOST_STEPS]
     columns = {name: steps[name].tolist() for name in ("replica", "sequences", "tokens", "running", "waiting", "free")}
     columns |= {"at": _microseconds(steps["start"]).tolist(), "took": _microseconds(steps["ticks"]).tolist()}
     events: list[dict[str, Any]] = []
+    blocks = outcome.replicas["blocks"].tolist()
     for replica, sequences, tokens, running, waiting, free, at, took in zip(*columns.values(), strict=True):
         shared = {"pid": replica, "ts": at}
         kind = "decode" if tokens == sequences else "mixed"
         args = {"sequences": sequences, "tokens": tokens}
         events.append(shared | {"ph": "X", "tid": 0, "dur": took, "name": kind, "cat": "step", "args": args})
         events.append(shared | {"ph": "C", "name": "requests", "args": {"running": running, "waiting": waiting}})
-        used = cluster.usable_blocks - free
-        events.append(shared | {"ph": "C", "name": "KV blocks", "args": {"used": used}})
+        events.append(shared | {"ph": "C", "name": "KV blocks", "args": {"used": blocks[replica] - free}})
         events.append(shared | {"ph": "C", "name": "step tokens", "args": {"tokens": tokens}})
     return events
 
