@@ -318,7 +318,11 @@ def _calibrate_live(
     # What a step takes is known from the steps, if any were seen: latencies hang on queues as well.
     quiet = [it for it in measured if it.kind not in STREAMED and it.at_once <= FEW]
     alone = [Recording(it.table, len(it.table)) for it in measured] if steps is None else [_one_after_another(quiet)]
-    shape = ("e_bw", "e_fl", "e_kv", "e_at", "o0", "o1", "a1") if gpu is not None else table_names(cluster.step_time)
+    shape = (
+        ("e_bw", "e_fl", "e_kv", "e_at", "t_row", "p", "o0", "o1", "a1")
+        if gpu is not None
+        else table_names(cluster.step_time)
+    )
     free = (*shape, "a0", *(("s_in", "s_out") if steps is None else ()))
     fits = []
     for name in engines:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squall.run.table import Run
-from squall.simulate.calibrate import Recording, fit_coefficients, requests_of, table_names
+from squall.simulate.calibrate import Recording, fit_coefficients, requests_of, slowed, table_names
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_requests, run_trace
 from squall.simulate.records import TICKS
-from squall.simulate.seen import MOST_ABSENT, steps_seen
+from squall.simulate.seen import MOST_ABSENT, Steps, steps_seen
 from squall.simulate.step_time import StepTable, StepTime
 from squall.trace.table import Trace, TraceMeta
 
@@ -113,3 +113,12 @@ def test_a_table_is_found_from_steps_that_vary():
         some = some._replace(attention_pairs=np.zeros(1))
         assert some.seconds(fit.cluster) == pytest.approx(some.seconds(cluster), rel=0.02)
     assert msgspec.structs.replace(fit.cluster, step_time=cluster.step_time) == cluster
+
+
+@pytest.mark.parametrize("table", [None, TRUTH])
+def test_a_slower_machine_takes_so_much_longer_for_every_step(table):
+    step = StepTime(table=table, o0=1e-3, o1=1e-5, o_gap=1e-4)
+    cluster = resolve(kv_blocks=400, model="llama-3.1-8b", gpu="h100", tp=2, engine="vllm-0.24", step_time=step)
+    counts = (np.array([1.0, 40, 300, 900]), np.array([1.0, 40, 3, 9]), np.full(4, 2e3), np.array([0.0, 0, 4e4, 4e5]))
+    steps = Steps(np.ones(4), *counts, np.full(4, np.nan))
+    assert steps.seconds(slowed(cluster, 1.25)) == pytest.approx(1.25 * steps.seconds(cluster), rel=1e-12)

@@ -729,7 +729,7 @@ def slowed(cluster: Cluster, factor: float) -> Cluster:
     if table is not None:
         rates = {name: factor * getattr(table, name) for name in _RATES}
         table = StepTable(points=[(at, factor * seconds) for at, seconds in table.points], **rates)
-    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "alpha_ar")}
+    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "t_row", "alpha_ar")}
     longer |= {name: getattr(step, name) / factor for name in ("e_bw", "e_kv", "e_fl", "e_at", "bw_ar")}
     return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, table=table, **longer))
 
