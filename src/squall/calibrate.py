@@ -700,7 +700,8 @@ def _judged(
     sendings: list[list[_Sending]], cluster: Cluster, varies: float
 ) -> tuple[dict[str, Errors], dict[str, Spread]]:
     """By load: errors of the predictions, which are made of each sending as it was sent, against all of them together;
-    and how far these differ. Under `held_out`, the errors over all loads.
+    and how far these differ. Under `held_out`, the errors over all loads. `at its speed` are those of predictions for a
+    machine whose steps take as long on the whole as those seen in the sendings: without what it drifted meanwhile.
 
     Queues and preemptions do not follow a machine's speed in a straight line. So the prediction for one whose speed
     `varies` is over SPEEDS that are equally likely.
@@ -716,8 +717,12 @@ def _judged(
         predicted = [_Predicted(it.table, [simulated_requests(it.table, of) for of in clusters]) for it in them]
         counts = [it.preempted for it in them]
         known = None if None in counts else sum(count or 0 for count in counts)
-        off = _errors_of(predicted, known)
-        errors[name] = msgspec.structs.replace(off, steps=_steps_off([it.run for it in them], cluster))
+        steps = _steps_off([it.run for it in them], cluster)
+        errors[name] = msgspec.structs.replace(_errors_of(predicted, known), steps=steps)
+        if steps is not None:
+            then = [slowed(of, 1 / (1 + steps)) for of in clusters]
+            again = [_Predicted(it.table, [simulated_requests(it.table, of) for of in then]) for it in them]
+            errors[f"{name} at its speed"] = msgspec.structs.replace(_errors_of(again, known), steps=0.0)
         spread[name] = spread_of([it.table for it in them], counts)
         everything += predicted
     errors["held_out"] = _errors_of(everything, None)

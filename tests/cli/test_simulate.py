@@ -207,9 +207,11 @@ def test_an_interrupt_leaves_what_had_happened(overload, tmp_path, capsys, monke
 
     monkeypatch.setattr("squall.simulate.progress", interrupting)
     path, whole = overload
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs in the background ignores it
     try:
         assert call("simulate", path, "-o", tmp_path / "part.parquet") == 130
     finally:
+        signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     said = capsys.readouterr()
     assert "Interrupted after" in said.err

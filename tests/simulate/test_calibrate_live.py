@@ -200,6 +200,7 @@ def test_a_whole_calibration_finds_the_server(server, monkeypatch, tmp_path):
     for load in live.LOADS:
         errors, spread = found.errors[f"load {load:g}"], found.spread[f"load {load:g}"]
         assert abs(errors.steps) < 0.02
+        assert abs(found.errors[f"load {load:g} at its speed"].mean["e2e"]) < 0.02
         assert abs(errors.mean["ttft"]) < 0.05
         assert abs(errors.mean["e2e"]) < 0.03
         assert spread.runs == 2
