@@ -206,6 +206,7 @@ def test_an_interrupt_leaves_what_had_happened(overload, tmp_path, capsys, monke
         yield lambda done: done > 1000 and os.kill(os.getpid(), number)
 
     monkeypatch.setattr("squall.simulate.progress", interrupting)
+    monkeypatch.setattr("squall.simulate.kernel.GLANCE", 2e-3)  # a fast machine is done in less than a usual one
     path, whole = overload
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs in the background ignores it
     try:

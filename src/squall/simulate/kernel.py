@@ -729,7 +729,10 @@ PARTS = tuple(f"squall.simulate.{name}" for name in ("blocks", "kernel", "record
 """The modules whose functions are compiled together."""
 WATCHED = 10_000
 """Attempts from which on a run can be interrupted: fewer take less time than is worth a thread."""
-COMPILING = "Compiling the simulator for these options: this is done once, and takes half a minute."
+
+GLANCE = 0.1
+"""Seconds between two looks at a run in its thread."""
+COMPILING = "Compiling the simulator for these options: this is done once, and takes some 15 s."
 
 
 @cache
@@ -756,7 +759,7 @@ def _watched(
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(0.1)
+            thread.join(GLANCE)
             if watch is not None:
                 watch(int(counters[ENTERED]), int(counters[OPEN] + counters[PENDING]))
     except KeyboardInterrupt:
