@@ -313,6 +313,8 @@ def _calibrate_live(
         for k, sent in enumerate(tests):
             sendings[k].append(_counted(server, sent, seed + 1000 * (k + 1) + turn))
     guessed = cluster
+    if gpu is None:  # from all rounds: the fit stays near it where the steps say little
+        cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
     steps = _seen(measured, cluster)
     cluster = _with_front(measured, cluster, steps)
     # What a step takes is known from the steps, if any were seen: latencies hang on queues as well.
