@@ -614,7 +614,9 @@ def _mixed(server: _Server, cluster: Cluster, limit: float, seed: int) -> list[_
     for share in (0.6, 1.0):
         lengths = [np.clip(random.uniform(0.1, 1.9, 2000) * mean, 8, None).astype(int) for mean in _typical(cluster)]
         arrival, prompt, response = _arrivals(cluster, lengths, share, limit / 2, 1.0, random)
-        run = server.send(arrival, prompt, response, seed=seed + int(10 * share))
+        run = server.send(
+            arrival, prompt, response, seed=seed + 80 + int(10 * share)
+        )  # no seed, so no prompt, of others
         measured.append(_Measured("mixed", requests_of(run, server.url)[0], 0, run))
     return measured
 

@@ -122,7 +122,7 @@ def _show(result: "Calibration", out: str) -> None:
         "Against the recorded, %: mean/p50/p99", "", "n", "TTFT", "TPOT", "E2E", "|E2E|", "steps", "preempted"
     )
     for name, errors in result.errors.items():
-        _row(shown, name.replace("_", " "), errors)
+        _row(shown, "  at its speed" if name.endswith("at its speed") else name.replace("_", " "), errors)
         if name in result.spread:
             _spread_row(shown, result.spread[name])
     screen.print(shown)

@@ -61,7 +61,7 @@ BLOCK, STEP_BLOCK = 10, 20
 """So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
 seen, which share what the machine did meanwhile."""
 
-TOGETHER, BURSTS = 0.3, 0.02
+TAKEN_TOGETHER, SENT_TOGETHER = 0.3, 0.02
 """Of the requests that follow another within two steps, how many an engine takes over at the same moment; and how
 likely clients are to send so many at one moment themselves."""
 
@@ -444,9 +444,9 @@ def _taken_together(recording: Recording) -> float:
     table = recording.table[: recording.n]
     gaps, step = np.diff(table["sent"].to_numpy()), _step_of(table)
     near, same = int((gaps < 2 * step).sum()), int((gaps < 0.02 * step).sum())
-    engine = same * np.log(TOGETHER) + (near - same) * np.log(1 - TOGETHER)
+    engine = same * np.log(TAKEN_TOGETHER) + (near - same) * np.log(1 - TAKEN_TOGETHER)
     client = same * np.log(0.01) + (near - same) * np.log(0.99)
-    return float(engine - np.logaddexp(np.log(1 - BURSTS) + client, np.log(BURSTS) + engine))
+    return float(engine - np.logaddexp(np.log(1 - SENT_TOGETHER) + client, np.log(SENT_TOGETHER) + engine))
 
 
 def disagreement(cluster: Cluster, recordings: list[Recording]) -> float:
