@@ -63,8 +63,9 @@ __all__ = ["Calibration", "calibrate"]
 LOADS = (0.3, 0.7, 1.1)
 """Of the validation, as shares of the rate that the first guess of the cluster sustains."""
 
-ROUND, MOST_ROUNDS = 60.0, 6
-"""Everything is measured in at least two rounds; in so many as fit into the budget at this many seconds each."""
+SHORTEST, LONGEST, ROUNDS = 60.0, 95.0, 6
+"""Seconds of a round, of which there are at least two. With a longer budget they become first more, then longer, then
+again more: a machine drifts within minutes, and only the mean over many of them is its own."""
 
 BURSTS, APART = 4, 0.3
 """How many times in a round several requests are sent at one moment, and the seconds between."""
@@ -298,7 +299,7 @@ def _calibrate_live(
         if words["max_num_seqs"] is None:
             words["max_num_seqs"] = _most_at_once(server, words, said, seed)
         cluster = resolve(**words, engine=engines[0])
-        rounds = int(np.clip(budget / ROUND, 2, MOST_ROUNDS))
+        rounds = max(2, int(budget / np.clip(budget / ROUNDS, SHORTEST, LONGEST)))
         measured = _microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)
     if limits["max_num_batched_tokens"] is None:
         cluster = _with_budget(server, cluster, said)
