@@ -63,9 +63,12 @@ __all__ = ["Calibration", "calibrate"]
 LOADS = (0.3, 0.7, 1.1)
 """Of the validation, as shares of the rate that the first guess of the cluster sustains."""
 
-SHORTEST, LONGEST, ROUNDS = 60.0, 95.0, 6
-"""Seconds of a round, of which there are at least two. With a longer budget they become first more, then longer, then
-again more: a machine drifts within minutes, and only the mean over many of them is its own."""
+MIXED = (0.6, 1.0)
+"""Of the mixtures, which are sent between the tests so that what is fitted and what is tested are of the same time."""
+
+SQUARED = 15.0
+"""Everything is measured in rounds, of which there are the root of (seconds of the budget / this): a longer budget
+makes them more, since machines drift, and longer, since queues need time to grow."""
 
 BURSTS, APART = 4, 0.3
 """How many times in a round several requests are sent at one moment, and the seconds between."""
@@ -80,9 +83,6 @@ FEW = 4
 """An API server that turns from one to the other in the middle of its work hands over the first of many so late that a
 model of one after another would take it for the price of something else. So of bursts of more than this many only the
 order of events is looked at, not the delay."""
-
-SPEEDS = 7
-"""Of a machine, over which a prediction is averaged."""
 
 UNKNOWN_GPU = GPU("as measured", 1e6, 1.0, 1.0)
 """Stands for the accelerator when none is named: a table of measured steps needs no peaks."""
@@ -299,21 +299,22 @@ def _calibrate_live(
         if words["max_num_seqs"] is None:
             words["max_num_seqs"] = _most_at_once(server, words, said, seed)
         cluster = resolve(**words, engine=engines[0])
-        rounds = max(2, int(budget / np.clip(budget / ROUNDS, SHORTEST, LONGEST)))
-        measured = _microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)
+        rounds = max(2, int(np.sqrt(budget / SQUARED)))
+        by_round = [_microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)]
     if limits["max_num_batched_tokens"] is None:
         cluster = _with_budget(server, cluster, said)
     if gpu is None:
-        cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
+        cluster = msgspec.structs.replace(cluster, step_time=_first_guess(by_round[0], cluster))
     tests = _tests(cluster, 0.55 * budget / rounds / len(LOADS), seed)
     sendings: list[list[_Sending]] = [[] for _ in tests]
     for turn in range(rounds):
         if turn > 0:
-            measured += _microbenchmarks(server, cluster, 0.25 * budget / rounds, seed + 100 * turn)
-        measured += _mixed(server, cluster, 0.2 * budget / rounds, seed + 100 * turn)
+            by_round.append(_microbenchmarks(server, cluster, 0.25 * budget / rounds, seed + 100 * turn))
         for k, sent in enumerate(tests):
+            if k > 0:
+                by_round[turn].append(_mixed(server, cluster, MIXED[k - 1], 0.1 * budget / rounds, seed + 100 * turn))
             sendings[k].append(_counted(server, sent, seed + 1000 * (k + 1) + turn))
-    guessed = cluster
+    guessed, measured = cluster, [it for them in by_round for it in them]
     if gpu is None:  # from all rounds: the fit stays near it where the steps say little
         cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
     steps = _seen(measured, cluster)
@@ -350,9 +351,10 @@ def _calibrate_live(
             tables = [it.table for it in those]
             each = [simulated_requests(table, fit.cluster) for table in tables]
             off = errors_between(pl.concat(tables), pl.concat(each), None)
-            errors[kind] = msgspec.structs.replace(off, steps=_steps_off([it.run for it in those], fit.cluster))
-    varies = _speed_varies([it.run for it in measured if it.kind == "mixed"], fit.cluster)  # as long as the tests
-    validation, spread = _judged(sendings, fit.cluster, varies)
+            steps_off = _steps_off([it.run for it in those], [fit.cluster] * len(those))
+            errors[kind] = msgspec.structs.replace(off, steps=steps_off)
+    slower = [_slower([it.run for it in them if it.kind in STREAMED], fit.cluster) for them in by_round]
+    validation, spread = _judged(sendings, fit.cluster, slower)
     lengths = _long_tailed(cluster, stream(seed, "calibration capacity"))
     found, assumed = (_capacity(of, *lengths) for of in (fit.cluster, guessed))
     said.append(
@@ -360,7 +362,7 @@ def _calibrate_live(
         f" {', '.join(f'{load * assumed / found:.2f}' for load in LOADS)}."
     )
     result = calibration_of(fit, errors | validation, recordings, server.url, said)
-    result = msgspec.structs.replace(result, spread=spread, speed_varies=varies)
+    result = msgspec.structs.replace(result, spread=spread, slower=slower)
     write_calibration(result, out)
     return result
 
@@ -608,18 +610,13 @@ def _with_front(measured: list[_Measured], cluster: Cluster, steps: Steps | None
     return msgspec.structs.replace(cluster, step_time=best)
 
 
-def _mixed(server: _Server, cluster: Cluster, limit: float, seed: int) -> list[_Measured]:
-    """Two open loops of Poisson arrivals, at about 0.6 and 1.0 of what the first guess sustains."""
+def _mixed(server: _Server, cluster: Cluster, share: float, span: float, seed: int) -> _Measured:
+    """An open loop of Poisson arrivals, at about `share` of what the first guess sustains."""
+    seed += 80 + int(10 * share)  # no seed, so no prompt, of others
     random = stream(seed, "calibration mix")
-    measured = []
-    for share in (0.6, 1.0):
-        lengths = [np.clip(random.uniform(0.1, 1.9, 2000) * mean, 8, None).astype(int) for mean in _typical(cluster)]
-        arrival, prompt, response = _arrivals(cluster, lengths, share, limit / 2, 1.0, random)
-        run = server.send(
-            arrival, prompt, response, seed=seed + 80 + int(10 * share)
-        )  # no seed, so no prompt, of others
-        measured.append(_Measured("mixed", requests_of(run, server.url)[0], 0, run))
-    return measured
+    lengths = [np.clip(random.uniform(0.1, 1.9, 2000) * mean, 8, None).astype(int) for mean in _typical(cluster)]
+    run = server.send(*_arrivals(cluster, lengths, share, span, 1.0, random), seed=seed)
+    return _Measured("mixed", requests_of(run, server.url)[0], 0, run)
 
 
 def _typical(cluster: Cluster) -> tuple[float, float]:
@@ -683,76 +680,55 @@ def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> _Sendi
     return _Sending(run, requests_of(run, server.url)[0], preempted)
 
 
-def _steps_off(runs: list[Run], cluster: Cluster) -> float | None:
-    """Predicted / seen - 1 of the time of the steps that were seen in `runs`; None if they are too few."""
+def _slower(runs: list[Run], cluster: Cluster) -> float:
+    """How many times as long as on `cluster` the steps that were seen in `runs` took; 1 if too few were."""
     steps = steps_seen(runs, cluster.max_num_batched_tokens)
-    return None if len(steps.took) < FEWEST else float(steps.seconds(cluster).sum() / steps.took.sum() - 1)
+    return float(steps.took.sum() / steps.seconds(cluster).sum()) if len(steps.took) >= FEWEST else 1.0
 
 
-def _speed_varies(runs: list[Run], cluster: Cluster) -> float:
-    """The standard deviation between `runs` of (time of the steps seen / of the same on `cluster`), relative."""
-    each = [steps_seen([run], cluster.max_num_batched_tokens) for run in runs]
-    expected = [float(steps.seconds(cluster).sum()) for steps in each]
-    known = [(steps.took.sum() / sum_, sum_) for steps, sum_ in zip(each, expected, strict=True) if sum_ > 0]
-    if len(known) < 2:
-        return 0.0
-    slower, weight = np.array(known).T
-    mean = np.average(slower, weights=weight)
-    return float(np.sqrt(np.average((slower - mean) ** 2, weights=weight)))
+def _steps_off(runs: list[Run], clusters: list[Cluster]) -> float | None:
+    """Predicted / seen - 1 of the time of the steps that were seen in `runs`, each on its cluster; None if too few."""
+    each = [steps_seen([run], cluster.max_num_batched_tokens) for run, cluster in zip(runs, clusters, strict=True)]
+    if sum(len(steps.took) for steps in each) < FEWEST:
+        return None
+    predicted = sum(steps.seconds(cluster).sum() for steps, cluster in zip(each, clusters, strict=True))
+    return float(predicted / sum(steps.took.sum() for steps in each) - 1)
 
 
 def _judged(
-    sendings: list[list[_Sending]], cluster: Cluster, varies: float
+    sendings: list[list[_Sending]], cluster: Cluster, slower: list[float]
 ) -> tuple[dict[str, Errors], dict[str, Spread]]:
     """By load: errors of the predictions, which are made of each sending as it was sent, against all of them together;
-    and how far these differ. Under `held_out`, the errors over all loads. `at its speed` are those of predictions for a
-    machine whose steps take as long on the whole as those seen in the sendings: without what it drifted meanwhile.
+    and how far these differ. Under `held_out`, the errors over all loads.
 
-    Queues and preemptions do not follow a machine's speed in a straight line. So the prediction for one whose speed
-    `varies` is over SPEEDS that are equally likely.
+    A sending is predicted for a machine as much `slower` than the fit as it was in the measurements of the same round:
+    queues and preemptions do not follow its speed in a straight line. `at its speed` are the errors of predictions for
+    a machine whose steps take as long on the whole as those seen in the sendings: without what it drifted meanwhile.
     """
-    from scipy.stats import norm
-
     errors, spread = {}, {}
-    quantiles = norm.ppf((np.arange(SPEEDS) + 0.5) / SPEEDS)
-    clusters = [slowed(cluster, 1 + varies * float(z)) for z in quantiles] if varies > 0 else [cluster]
-    everything: list[_Predicted] = []
+    clusters = [slowed(cluster, factor) for factor in slower]
+    everything: list[tuple[pl.DataFrame, pl.DataFrame]] = []
     for load, them in zip(LOADS, sendings, strict=True):
-        name = f"load {load:g}"
-        predicted = [_Predicted(it.table, [simulated_requests(it.table, of) for of in clusters]) for it in them]
+        name, tables = f"load {load:g}", [it.table for it in them]
         counts = [it.preempted for it in them]
         known = None if None in counts else sum(count or 0 for count in counts)
-        steps = _steps_off([it.run for it in them], cluster)
-        errors[name] = msgspec.structs.replace(_errors_of(predicted, known), steps=steps)
+        steps = _steps_off([it.run for it in them], clusters)
+        pairs = [(table, simulated_requests(table, of)) for table, of in zip(tables, clusters, strict=True)]
+        errors[name] = msgspec.structs.replace(_errors_of(pairs, known), steps=steps)
         if steps is not None:
             then = [slowed(of, 1 / (1 + steps)) for of in clusters]
-            again = [_Predicted(it.table, [simulated_requests(it.table, of) for of in then]) for it in them]
+            again = [(table, simulated_requests(table, of)) for table, of in zip(tables, then, strict=True)]
             errors[f"{name} at its speed"] = msgspec.structs.replace(_errors_of(again, known), steps=0.0)
-        spread[name] = spread_of([it.table for it in them], counts)
-        everything += predicted
+        spread[name] = spread_of(tables, counts)
+        everything += pairs
     errors["held_out"] = _errors_of(everything, None)
     return errors, spread
 
 
-class _Predicted(NamedTuple):
-    """Requests that were sent, and what is predicted of them at every speed."""
-
-    table: pl.DataFrame
-    at_speeds: list[pl.DataFrame]
-
-
-def _errors_of(predicted: list[_Predicted], preempted: int | None) -> Errors:
-    """Of the statistics over all speeds, and of each request's mean over them."""
-    of_all = pl.concat([it.table for it in predicted for _ in it.at_speeds])
-    all_of = pl.concat([each for it in predicted for each in it.at_speeds])
-    speeds = len(predicted[0].at_speeds)
-    total = round(int(all_of["preemptions"].sum()) / speeds)
-    errors = errors_between(of_all, all_of, preempted, total)
-    means = [
-        pl.select(sum(each[name] for each in it.at_speeds) / speeds for name in ("ttft", "e2e")) for it in predicted
-    ]
-    single = errors_between(pl.concat([it.table for it in predicted]), pl.concat(means), None)
-    return msgspec.structs.replace(errors, requests=single.requests, mean_absolute=single.mean_absolute)
+def _errors_of(pairs: list[tuple[pl.DataFrame, pl.DataFrame]], preempted: int | None) -> Errors:
+    """Of all together: what was recorded, and what is predicted of it."""
+    recorded, predicted = zip(*pairs, strict=True)
+    return errors_between(pl.concat(recorded), pl.concat(predicted), preempted)
 
 
 callable_room(__name__)

@@ -141,9 +141,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, Errors]
     """On `fit` (the requests used), `held_out` (not used) and `all`. Where all were used for the coefficients,
     `held_out` is what a fit on the first half predicts for the second."""
-    speed_varies: float = 0.0
-    """By how much the steps of single measurements were slower or faster than the fit has them: the standard deviation,
-    relative. Over so many speeds the predictions for a live server are averaged."""
+    slower: list[float] = []
+    """How many times as long as the fit has them the steps took, in each round of measurements of a live server. The
+    tests of a round were predicted at this speed."""
     spread: dict[str, Spread] = {}
     """By test, where a live server was sent the same several times; `errors` are then against all of these together."""
     valid: dict[str, tuple[float, float]]
@@ -895,9 +895,7 @@ def _errors(table: pl.DataFrame, simulated: pl.DataFrame) -> Errors:
     return errors_between(table, simulated, None if recorded.null_count() else int(recorded.sum()))
 
 
-def errors_between(
-    table: pl.DataFrame, other: pl.DataFrame, recorded_preemptions: int | None, preemptions: int | None = None
-) -> Errors:
+def errors_between(table: pl.DataFrame, other: pl.DataFrame, recorded_preemptions: int | None) -> Errors:
     """Of `other` (`ttft`, `e2e`, and perhaps `preemptions`) against `table`, whose rows are the same requests."""
     tokens = table["response_tokens"].to_numpy()
     real = {
@@ -908,8 +906,7 @@ def errors_between(
     if several.any():
         tpot = [(values["e2e"] - values["ttft"])[several] / (tokens[several] - 1) for values in (_arrays(other), real)]
         pairs["tpot"] = (tpot[0], tpot[1])
-    if preemptions is None and "preemptions" in other.columns:
-        preemptions = int(other["preemptions"].sum())
+    preemptions = int(other["preemptions"].sum()) if "preemptions" in other.columns else None
     return Errors(
         requests=len(table),
         mean={name: float(sim.mean() / real.mean() - 1) for name, (sim, real) in pairs.items()},
