@@ -40,6 +40,7 @@ from squall.simulate.calibrate import (
     calibration_of,
     disagreement,
     errors_between,
+    errors_over_runs,
     fit_coefficients,
     requests_of,
     simulated_requests,
@@ -698,8 +699,8 @@ def _steps_off(runs: list[Run], clusters: list[Cluster]) -> float | None:
 def _judged(
     sendings: list[list[_Sending]], cluster: Cluster, slower: list[float]
 ) -> tuple[dict[str, Errors], dict[str, Spread]]:
-    """By load: errors of the predictions, which are made of each sending as it was sent, against all of them together;
-    and how far these differ. Under `held_out`, the errors over all loads.
+    """By load: errors of the predictions, which are made of each sending as it was sent, and how far these differ.
+    Under `held_out`, the errors over the requests of all loads.
 
     A sending is predicted for a machine as much `slower` than the fit as it was in the measurements of the same round:
     queues and preemptions do not follow its speed in a straight line. `at its speed` are the errors of predictions for
@@ -714,21 +715,16 @@ def _judged(
         known = None if None in counts else sum(count or 0 for count in counts)
         steps = _steps_off([it.run for it in them], clusters)
         pairs = [(table, simulated_requests(table, of)) for table, of in zip(tables, clusters, strict=True)]
-        errors[name] = msgspec.structs.replace(_errors_of(pairs, known), steps=steps)
+        errors[name] = msgspec.structs.replace(errors_over_runs(pairs, known), steps=steps)
         if steps is not None:
             then = [slowed(of, 1 / (1 + steps)) for of in clusters]
             again = [(table, simulated_requests(table, of)) for table, of in zip(tables, then, strict=True)]
-            errors[f"{name} at its speed"] = msgspec.structs.replace(_errors_of(again, known), steps=0.0)
+            errors[f"{name} at its speed"] = msgspec.structs.replace(errors_over_runs(again, known), steps=0.0)
         spread[name] = spread_of(tables, counts)
         everything += pairs
-    errors["held_out"] = _errors_of(everything, None)
+    recorded, predicted = zip(*everything, strict=True)
+    errors["held_out"] = errors_between(pl.concat(recorded), pl.concat(predicted), None)
     return errors, spread
-
-
-def _errors_of(pairs: list[tuple[pl.DataFrame, pl.DataFrame]], preempted: int | None) -> Errors:
-    """Of all together: what was recorded, and what is predicted of it."""
-    recorded, predicted = zip(*pairs, strict=True)
-    return errors_between(pl.concat(recorded), pl.concat(predicted), preempted)
 
 
 callable_room(__name__)

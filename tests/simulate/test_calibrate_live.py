@@ -10,7 +10,7 @@ import pytest
 import squall
 from squall.errors import InputError
 from squall.run.table import Run, RunMeta
-from squall.simulate.calibrate import simulated_requests, spread_of
+from squall.simulate.calibrate import errors_over_runs, simulated_requests, slowed, spread_of
 from squall.simulate.cluster import resolve
 from squall.simulate.engine import run_trace
 from squall.simulate.hardware import MODELS
@@ -143,18 +143,38 @@ def test_bursts_tell_the_api_servers_time_from_its_delay(s_in, s_out, seen):
         assert found.s_in == pytest.approx(s_in, abs=0.6e-3)
 
 
-def test_the_spread_of_real_runs_is_the_interval_of_their_mean():
+def run_as_slow_as(factor):
     sent = np.arange(50.0)
+    return pl.DataFrame(
+        {
+            "sent": sent,
+            "first_token": sent + 0.1 * factor,
+            "last_token": sent + 2.0,
+            "response_tokens": np.full(50, 20),
+        }
+    )
 
-    def run(factor):
-        return pl.DataFrame({"sent": sent, "first_token": sent + 0.1 * factor, "last_token": sent + 2.0})
 
-    spread = spread_of([run(0.9), run(1.0), run(1.1)], [1, None, 3])
+def test_the_spread_of_real_runs_is_the_interval_of_their_median():
+    spread = spread_of([run_as_slow_as(factor) for factor in (0.9, 1.0, 1.1)], [1, None, 3])
     assert spread.runs == 3
-    # t(0.975, 2) = 4.303; the standard deviation is 0.1
-    assert spread.mean["ttft"] == pytest.approx(4.303 * 0.1 / np.sqrt(3), rel=1e-3)
+    assert spread.mean["ttft"] == pytest.approx(0.1)
     assert spread.p99["e2e"] == pytest.approx(0.0, abs=1e-12)
     assert spread.preemptions == [1, None, 3]
+    # Of ten, the second and the ninth: the chance that the median lies beyond is 22 of 1,024.
+    ten = [0.1, 0.9, 0.95, 0.97, 1.0, 1.0, 1.03, 1.05, 1.2, 9.0]
+    spread = spread_of([run_as_slow_as(factor) for factor in ten], [0] * 10)
+    assert spread.p50["ttft"] == pytest.approx((1.2 - 0.9) / 2)
+
+
+def test_a_run_that_was_held_up_does_not_decide():
+    exact = pl.DataFrame({"ttft": np.full(50, 0.1), "e2e": np.full(50, 2.0), "preemptions": np.zeros(50, int)})
+    runs = [run_as_slow_as(factor) for factor in (1.0, 1.02, 1.04, 9.0, 0.98)]
+    errors = errors_over_runs([(run, exact) for run in runs], 0)
+    assert errors.requests == 250
+    assert errors.mean["ttft"] == pytest.approx(1 / 1.02 - 1)
+    assert errors.p99["e2e"] == pytest.approx(0.0)
+    assert errors.preemptions == (0, 0)
 
 
 def pretended(server, monkeypatch, truth):
@@ -197,6 +217,7 @@ def test_a_whole_calibration_finds_the_server(server, monkeypatch, tmp_path):
         at = [np.interp(n, *np.array(it.points).T) + n * it.per_sequence for it in (found.step_time.table, table)]
         assert at[0] == pytest.approx(at[1], rel=0.03)
     assert found.step_time.a0 + found.step_time.s_in == pytest.approx(4e-3, abs=1e-3)
+    assert found.slower == pytest.approx([1.0, 1.0], abs=0.02)
     for load in live.LOADS:
         errors, spread = found.errors[f"load {load:g}"], found.spread[f"load {load:g}"]
         assert abs(errors.steps) < 0.02
@@ -205,3 +226,34 @@ def test_a_whole_calibration_finds_the_server(server, monkeypatch, tmp_path):
         assert abs(errors.mean["e2e"]) < 0.03
         assert spread.runs == 2
         assert spread.mean["e2e"] == pytest.approx(0.0, abs=1e-9)  # this server does the same every time
+
+
+def test_a_drifting_machine_is_predicted_at_the_speed_of_each_round():
+    """Steps known, and in four rounds 10 % faster to 20 % slower: whoever does not know that misses the queues."""
+    table = StepTable(points=[(1.0, 12e-3), (512.0, 60e-3)], per_sequence=1e-3, per_kv_token=1e-6)
+    words = {"kv_blocks": 80, "block_size": 32, "max_num_seqs": 16, "engine": "vllm-0.24-sync", "own_blocks": True}
+    cluster = resolve(**words, step_time=StepTime(table=table, o0=0.0, o1=0.0, o_gap=0.0, a0=3e-3))
+    drift = [0.9, 1.2, 1.0, 1.1]
+
+    def sent(arrival, prompt, response, factor):
+        columns = {"arrival": arrival, "request_tokens": prompt, "response_tokens": response}
+        trace = Trace.of(columns, TraceMeta(source="calibration", format="generated"))
+        run = run_trace(trace, slowed(cluster, factor))
+        return live._Sending(run, live.requests_of(run, "here")[0], int(run.table["preemptions"].sum()))
+
+    tests = live._tests(cluster, 15.0, 7)
+    sendings = [[sent(*test, factor) for factor in drift] for test in tests]
+    batch = (np.zeros(8), np.full(8, 16), np.full(8, 290))
+    slower = [live._slower([sent(*batch, factor).run], cluster) for factor in drift]
+    assert slower == pytest.approx(drift, rel=0.01)
+    errors, spread = live._judged(sendings, cluster, slower)
+    blind, _ = live._judged(sendings, cluster, [1.0] * 4)
+    for load in live.LOADS:
+        them = errors[f"load {load:g}"]
+        assert them.preemptions[0] == pytest.approx(them.preemptions[1], rel=0.1, abs=2)
+        assert abs(them.steps) < 0.01
+        for part in (them.mean, them.p50, them.p99):
+            assert all(abs(part[kind]) < 0.05 for kind in ("ttft", "e2e"))
+        assert blind[f"load {load:g}"].steps == pytest.approx(1 / np.mean(drift) - 1, abs=0.03)
+    assert blind["load 1.1"].mean["ttft"] < -0.1
+    assert spread["load 1.1"].runs == 4

@@ -144,7 +144,7 @@ def _row(shown: "Table", name: str, errors: "Errors") -> None:
 
 
 def _spread_row(shown: "Table", spread: "Spread") -> None:
-    """The 95 % interval of the mean of the real runs."""
+    """The 95 % interval of the median of the real runs."""
     from squall.report.terminal import row
 
     parts = (spread.mean, spread.p50, spread.p99)

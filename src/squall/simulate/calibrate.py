@@ -12,6 +12,7 @@ simulated too, because they share the engine, but nothing of their recorded late
 test the fit.
 """
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -85,7 +86,8 @@ OUTLIER = 6.0
 
 
 class Errors(msgspec.Struct, frozen=True):
-    """Simulated / recorded - 1 of the statistics over the same requests, and the mean absolute error per request."""
+    """Simulated / recorded - 1 of the statistics over the same requests, and the mean absolute error per request. Of
+    several runs of the same a statistic is the median over the runs."""
 
     requests: int
     mean: dict[str, float]
@@ -100,8 +102,9 @@ class Errors(msgspec.Struct, frozen=True):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """How far real runs of the same requests differ: half the width of the 95 % interval (Student's t) of the mean over
-    the runs, relative to it, of each statistic. No model can be shown to be closer than that."""
+    """How far real runs of the same requests differ: half the width of the 95 % interval of the median over the runs
+    (between two of them, by the binomial law; of fewer than six between the outermost), relative to it, of each
+    statistic. No model can be shown to be closer than that."""
 
     runs: int
     mean: dict[str, float]
@@ -897,45 +900,60 @@ def _errors(table: pl.DataFrame, simulated: pl.DataFrame) -> Errors:
 
 def errors_between(table: pl.DataFrame, other: pl.DataFrame, recorded_preemptions: int | None) -> Errors:
     """Of `other` (`ttft`, `e2e`, and perhaps `preemptions`) against `table`, whose rows are the same requests."""
-    tokens = table["response_tokens"].to_numpy()
-    real = {
-        name: (table[end] - table["sent"]).to_numpy() for name, end in (("ttft", "first_token"), ("e2e", "last_token"))
-    }
-    pairs = {name: (other[name].to_numpy(), real[name]) for name in ("ttft", "e2e")}
-    several = tokens > 1
-    if several.any():
-        tpot = [(values["e2e"] - values["ttft"])[several] / (tokens[several] - 1) for values in (_arrays(other), real)]
-        pairs["tpot"] = (tpot[0], tpot[1])
-    preemptions = int(other["preemptions"].sum()) if "preemptions" in other.columns else None
+    return errors_over_runs([(table, other)], recorded_preemptions)
+
+
+def errors_over_runs(pairs: list[tuple[pl.DataFrame, pl.DataFrame]], recorded_preemptions: int | None) -> Errors:
+    """Of several runs of the same, each with what was predicted of it, as for `errors_between`: a statistic is the
+    median over the runs of what it is in each, so that a machine that was held up in one of them does not decide."""
+    runs = [_compared(table, other) for table, other in pairs]
+
+    def off(statistic: Callable[[np.ndarray], float]) -> dict[str, float]:
+        of = {name: np.median([[statistic(x) for x in run[name]] for run in runs], axis=0) for name in runs[0]}
+        return {name: float(sim / real - 1) for name, (sim, real) in of.items()}
+
+    single = {name: np.concatenate([run[name][0] / run[name][1] for run in runs]) for name in runs[0]}
+    counted = all("preemptions" in other.columns for _, other in pairs)
+    preemptions = sum(int(other["preemptions"].sum()) for _, other in pairs) if counted else None
     return Errors(
-        requests=len(table),
-        mean={name: float(sim.mean() / real.mean() - 1) for name, (sim, real) in pairs.items()},
-        p50={name: float(np.median(sim) / np.median(real) - 1) for name, (sim, real) in pairs.items()},
-        p99={name: float(np.quantile(sim, 0.99) / np.quantile(real, 0.99) - 1) for name, (sim, real) in pairs.items()},
-        mean_absolute={
-            name: float(np.mean(np.abs(sim[real > 0] / real[real > 0] - 1))) for name, (sim, real) in pairs.items()
-        },
+        requests=sum(len(table) for table, _ in pairs),
+        mean=off(np.mean),
+        p50=off(np.median),
+        p99=off(lambda of: float(np.quantile(of, 0.99))),
+        mean_absolute={name: float(np.mean(np.abs(of - 1))) for name, of in single.items()},
         preemptions=None if preemptions is None else (preemptions, recorded_preemptions),
     )
 
 
+def _compared(table: pl.DataFrame, other: pl.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Simulated and recorded seconds, (n,) each: TTFT, E2E, and TPOT of those that have one."""
+    first, last = ((table[end] - table["sent"]).to_numpy() for end in ("first_token", "last_token"))
+    pairs = {"ttft": (other["ttft"].to_numpy(), first), "e2e": (other["e2e"].to_numpy(), last)}
+    gaps = table["response_tokens"].to_numpy() - 1
+    several = (gaps > 0) & (last > first)
+    if several.any():
+        tpot = [((pairs["e2e"][k] - pairs["ttft"][k])[several] / gaps[several]) for k in range(2)]
+        pairs["tpot"] = (tpot[0], tpot[1])
+    return pairs
+
+
 def spread_of(tables: list[pl.DataFrame], preemptions: list[int | None]) -> Spread:
     """Of two or more real runs of the same requests."""
-    from scipy.stats import t
+    from scipy.stats import binom
 
     rows: dict[str, list[list[float]]] = {"ttft": [], "e2e": []}
     for table in tables:
         for name, end in (("ttft", "first_token"), ("e2e", "last_token")):
             took = (table[end] - table["sent"]).to_numpy()
             rows[name].append([took.mean(), np.median(took), np.quantile(took, 0.99)])
-    factor = t.ppf(0.975, len(tables) - 1) / np.sqrt(len(tables))
-    half = {name: factor * np.std(values, axis=0, ddof=1) / np.mean(values, axis=0) for name, values in rows.items()}
+    n = len(tables)
+    beyond = max(0, int(binom.ppf(0.025, n, 0.5)) - 1)
+    half = {}
+    for name, values in rows.items():
+        ordered = np.sort(values, axis=0)
+        half[name] = (ordered[n - 1 - beyond] - ordered[beyond]) / 2 / np.median(ordered, axis=0)
     mean, p50, p99 = ({name: float(values[k]) for name, values in half.items()} for k in range(3))
-    return Spread(len(tables), mean, p50, p99, preemptions)
-
-
-def _arrays(table: pl.DataFrame) -> dict[str, np.ndarray]:
-    return {name: table[name].to_numpy() for name in ("ttft", "e2e")}
+    return Spread(n, mean, p50, p99, preemptions)
 
 
 def _most_at_once(table: pl.DataFrame) -> int:

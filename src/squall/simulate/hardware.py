@@ -1,7 +1,8 @@
 """The GPUs and models that can be simulated by name, and how to read others from JSON.
 
 GPU peaks are dense rates: H100, H200, A100, L40S and B200 as in the system files of ai-dynamo/aiconfigurator
-(Apache-2.0), the others from their data sheets. Model shapes are those of the published Hugging Face `config.json`
+(Apache-2.0), the others from their data sheets (the RTX 5090 and RTX PRO 6000 tell 3352 and 4000 sparse FP4 TOPS, of
+which bf16 is a sixteenth and an eighth). Model shapes are those of the published Hugging Face `config.json`
 files.
 
     KV bytes per token and GPU = 2 * layers * max(kv_heads / tp, 1) * head_dim * bytes     (keys and values; heads are
@@ -145,11 +146,15 @@ GPUS = {
     for gpu in (
         GPU("h100", 80, 3.35, 989, 1978, 450, "hopper"),
         GPU("h200", 141, 4.8, 989, 1978, 450, "hopper"),
+        GPU("h20", 96, 4.0, 148, 296, 450, "hopper"),
         GPU("b200", 180, 7.7, 2250, 4500, 900),
         GPU("a100", 80, 2.039, 312, None, 300, "a100"),
         GPU("a800", 80, 2.039, 312, None, 200, "a100"),
+        GPU("l4", 22.5, 0.300, 121, 242, 32),
         GPU("l40s", 45, 0.864, 362, 733, 32, "l40s"),
         GPU("rtx4090", 24, 1.008, 165, 330, 32, "ada"),
+        GPU("rtx5090", 32, 1.792, 209, 419, 64),
+        GPU("rtxpro6000", 96, 1.792, 500, 1000, 64),
         GPU("a6000", 48, 0.768, 155, None, 56),
     )
 }
@@ -159,6 +164,8 @@ _OTHER_GPU_NAMES = {
     "a80080": "a800",
     "rtxa6000": "a6000",
     "4090": "rtx4090",
+    "5090": "rtx5090",
+    "rtxpro6000blackwell": "rtxpro6000",
     "h100sxm": "h100",
     "h200sxm": "h200",
     "a100sxm": "a100",
