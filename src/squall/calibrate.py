@@ -311,10 +311,12 @@ def _calibrate_live(
     for turn in range(rounds):
         if turn > 0:
             by_round.append(_microbenchmarks(server, cluster, 0.25 * budget / rounds, seed + 100 * turn))
-        for k, sent in enumerate(tests):
-            if k > 0:
-                by_round[turn].append(_mixed(server, cluster, MIXED[k - 1], 0.1 * budget / rounds, seed + 100 * turn))
-            sendings[k].append(_counted(server, sent, seed + 1000 * (k + 1) + turn))
+        for place in range(len(tests)):
+            if place > 0:
+                share = MIXED[place - 1]
+                by_round[turn].append(_mixed(server, cluster, share, 0.1 * budget / rounds, seed + 100 * turn))
+            k = (place + turn) % len(tests)  # what recurs on the machine must not always meet the same test
+            sendings[k].append(_counted(server, tests[k], seed + 1000 * (k + 1) + turn))
     guessed, measured = cluster, [it for them in by_round for it in them]
     if gpu is None:  # from all rounds: the fit stays near it where the steps say little
         cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))

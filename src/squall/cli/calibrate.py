@@ -149,5 +149,6 @@ def _spread_row(shown: "Table", spread: "Spread") -> None:
 
     parts = (spread.mean, spread.p50, spread.p99)
     ttft, e2e = ("±" + "/".join(f"{100 * part[kind]:.1f}" for part in parts) for kind in ("ttft", "e2e"))
-    counts = ",".join("?" if count is None else str(count) for count in spread.preemptions)
+    known = sorted(count for count in spread.preemptions if count is not None)
+    counts = f"{known[0]} to {known[-1]}" if known else "?"
     row(shown, f"  {spread.runs} real runs", "", ttft, "", e2e, "", "", counts)
