@@ -148,7 +148,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """How many times as long as the fit has them the steps took, in each round of measurements of a live server. The
     tests of a round were predicted at this speed."""
     spread: dict[str, Spread] = {}
-    """By test, where a live server was sent the same several times; `errors` are then of the medians over these runs."""
+    """By test, where a live server was sent the same several times; `errors` are then of the medians over the runs."""
     valid: dict[str, tuple[float, float]]
     """Ranges that the data covered: request_tokens, response_tokens, running."""
     notes: list[str] = []
