@@ -43,6 +43,7 @@ from squall.simulate.calibrate import (
     errors_over_runs,
     fit_coefficients,
     requests_of,
+    roofline_names,
     simulated_requests,
     slowed,
     spread_of,
@@ -325,17 +326,13 @@ def _calibrate_live(
     # What a step takes is known from the steps, if any were seen: latencies hang on queues as well.
     quiet = [it for it in measured if it.kind not in STREAMED and it.at_once <= FEW]
     alone = [Recording(it.table, len(it.table)) for it in measured] if steps is None else [_one_after_another(quiet)]
-    shape = (
-        ("e_bw", "e_fl", "e_kv", "e_at", "t_row", "p", "o0", "o1", "a1")
-        if gpu is not None
-        else table_names(cluster.step_time)
-    )
-    free = (*shape, "a0", *(("s_in", "s_out") if steps is None else ()))
+    front = ("a0", *(("s_in", "s_out") if steps is None else ()))
     fits = []
     for name in engines:
         of = msgspec.structs.replace(cluster, engine=name)
         gap = ("o_gap",) if of.profile.async_scheduling else ()
-        fits.append(fit_coefficients(of, alone, (*free, *gap), seed, steps))
+        shape = (*table_names(of.step_time), *gap) if gpu is None else (*roofline_names(of), "a1")
+        fits.append(fit_coefficients(of, alone, (*shape, *front), seed, steps))
     recordings = [Recording(it.table, len(it.table)) for it in measured]
     against = [disagreement(each.cluster, recordings) for each in fits]
     fit = fits[int(np.argmin(against))]

@@ -311,7 +311,8 @@ class Engine:
             pairs = sum(x * (c + x / 2) for c, x in chunks)
             gpu = round(gpu_seconds(cost, float(tokens), float(n), float(kv), float(pairs)) * TICKS)
         self.last_gpu = gpu
-        host = round((cost.host + cost.host_per_sequence * n) * TICKS)
+        prompts = 0.0 if step.decode_only else cost.host_prompts
+        host = round((cost.host + cost.host_per_sequence * n + prompts) * TICKS)
         if self.limits.asynchronous:
             return max(1, max(gpu, host) + round(cost.gap * TICKS))
         return max(1, gpu + host)

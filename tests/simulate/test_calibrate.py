@@ -63,14 +63,15 @@ def test_it_finds_the_step_time_that_made_the_run(fitted):
             took.append(
                 gpu_seconds(cost, n + 1500.0, n + 1.0, 1600.0 * n, 1500.0**2 / 2)
                 + cost.host
+                + cost.host_prompts
                 + n * cost.host_per_sequence
             )
         assert took[0] == pytest.approx(took[1], rel=0.01)
     assert result.step_time.e_bw == pytest.approx(TRUTH.e_bw, rel=0.15)
     assert result.correlations["e_bw~o0"] > 0.3
     assert result.informed["e_fl"] > 0.9
-    assert result.informed["o1"] < 0.5
-    assert any("say little about" in line and "o1" in line for line in result.notes)
+    assert result.informed["e_kv"] < 0.5
+    assert any("say little about" in line and "e_kv" in line for line in result.notes)
     for name, (low, high) in result.fitted.items():
         assert low <= getattr(result.step_time, name) <= high
     assert abs(result.errors["held_out"].mean["e2e"]) < 0.01

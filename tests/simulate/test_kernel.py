@@ -39,6 +39,7 @@ COSTS = StepCost(
     per_row=2e-6,
     host=1e-3,
     host_per_sequence=1e-5,
+    host_prompts=5e-4,
     gap=1e-4,
     points=np.empty((0, 2)),
 )
@@ -150,7 +151,7 @@ def workloads(draw):
     cost = COSTS._replace(host=host, per_kv_token=draw(st.sampled_from([0.0, 4e-8, 4e-6])))
     if coarse:
         flat = dict.fromkeys(("per_token", "per_sequence", "per_kv_token", "per_attention_pair"), 0.0)
-        cost = cost._replace(**flat, host_per_sequence=0.0, gap=1e-3)
+        cost = cost._replace(**flat, host_per_sequence=0.0, host_prompts=0.0, gap=1e-3)
     return np.cumsum(gaps), prompt, output, limits, cost
 
 
@@ -305,7 +306,7 @@ def test_one_request_alone_takes_the_sum_of_its_steps():
     attempts, replicas, *_ = run_kernel([7], [120], [4], limits)
     chunks = [(50, 0), (50, 50), (20, 100)]
     ticks = [
-        round(replica.gpu_seconds(COSTS, float(x), 1.0, float(y), x * (y + x / 2)) * TICKS) + round(1.01e-3 * TICKS)
+        round(replica.gpu_seconds(COSTS, float(x), 1.0, float(y), x * (y + x / 2)) * TICKS) + round(1.51e-3 * TICKS)
         for x, y in chunks
     ]
     assert attempts["first"][0] == 7 + sum(ticks)
@@ -317,8 +318,8 @@ def test_one_request_alone_takes_the_sum_of_its_steps():
 
 
 def test_asynchronous_scheduling_costs_an_arrival_one_more_step_under_load_and_none_when_idle():
-    cost = COSTS._replace(gap=COSTS.host + COSTS.host_per_sequence, host=0.0, host_per_sequence=0.0)
-    plain = COSTS._replace(host_per_sequence=0.0, host=COSTS.host + COSTS.host_per_sequence)
+    plain = COSTS._replace(host_per_sequence=0.0, host_prompts=0.0, host=COSTS.host + COSTS.host_per_sequence)
+    cost = plain._replace(gap=plain.host, host=0.0)
     sent, prompt, output = [0, TICKS // 50], [16, 16], [100, 2]
     sync = run_kernel(sent, prompt, output, make_limits(), plain)[0]
     lagged = run_kernel(sent, prompt, output, make_limits(asynchronous=1), cost)[0]

@@ -231,6 +231,8 @@ def test_experts_are_read_only_as_far_as_tokens_reach_them():
     many = gpu_seconds(cheap, 1000.0, 1.0, 0.0, 0.0)
     assert isclose(one - cost.weights, cost.experts * 2 / 8, rel_tol=1e-9)
     assert isclose(many - cost.weights, cost.experts, rel_tol=1e-9)
+    uneven = cheap._replace(log_unrouted=step_cost(StepTime(r_ex=0.5), model, gpu).log_unrouted)
+    assert isclose(gpu_seconds(uneven, 8.0, 1.0, 0.0, 0.0), gpu_seconds(cheap, 4.0, 1.0, 0.0, 0.0), rel_tol=1e-9)
     assert model.active_parameters < 0.3 * model.parameters
 
 

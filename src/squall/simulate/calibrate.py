@@ -58,6 +58,10 @@ DISTANCES = (0.1, 0.3, 0.6)
 DECISIVE = 10.0
 """By how much (a log posterior) one kind of engine must explain a run better to be taken for the right one."""
 
+HOST_SLOPE = 15e-6
+"""Seconds by which the recorded time per token rises more than the fitted with each request beside, from where on the
+host is suspected."""
+
 BLOCK, STEP_BLOCK = 10, 20
 """So many neighbouring requests, which wait for the same steps, count as one observation; and so many steps that were
 seen, which share what the machine did meanwhile."""
@@ -78,8 +82,9 @@ JUST_AFTER = 1e-6
 TTFT, E2E, STEP = range(3)
 """The kinds of errors."""
 
-LEAST_NOISE, MOST_NOISE = 0.002, 0.2
-"""The standard deviation of relative errors that a good model leaves over; errors beyond it count linearly."""
+LEAST_NOISE, HOPED, MOST_NOISE = 0.002, 0.01, 0.2
+"""The standard deviation of relative errors that a good model leaves over: the least, what is hoped for, and the most;
+errors beyond it count linearly."""
 
 OUTLIER = 6.0
 """So many robust standard deviations off, a step was not what it was taken for, or the machine stood still."""
@@ -382,13 +387,14 @@ def fit_coefficients(
     is `start` (as `_reading` has it), if there is one.
     """
     fit = _Problem(cluster, recordings, free, steps).solve(seed, start)
-    slope = _host_slope(cluster, recordings, steps) if "o1" in free else 0.0
-    if slope <= BOUNDS["o1"].high:
+    slope = _host_slope(fit.cluster, recordings, steps) if "o1" in free else 0.0
+    if slope < HOST_SLOPE:
         return fit
-    # The host is slower than any prior expects: that is another kind of server, tried beside the usual one.
-    bound = Bound(0.0, 2 * slope, 0.5 * slope)
+    # The host is slower than the prior expects: that is another kind of server, tried beside the usual one.
+    slope += fit.cluster.step_time.o1
+    bound = Bound(0.0, 3 * slope, slope)
     host_bound = _Problem(_with(cluster, {"o1": slope}), recordings, free, steps, {"o1": bound}).solve(seed)
-    if host_bound.misfit > fit.misfit - DECISIVE or host_bound.cluster.step_time.o1 <= BOUNDS["o1"].high:
+    if host_bound.misfit > fit.misfit - DECISIVE:
         return fit
     said = (
         f"This server is host-bound: a step takes {host_bound.cluster.step_time.o1 * 1e6:.0f} us longer with each"
@@ -561,6 +567,10 @@ class _Problem:
             at = self.free.index("o0")
             slow[at] = (0.9 * min(part.shortest_step for part in self.parts) - self.mean[at]) / self.spread[at]
             points.append(slow)
+            if "o1" in self.free:
+                slower = slow.copy()
+                slower[self.free.index("o1")] = 1.5
+                points.append(slower)
         return [np.clip(point, self.low, self.high) for point in points]
 
     def rough(self) -> tuple[np.ndarray, float]:
@@ -577,6 +587,13 @@ class _Problem:
                 break
         return found[0], found[2] + self.norm()
 
+    def settled(self, z: np.ndarray, residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """`descend` with the noise that was found at `z`, and a misfit that can be compared with that of others."""
+        self.set_noise(residuals)
+        z, residuals, _ = self.descend(z)
+        self.set_noise(residuals)
+        return z, residuals, self.misfit(residuals, z) + self.norm()
+
     def norm(self) -> float:
         """The noise's own share of the misfit: its width was fitted too, so only with it can two fits be compared."""
         return float((np.log(self.noise) / self.block).sum())
@@ -590,6 +607,10 @@ class _Problem:
             self.set_noise(self.residuals(starts[0]))
             found = [self.descend(each) for each in starts]
             z, residuals, _ = min(found, key=lambda result: result[2])
+            # What leaves much over finds much noise, and has no reason to be better then: look from below, too.
+            self.noise[:] = HOPED
+            low, left, _ = self.descend(z)
+            z, residuals, _ = min(self.settled(z, residuals), self.settled(low, left), key=lambda result: result[2])
             self.plain = False
             for _ in range(2):
                 self.set_noise(residuals)  # what the best fit leaves over
@@ -732,7 +753,7 @@ def slowed(cluster: Cluster, factor: float) -> Cluster:
     if table is not None:
         rates = {name: factor * getattr(table, name) for name in _RATES}
         table = StepTable(points=[(at, factor * seconds) for at, seconds in table.points], **rates)
-    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o_gap", "t_row", "alpha_ar")}
+    longer = {name: factor * getattr(step, name) for name in ("o0", "o1", "o2", "o_gap", "t_row", "alpha_ar")}
     longer |= {name: getattr(step, name) / factor for name in ("e_bw", "e_kv", "e_fl", "e_at", "bw_ar")}
     return msgspec.structs.replace(cluster, step_time=msgspec.structs.replace(step, table=table, **longer))
 
@@ -778,11 +799,17 @@ def _plain(cluster: Cluster) -> Cluster:
     return msgspec.structs.replace(cluster, choices=msgspec.structs.replace(cluster.choices, own_blocks=False))
 
 
+def roofline_names(cluster: Cluster) -> tuple[str, ...]:
+    """The coefficients of its steps, of those that can be told from measurements. Asynchronous scheduling hides host
+    time; what shows of it is the gap, and o0 to o2 where the host is the slower one."""
+    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "t_row", "p", "o0", "o1", "o2")
+    names += ("r_ex",) if cluster.model.experts > cluster.model.experts_used else ()
+    return (*names, "o_gap") if cluster.profile.async_scheduling else names
+
+
 def _free(cluster: Cluster, *, blocks_known: bool) -> tuple[str, ...]:
-    """What a recorded run is asked for. Asynchronous scheduling hides host time; what shows of it is the gap, and o0
-    and o1 where the host is the slower one."""
-    names: tuple[str, ...] = ("e_bw", "e_fl", "e_kv", "e_at", "t_row", "p", "o0", "o1", "a0")
-    names += ("o_gap",) if cluster.profile.async_scheduling else ()
+    """What a recorded run is asked for."""
+    names = (*roofline_names(cluster), "a0")
     return names if blocks_known else (*names, "kv_blocks")
 
 

@@ -165,7 +165,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """Of a replica that computes nothing but prompts, in full steps of one prompt each."""
         cost, budget = step_cost(self.step_time, self.model, self.gpu, self.tp), float(self.max_num_batched_tokens)
         gpu = replica.gpu_seconds(cost, budget, 1.0, 0.0, budget**2 / 2)
-        host = cost.host + cost.host_per_sequence
+        host = cost.host + cost.host_per_sequence + cost.host_prompts
         took = max(gpu, host) + cost.gap if self.profile.async_scheduling else gpu + host
         return float(took / budget)
 

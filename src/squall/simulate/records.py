@@ -253,6 +253,7 @@ class StepCost(NamedTuple):
     per_row: float  # of a sequence, outside the matrix products
     host: float
     host_per_sequence: float
+    host_prompts: float  # of a step that computes some of a prompt, beyond
     gap: float
     points: np.ndarray  # (k, 2) tokens and seconds of a measured table in place of the GEMMs; (0, 2) without one
 

@@ -874,9 +874,9 @@ def _admit(
 
 
 @inlined
-def _duration(cost: Any, gpu: Any, size: int, asynchronous: int) -> Any:
+def _duration(cost: Any, gpu: Any, size: int, decode: int, asynchronous: int) -> Any:
     """Ticks of a step whose GPU work takes `gpu` ticks."""
-    host = _ticks(cost.host + cost.host_per_sequence * size)
+    host = _ticks(cost.host + cost.host_per_sequence * size + (0.0 if decode else cost.host_prompts))
     return max(gpu, host) + _ticks(cost.gap) if asynchronous else gpu + host
 
 
@@ -907,6 +907,7 @@ def _price(engines: Engines, r: int, limits: Limits) -> None:
                 cost.per_row,
                 cost.host,
                 cost.host_per_sequence,
+                cost.host_prompts,
                 cost.gap,
                 engines.points[r, : cost.points],
             )
@@ -915,7 +916,8 @@ def _price(engines: Engines, r: int, limits: Limits) -> None:
                 engines.gemm[r, size] = gemm
         attention = cost.per_kv_token * float(me.next_kv) + cost.per_attention_pair * me.next_pairs
         me.next_gpu = _ticks(gemm + attention)
-    me.next_ticks = max(1, _duration(cost, me.next_gpu, size, limits.asynchronous)) + me.extra
+    took = _duration(cost, me.next_gpu, size, me.next_decode, limits.asynchronous)
+    me.next_ticks = max(1, took) + me.extra
 
 
 @lean
@@ -1059,7 +1061,7 @@ def _open_window(engines: Engines, r: int, limits: Limits, now: Any) -> None:
         return
     cost = engines.costs[r]
     growth = _ticks(cost.per_kv_token * b)
-    second = _duration(cost, me.next_gpu + (0 if limits.asynchronous else growth), b, limits.asynchronous)
+    second = _duration(cost, me.next_gpu + (0 if limits.asynchronous else growth), b, 1, limits.asynchronous)
     slope = growth
     if limits.asynchronous:
         host = _ticks(cost.host + cost.host_per_sequence * b)

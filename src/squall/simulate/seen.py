@@ -42,7 +42,8 @@ class Steps(NamedTuple):
         """How long they take on `cluster`, (n,)."""
         cost = step_cost(cluster.step_time, cluster.model, cluster.gpu, cluster.tp)
         gpu = gpu_times(cost, self.tokens, self.sequences, self.kv_tokens, self.attention_pairs)
-        host = cost.host + cost.host_per_sequence * self.sequences
+        prompts = self.tokens > self.sequences
+        host = cost.host + cost.host_per_sequence * self.sequences + cost.host_prompts * prompts
         return np.maximum(gpu, host) + cost.gap if cluster.profile.async_scheduling else gpu + host
 
 

@@ -9,11 +9,13 @@
              + t_row*L*H*n                               what attention takes for a sequence however short it is
     t_tp   = 2*L*(alpha_ar + 2*d*T / bw_ar)              two all-reduces a layer; 0 for one GPU
     t_gpu  = t_gemm + t_attn + t_tp
-    step   = t_gpu + o0 + o1*n                           synchronous scheduling
-           = max(t_gpu, o0 + o1*n) + o_gap               asynchronous: host work hides behind the GPU
+    t_host = o0 + o1*n  (+ o2 if the step computes some of a prompt)
+    step   = t_gpu + t_host                              synchronous scheduling
+           = max(t_gpu, t_host) + o_gap                  asynchronous: host work hides behind the GPU
 
-W are the weight bytes read (of experts, the share 1 - (1 - k/E)^T that some token of the step is routed to), P the
-matrix parameters one token passes through, V*d the LM head, kvb the KV bytes per token, all per GPU; F is the fp8 peak
+W are the weight bytes read (of experts, the share 1 - (1 - k/E)^(r_ex*T) that some token of the step is routed to, as
+if a part r_ex of the tokens chose theirs at random and the others went where these go), P the matrix parameters one
+token passes through, V*d the LM head, kvb the KV bytes per token, all per GPU; F is the fp8 peak
 where the weights are fp8. The default efficiencies are fits of this formula to measured kernel tables: of
 ai-dynamo/aiconfigurator@095f58a (Apache-2.0), and for the RTX 4090 to the operator profile of
 casys-kaist/LLMServingSim@5daddb2 (MIT). The host times are placeholders, because they depend on the serving stack:
@@ -77,6 +79,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Share of the peak FLOP/s that prefill attention reaches."""
     t_row: float = 0.0
     """Of attention for a sequence however short, per layer and query head."""
+    r_ex: float = 1.0
+    """Of a mixture of experts: how evenly tokens are routed; 1 is at random."""
     p: float = 2.0
     """Sharpness of the knee between memory-bound and compute-bound."""
     alpha_ar: float = 5e-6
@@ -87,6 +91,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Host time per step."""
     o1: float = 0.0
     """Host time per scheduled sequence."""
+    o2: float = 0.0
+    """Host time of a step that computes some of a prompt, beyond that: no CUDA graph of the whole model fits it."""
     o_gap: float = 1e-4
     """Bubble between two steps of asynchronous scheduling."""
     a0: float = 1e-3
@@ -110,7 +116,9 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, name)
             if name == "table":
                 continue
-            low, high = {"e": (0.01, 1.0), "p": (1.0, 10.0), "bw": (1e6, 1e15)}.get(name.partition("_")[0], (0.0, 60.0))
+            share = (0.01, 1.0)
+            ranges = {"e": share, "r": share, "p": (1.0, 10.0), "bw": (1e6, 1e15)}
+            low, high = ranges.get(name.partition("_")[0], (0.0, 60.0))
             if not low <= value <= high:
                 raise ValueError(f"step_time.{name} is {value:g}, which is not from {low:g} to {high:g}")
 
@@ -141,9 +149,11 @@ BOUNDS = {
     "e_fl": Bound(0.3, 1.0, 0.12),
     "e_at": Bound(0.2, 1.0, 0.15),
     "t_row": Bound(0.0, 40e-9, 4e-9),
+    "r_ex": Bound(0.2, 1.0, 0.3),
     "p": Bound(1.2, 5.0, 0.5),
     "o0": Bound(0.0, 20e-3, 3e-3),
-    "o1": Bound(0.0, 50e-6, 10e-6),
+    "o1": Bound(0.0, 50e-6, 20e-6),
+    "o2": Bound(0.0, 10e-3, 1e-3),
     "o_gap": Bound(0.0, 2e-3, 0.5e-3),
     "a0": Bound(0.0, 20e-3, 5e-3),
     "a1": Bound(0.0, 10e-6, 2e-6),
@@ -180,7 +190,9 @@ def step_cost(step: StepTime, model: Model, gpu: GPU, tp: int = 1) -> StepCost:
     roofline = StepCost(
         weights=(model.weight_bytes * model.dense_parameters + BYTES * head) / tp / (step.e_bw * bandwidth),
         experts=model.weight_bytes * model.expert_parameters / tp / (step.e_bw * bandwidth),
-        log_unrouted=math.log1p(-model.experts_used / model.experts) if model.experts > model.experts_used else 0.0,
+        log_unrouted=step.r_ex * math.log1p(-model.experts_used / model.experts)
+        if model.experts > model.experts_used
+        else 0.0,
         per_token=2 * model.active_parameters / tp / (step.e_fl * matrix_flops),
         per_sequence=2 * head / tp / (step.e_fl * flops),
         knee=float(step.p),
@@ -191,6 +203,7 @@ def step_cost(step: StepTime, model: Model, gpu: GPU, tp: int = 1) -> StepCost:
         per_row=step.t_row * model.layers * model.heads / tp,
         host=float(step.o0),
         host_per_sequence=float(step.o1),
+        host_prompts=float(step.o2),
         gap=float(step.o_gap),
         points=np.empty((0, 2)),
     )

@@ -33,7 +33,7 @@ from squall.trace.table import Trace, TraceSource
 MOVE = 0.2
 """By how much a coefficient is moved, both ways."""
 
-_TIMES = ("o0", "o1", "o_gap", "a0", "s_in", "s_out")
+_TIMES = ("o0", "o1", "o2", "o_gap", "a0", "s_in", "s_out")
 """Coefficients that are times."""
 
 TRACE_SETTINGS = ("rate", "speed", "head", "sample")
