@@ -34,6 +34,7 @@ from squall.simulate.calibrate import (
     DECISIVE,
     Calibration,
     Errors,
+    Fit,
     Recording,
     Spread,
     calibrate_run,
@@ -279,6 +280,31 @@ class _Measured(NamedTuple):
     run: Run
 
 
+class _Sending(NamedTuple):
+    """One real run of a test."""
+
+    run: Run
+    table: pl.DataFrame
+    preempted: int | None
+    """How often the server preempted meanwhile; None if it does not count."""
+
+
+class _Rounds(NamedTuple):
+    """All that was measured."""
+
+    cluster: Cluster
+    """The server's limits; where no GPU was named, with the first guess of its step table."""
+    guessed: Cluster
+    """What the loads of the tests are shares of."""
+    by_round: list[list[_Measured]]
+    tests: list[list[_Sending]]
+    """By load and round."""
+
+    @property
+    def measured(self) -> list[_Measured]:
+        return [it for them in self.by_round for it in them]
+
+
 def _calibrate_live(
     server: _Server,
     model: str | Model | None,
@@ -298,14 +324,37 @@ def _calibrate_live(
     if prefix_caching is not None:
         words["own_blocks"] = prefix_caching
     with progress("Measuring the server"):
-        if words["max_num_seqs"] is None:
-            words["max_num_seqs"] = _most_at_once(server, words, said, seed)
-        cluster = resolve(**words, engine=engines[0])
-        rounds = max(2, int(np.sqrt(budget / SQUARED)))
-        by_round = [_microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)]
-    if limits["max_num_batched_tokens"] is None:
+        rounds = _measured_in_rounds(server, words, engines[0], said, budget, seed, a_table=gpu is None)
+    recordings = [Recording(it.table, len(it.table)) for it in rounds.measured]
+    fit = _fitted(rounds, recordings, engines, said, seed, a_table=gpu is None)
+    slower = [_slower([it.run for it in them if it.kind in STREAMED], fit.cluster) for them in rounds.by_round]
+    validation, spread = _judged(rounds.tests, fit.cluster, slower)
+    lengths = _long_tailed(fit.cluster, stream(seed, "calibration capacity"))
+    found, assumed = (_capacity(of, *lengths) for of in (fit.cluster, rounds.guessed))
+    said.append(
+        f"The loads are shares of the first guess of the capacity; of the fitted one they are"
+        f" {', '.join(f'{load * assumed / found:.2f}' for load in LOADS)}."
+    )
+    errors = _errors_by_kind(rounds.measured, fit.cluster) | validation
+    result = calibration_of(fit, errors, recordings, server.url, said)
+    result = msgspec.structs.replace(result, spread=spread, slower=slower)
+    write_calibration(result, out)
+    return result
+
+
+def _measured_in_rounds(
+    server: _Server, words: dict[str, Any], engine: str, said: list[str], budget: float, seed: int, *, a_table: bool
+) -> _Rounds:
+    """Microbenchmarks, mixtures and tests, all of them in each round; limits that are not told are looked for first."""
+    budget_told = words["max_num_batched_tokens"] is not None
+    if words["max_num_seqs"] is None:
+        words["max_num_seqs"] = _most_at_once(server, words, said, seed)
+    cluster = resolve(**words, engine=engine)
+    rounds = max(2, int(np.sqrt(budget / SQUARED)))
+    by_round = [_microbenchmarks(server, cluster, 0.25 * budget / rounds, seed)]
+    if not budget_told:
         cluster = _with_budget(server, cluster, said)
-    if gpu is None:
+    if a_table:
         cluster = msgspec.structs.replace(cluster, step_time=_first_guess(by_round[0], cluster))
     tests = _tests(cluster, 0.55 * budget / rounds / len(LOADS), seed)
     sendings: list[list[_Sending]] = [[] for _ in tests]
@@ -318,22 +367,29 @@ def _calibrate_live(
                 by_round[turn].append(_mixed(server, cluster, share, 0.1 * budget / rounds, seed + 100 * turn))
             k = (place + turn) % len(tests)  # what recurs on the machine must not always meet the same test
             sendings[k].append(_counted(server, tests[k], seed + 1000 * (k + 1) + turn))
-    guessed, measured = cluster, [it for them in by_round for it in them]
-    if gpu is None:  # from all rounds: the fit stays near it where the steps say little
-        cluster = msgspec.structs.replace(cluster, step_time=_first_guess(measured, cluster))
-    steps = _seen(measured, cluster)
-    cluster = _with_front(measured, cluster, steps)
+    found = _Rounds(cluster, cluster, by_round, sendings)
+    if a_table:  # from all rounds: the fit stays near it where the steps say little
+        guess = _first_guess(found.measured, cluster)
+        found = found._replace(cluster=msgspec.structs.replace(cluster, step_time=guess))
+    return found
+
+
+def _fitted(
+    rounds: _Rounds, recordings: list[Recording], engines: list[str], said: list[str], seed: int, *, a_table: bool
+) -> Fit:
+    """The best fit to what was measured, of one for each of the engines that it may be."""
+    steps = _seen(rounds.measured, rounds.cluster)
+    cluster = _with_front(rounds.measured, rounds.cluster, steps)
     # What a step takes is known from the steps, if any were seen: latencies hang on queues as well.
-    quiet = [it for it in measured if it.kind not in STREAMED and it.at_once <= FEW]
-    alone = [Recording(it.table, len(it.table)) for it in measured] if steps is None else [_one_after_another(quiet)]
+    quiet = [it for it in rounds.measured if it.kind not in STREAMED and it.at_once <= FEW]
+    alone = recordings if steps is None else [_one_after_another(quiet)]
     front = ("a0", *(("s_in", "s_out") if steps is None else ()))
     fits = []
     for name in engines:
         of = msgspec.structs.replace(cluster, engine=name)
         gap = ("o_gap",) if of.profile.async_scheduling else ()
-        shape = (*table_names(of.step_time), *gap) if gpu is None else (*roofline_names(of), "a1")
+        shape = (*table_names(of.step_time), *gap) if a_table else (*roofline_names(of), "a1")
         fits.append(fit_coefficients(of, alone, (*shape, *front), seed, steps))
-    recordings = [Recording(it.table, len(it.table)) for it in measured]
     against = [disagreement(each.cluster, recordings) for each in fits]
     fit = fits[int(np.argmin(against))]
     if len(fits) > 1:
@@ -344,27 +400,21 @@ def _calibrate_live(
             f" {fit.cluster.engine} explains the latencies better (by {lead:.1f} in the log likelihood)."
             + (unsure if lead < DECISIVE else "")
         )
+    return fit
+
+
+def _errors_by_kind(measured: list[_Measured], cluster: Cluster) -> dict[str, Errors]:
+    """Of what the fit was made of."""
     errors = {}
     for kind in ("prefill", "burst", "batch", "context", "mixed"):
         those = [it for it in measured if it.kind == kind]
         if those:
             tables = [it.table for it in those]
-            each = [simulated_requests(table, fit.cluster) for table in tables]
+            each = [simulated_requests(table, cluster) for table in tables]
             off = errors_between(pl.concat(tables), pl.concat(each), None)
-            steps_off = _steps_off([it.run for it in those], [fit.cluster] * len(those))
+            steps_off = _steps_off([it.run for it in those], [cluster] * len(those))
             errors[kind] = msgspec.structs.replace(off, steps=steps_off)
-    slower = [_slower([it.run for it in them if it.kind in STREAMED], fit.cluster) for them in by_round]
-    validation, spread = _judged(sendings, fit.cluster, slower)
-    lengths = _long_tailed(cluster, stream(seed, "calibration capacity"))
-    found, assumed = (_capacity(of, *lengths) for of in (fit.cluster, guessed))
-    said.append(
-        f"The loads are shares of the first guess of the capacity; of the fitted one they are"
-        f" {', '.join(f'{load * assumed / found:.2f}' for load in LOADS)}."
-    )
-    result = calibration_of(fit, errors | validation, recordings, server.url, said)
-    result = msgspec.structs.replace(result, spread=spread, slower=slower)
-    write_calibration(result, out)
-    return result
+    return errors
 
 
 def _limits_of(
@@ -661,15 +711,6 @@ def _long_tailed(cluster: Cluster, random: np.random.Generator) -> list[np.ndarr
         np.clip(random.lognormal(np.log(mean) - 0.245, 0.7, 2000), 4, 4 * mean).astype(int)
         for mean in _typical(cluster)
     ]
-
-
-class _Sending(NamedTuple):
-    """One real run of a test."""
-
-    run: Run
-    table: pl.DataFrame
-    preempted: int | None
-    """How often the server preempted meanwhile; None if it does not count."""
 
 
 def _counted(server: _Server, sent: tuple[np.ndarray, ...], seed: int) -> _Sending:
