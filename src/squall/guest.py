@@ -119,7 +119,7 @@ class _Guest:
         except (EOFError, OSError):
             raise NoReturnError(f"its process died ({_cause(self._process.wait())})") from None
         except BaseException:
-            self.end()  # what it may still answer is not to be taken for another answer
+            self.end()  # Ctrl-C, too: what it may still answer is not to be taken for another answer
             raise
         kind, answer = answer[:1], answer[1:]
         if kind != _GOOD:

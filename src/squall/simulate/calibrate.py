@@ -559,7 +559,7 @@ class _Problem:
         return np.array(rows)
 
     def starts(self, seed: int) -> list[np.ndarray]:
-        """The prior mean, points drawn from the prior, and one where the host is what steps wait for."""
+        """The prior mean, points drawn from the prior, and where the host is what steps wait for."""
         random = stream(seed, "calibration")
         points = [np.zeros(len(self.free)), *random.normal(size=(3, len(self.free)))]
         if "o0" in self.free and self.cluster.profile.async_scheduling:
@@ -567,7 +567,7 @@ class _Problem:
             at = self.free.index("o0")
             slow[at] = (0.9 * min(part.shortest_step for part in self.parts) - self.mean[at]) / self.spread[at]
             points.append(slow)
-            if "o1" in self.free:
+            if "o1" in self.free:  # and it slows down with every sequence, by 1.5 spreads
                 slower = slow.copy()
                 slower[self.free.index("o1")] = 1.5
                 points.append(slower)
